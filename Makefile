@@ -1,0 +1,25 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick lint
+
+python := .venv/bin/python
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: ## make .venv ready for this machine (GPU or CPU; LMSWEEP_DEVICE=cpu|gpu decides it)
+	@deploy/setup.sh
+
+demo: setup ## set up, make four tiny models, and run the demo sweep over them
+	$(python) -m sweep.demo
+	$(python) launch.py conf=demo
+
+test: lint ## set up, lint, check types, and run all tests
+	$(python) -m pytest
+
+test-quick: setup ## the inner loop: tests without vLLM, Ray and the slow ones
+	$(python) -m pytest -m "not vllm and not ray and not slow"
+
+lint: setup ## ruff and mypy
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy

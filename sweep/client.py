@@ -1,0 +1,258 @@
+"""Calls -> replies over a pool of endpoints: routing, retry, deadline.
+
+One asyncio engine runs while an evaluator waits for answers. It holds as many requests in flight as the pool's shares
+allow, never a coroutine for each queued one. What a call is and what its reply means belongs to scoring.py.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import aiohttp
+import msgspec
+
+from sweep.errors import RequestError
+from sweep.server import Endpoint
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+"""Tries of one call at servers that answer with an error of their own (5xx, 429) or not in time. A lost connection is
+not counted: a dead server is the scheduler's business, and its calls simply go to the next one."""
+
+PAUSE_S = 1.0
+"""How long an endpoint that failed gets nothing new; doubled for each failure in a row up to PAUSE_MOST_S."""
+
+PAUSE_MOST_S = 15.0
+
+DEADLINE_S = 120.0
+"""Of one call before its size is added: covers the queue inside the server and a first-request warm-up."""
+
+DEADLINE_PER_TOKEN_S = 0.25
+"""Slower than any server that is worth waiting for; a 256-token answer to a 1,000-token prompt may take 7 minutes."""
+
+WORDS = 600
+"""Characters of a server's own words that an error quotes."""
+
+
+class Call(Protocol):
+    """One HTTP request to `/v1/completions`."""
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens plus tokens to generate."""
+        ...
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body without `model`; made when it is sent, so that queued calls stay small."""
+        ...
+
+
+C = TypeVar("C", bound=Call)
+
+
+@dataclass(kw_only=True)
+class _Slot:
+    endpoint: Endpoint
+    limit: int
+    in_flight: int = 0
+    failures: int = 0
+    paused_until: float = 0.0
+
+
+@dataclass(kw_only=True)
+class _Queued:
+    """A call with its history."""
+
+    call: Any
+    attempts: int = 0
+    last_error: str = ""
+
+
+class Cancelled(BaseException):
+    """The scheduler took the cell back; nothing is wrong with it, so no handler of errors on the way may keep it."""
+
+
+class Pool:
+    """The live endpoints of one model and this evaluator's share of each. Changed from any thread, while calls run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slots: dict[str, _Slot] = {}
+        self._cancelled: str | None = None
+        self._wake: Callable[[], object] | None = None
+
+    def update(self, shares: Iterable[tuple[Endpoint, int]]) -> None:
+        """Replace the pool. Requests in flight at an endpoint that left go on and count as lost only if they fail."""
+        with self._lock:
+            new = {endpoint.server: (endpoint, limit) for endpoint, limit in shares}
+            for name in self._slots.keys() - new.keys():
+                del self._slots[name]
+            for name, (endpoint, limit) in new.items():
+                if name in self._slots:
+                    self._slots[name].limit = limit
+                else:
+                    self._slots[name] = _Slot(endpoint=endpoint, limit=limit)
+        self._notify()
+
+    def cancel(self, reason: str) -> None:
+        with self._lock:
+            self._cancelled = reason
+        self._notify()
+
+    def raise_if_cancelled(self) -> None:
+        with self._lock:
+            if self._cancelled is not None:
+                raise Cancelled(self._cancelled)
+
+    def _notify(self) -> None:
+        wake = self._wake
+        if wake is not None:
+            wake()
+
+    def _take(self) -> tuple[_Slot | None, float]:
+        """The least loaded endpoint with room, else None and the seconds after which a pause may be over."""
+        now = time.monotonic()
+        with self._lock:
+            open_slots = [s for s in self._slots.values() if s.in_flight < s.limit]
+            ready = [s for s in open_slots if s.paused_until <= now]
+            if not ready:
+                return None, min((s.paused_until - now for s in open_slots), default=60.0)
+            slot = min(ready, key=lambda s: s.in_flight / s.limit)
+            slot.in_flight += 1
+            return slot, 0.0
+
+
+@dataclass(kw_only=True)
+class Traffic:
+    """When the requests of one cell were on the wire."""
+
+    first_sent: float | None = None
+    last_received: float = 0.0
+    requests: int = 0
+    retries: int = 0
+
+    @property
+    def request_s(self) -> float:
+        """From the first byte sent to the last received."""
+        return 0.0 if self.first_sent is None else self.last_received - self.first_sent
+
+
+@dataclass(kw_only=True)
+class Client:
+    """Sends calls of one model to its pool."""
+
+    model: str
+    """The served name."""
+    pool: Pool
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def run(self, calls: Iterable[C], on_reply: Callable[[C, Mapping[str, Any]], None]) -> None:
+        """Send every call and hand each reply to `on_reply`, in the order of arrival, in this thread.
+
+        While the pool is empty it waits: the scheduler brings a server or cancels. Raises RequestError for a request
+        that a server refuses for good, Cancelled when the scheduler takes the cell back, and what `on_reply` raises.
+        """
+        asyncio.run(self._run(deque(_Queued(call=call) for call in calls), on_reply))
+
+    async def _run(self, queue: deque[_Queued], on_reply: Callable[[C, Mapping[str, Any]], None]) -> None:
+        loop = asyncio.get_running_loop()
+        changed = asyncio.Event()
+        self.pool._wake = lambda: loop.call_soon_threadsafe(changed.set)
+        # The pool's shares are the limit; the connector's own would be a second, hidden one.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+        running: set[asyncio.Task[None]] = set()
+        try:
+            async with aiohttp.ClientSession(connector=connector) as session:
+                try:
+                    while queue or running:
+                        self.pool.raise_if_cancelled()
+                        slot, pause = self.pool._take() if queue else (None, 60.0)
+                        if slot is not None:
+                            task = asyncio.create_task(self._send(session, slot, queue, queue.popleft(), on_reply))
+                            running.add(task)
+                            task.add_done_callback(lambda _: changed.set())
+                            continue
+                        try:
+                            await asyncio.wait_for(changed.wait(), timeout=pause)
+                        except TimeoutError:
+                            continue
+                        changed.clear()
+                        for task in [t for t in running if t.done()]:
+                            running.discard(task)
+                            task.result()
+                finally:
+                    for task in running:
+                        task.cancel()
+                    await asyncio.gather(*running, return_exceptions=True)
+        finally:
+            self.pool._wake = None
+
+    async def _send(
+        self,
+        session: aiohttp.ClientSession,
+        slot: _Slot,
+        queue: deque[_Queued],
+        queued: _Queued,
+        on_reply: Callable[[C, Mapping[str, Any]], None],
+    ) -> None:
+        """One try; on a passing fault the call goes back to the front of the queue."""
+        endpoint = slot.endpoint
+        try:
+            reply = await self._post(session, endpoint, queued.call)
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            self._pause(slot, f"connection to {endpoint.server} lost: {error!r}")
+            queue.appendleft(queued)
+        except _Passing as error:
+            queued.attempts += 1
+            queued.last_error = str(error)
+            self._pause(slot, queued.last_error)
+            if queued.attempts >= ATTEMPTS:
+                raise RequestError(
+                    f"a request to model {self.model} failed {ATTEMPTS} times, last at {endpoint.server}: {error}"
+                ) from None
+            queue.appendleft(queued)
+        else:
+            slot.failures = 0
+            on_reply(queued.call, reply)
+        finally:
+            slot.in_flight -= 1
+
+    async def _post(self, session: aiohttp.ClientSession, endpoint: Endpoint, call: Call) -> Mapping[str, Any]:
+        body = msgspec.json.encode({"model": self.model, **call.body()})
+        headers = {"Authorization": f"Bearer {endpoint.api_key}", "Content-Type": "application/json"}
+        timeout = aiohttp.ClientTimeout(total=DEADLINE_S + DEADLINE_PER_TOKEN_S * call.tokens, sock_connect=10)
+        if self.traffic.first_sent is None:
+            self.traffic.first_sent = time.monotonic()
+        self.traffic.requests += 1
+        try:
+            async with session.post(
+                f"{endpoint.url}/v1/completions", data=body, headers=headers, timeout=timeout
+            ) as response:
+                content = await response.read()
+        except TimeoutError:
+            raise _Passing(f"{endpoint.server} did not answer within {timeout.total:.0f} s") from None
+        self.traffic.last_received = time.monotonic()
+        if response.status == 200:
+            reply: Mapping[str, Any] = msgspec.json.decode(content)
+            return reply
+        words = content.decode(errors="replace").replace(endpoint.api_key, "***")[:WORDS]
+        if response.status == 429 or response.status >= 500:
+            raise _Passing(f"{endpoint.server} answered {response.status}: {words}")
+        raise RequestError(f"{endpoint.server} refused a request of model {self.model} ({response.status}): {words}")
+
+    def _pause(self, slot: _Slot, why: str) -> None:
+        pause = min(PAUSE_S * 2**slot.failures, PAUSE_MOST_S)
+        slot.failures += 1
+        slot.paused_until = time.monotonic() + pause
+        self.traffic.retries += 1
+        log.warning("%s; asked again in %.0f s", why, pause)
+
+
+class _Passing(Exception):
+    """A fault that the next try may not meet."""

@@ -1,0 +1,374 @@
+"""Nodes, GPUs, actors, waiting. The only module that knows Ray.
+
+Ray carries control: starting, stopping, messages and their events. Requests go over HTTP from evaluators to servers.
+Both kinds of actor are made without restarts or retries: what happens after a loss is the runner's decision.
+"""
+
+import logging
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from sweep.config import RayConfig
+from sweep.errors import ResourceError, SweepError
+from sweep.evaluator import EvaluatorProcess, Event
+from sweep.plan import ServerPlan, on_cpu
+from sweep.preflight import Facts, inspect
+from sweep.server import Endpoint, Server
+
+log = logging.getLogger(__name__)
+
+CPU_SERVER = "lmsweep_cpu_server"
+EVALUATOR = "lmsweep_evaluator"
+"""Custom resources of a local cluster: slots, since a CPU server or an evaluator is no whole number of cores."""
+
+CPU_SERVER_GB = 4.5
+"""Memory of one CPU server of a tiny model (3.4 GB measured) and room for its KV cache."""
+
+CPU_SERVERS_MOST = 4
+
+EVALUATOR_GB = 1.0
+"""0.65 GB measured after a first cell, plus documents and requests."""
+
+STOP_S = 20.0
+"""A server gets so long to end by itself before it is killed; its supervisor's own deadline is shorter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerReady:
+    life: str
+    endpoint: Endpoint
+    facts: Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerFailed:
+    """It never became ready."""
+
+    life: str
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerLost:
+    """It was ready and is gone, unasked."""
+
+    life: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerStopped:
+    life: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorSaid:
+    evaluator: str
+    event: Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorLost:
+    evaluator: str
+    reason: str
+
+
+ClusterEvent = ServerReady | ServerFailed | ServerLost | ServerStopped | EvaluatorSaid | EvaluatorLost
+
+
+# No `async def` in an actor: it would put every method on one event loop, where lm-eval and our own asyncio.run cannot
+# start theirs. Concurrency groups give the sentinel and the stop call threads of their own.
+class _ServerHost:
+    """One server's life on its node."""
+
+    def __init__(self, plan: ServerPlan, life: str, api_key: str, log_path: str, loopback: bool) -> None:
+        _be_ordinary()
+        self._plan = plan
+        self._server = Server(
+            plan,
+            name=life,
+            api_key=api_key,
+            gpu_ids=[str(gpu) for gpu in ray.get_gpu_ids()],
+            log_path=Path(log_path),
+            host="127.0.0.1" if loopback else ray.util.get_node_ip_address(),
+        )
+
+    def start(self) -> tuple[Endpoint, Facts]:
+        endpoint = self._server.start()
+        try:
+            return endpoint, inspect(endpoint, tuple(self._plan.adapters))
+        except BaseException:
+            self._server.stop()
+            raise
+
+    @ray.method(concurrency_group="sentinel")
+    def wait(self) -> str:
+        return str(self._server.wait())
+
+    @ray.method(concurrency_group="stop")
+    def stop(self) -> None:
+        self._server.stop()
+
+
+class _EvaluatorHost:
+    """One evaluator's child process on its node."""
+
+    def __init__(self, log_path: str) -> None:
+        _be_ordinary()
+        self._process = EvaluatorProcess(Path(log_path))
+
+    @ray.method(num_returns="streaming")
+    def events(self) -> Iterator[Event]:
+        """Everything the child says, until it is gone."""
+        while True:
+            try:
+                yield self._process.receive()
+            except EOFError:
+                return
+
+    @ray.method(concurrency_group="messages")
+    def send(self, message: Any) -> None:
+        try:
+            self._process.send(message)
+        except OSError:
+            log.info("the evaluator is gone; its stream of events says so")
+
+    @ray.method(concurrency_group="messages")
+    def stop(self) -> None:
+        self._process.stop()
+
+
+# The scheduler owns retries: a restart of Ray's own would load a model again behind its back.
+_ServerActor: Any = ray.remote(
+    num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"stop": 1, "sentinel": 1}
+)(_ServerHost)
+_EvaluatorActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"messages": 1})(
+    _EvaluatorHost
+)
+
+
+def _be_ordinary() -> None:
+    """Ray marks its workers as the first to be killed when memory runs out; a server of ours is no such thing."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("0")
+    except OSError as error:  # lowering it takes a privilege
+        log.debug("oom_score_adj stays as Ray set it: %s", error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What the cluster carries at the same time."""
+
+    gpus: float
+    largest_node_gpus: float
+    cpu_servers: int
+    evaluators: int
+
+
+def local_gpus() -> int:
+    """GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, found without any GPU library."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    present = sum(line.startswith("GPU ") for line in listed.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return present if visible is None else min(present, len([v for v in visible.split(",") if v.strip()]))
+
+
+def starts_local(config: RayConfig) -> bool:
+    """Whether this launch brings up a cluster of its own."""
+    return config.address == "local" or (config.address is None and not os.environ.get("RAY_ADDRESS"))
+
+
+def local_capacity(config: RayConfig) -> Capacity:
+    """What this machine carries: measured needs of a CPU server and an evaluator against its memory and cores."""
+    gpus, cores = local_gpus(), psutil.cpu_count() or 1
+    memory_gb = psutil.virtual_memory().available / 2**30
+    by_memory = int(memory_gb * 0.75 / CPU_SERVER_GB)
+    cpu_servers = config.cpu_servers or max(1, min(CPU_SERVERS_MOST, cores, by_memory))
+    servers = gpus or cpu_servers
+    evaluators = config.evaluators or max(1, min(2 * servers, cores, int(memory_gb * 0.25 / EVALUATOR_GB)))
+    return Capacity(gpus=gpus, largest_node_gpus=gpus, cpu_servers=cpu_servers, evaluators=evaluators)
+
+
+def require(servers: Mapping[str, ServerPlan], capacity: Capacity) -> None:
+    """Raise ResourceError when some server could never start, with all that are concerned."""
+    short = [
+        f"{server.name} needs {server.gpus:g} GPU{'s' if server.gpus > 1 else ''} on one node"
+        for server in servers.values()
+        if not on_cpu(server, cluster_gpus=capacity.gpus) and server.gpus > capacity.largest_node_gpus
+    ]
+    if short:
+        there = f"the largest node has {capacity.largest_node_gpus:g}" if capacity.gpus else "there is none here"
+        raise ResourceError(
+            f"not enough GPUs: {'; '.join(short)}; {there}. Run it where they are (`ray.address=host:port`), "
+            "or set `device: cpu` for models that a CPU can serve"
+        )
+
+
+class Cluster:
+    """A connection to Ray with this sweep's actors. Close it always: `close` ends every process it started."""
+
+    def __init__(self, config: RayConfig, *, api_key: str) -> None:
+        """Connect, or start a local cluster. Raises ResourceError when that fails."""
+        self._api_key = api_key
+        self._servers: dict[str, Any] = {}
+        self._evaluators: dict[str, Any] = {}
+        self._starting: dict[Any, str] = {}
+        self._sentinels: dict[Any, str] = {}
+        self._stopping: dict[Any, str] = {}
+        self._streams: dict[Any, str] = {}
+        try:
+            self.capacity = self._start_local(config) if starts_local(config) else self._connect(config)
+        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+            raise ResourceError(f"connect to Ray at {config.address or 'a local cluster'}: {error}") from error
+        self._loopback = len([node for node in ray.nodes() if node["Alive"]]) == 1
+
+    def _start_local(self, config: RayConfig) -> Capacity:
+        capacity = local_capacity(config)
+        # Since 2.59 a local cluster wants a token and would write the user's own ~/.ray/auth_token, which changes how
+        # their next `ray start` behaves. A token of this launch in the environment does neither.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Actors without GPUs keep CUDA_VISIBLE_DEVICES as it is: what our children see is set for each of them.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        ray.init(
+            address="local",
+            num_gpus=int(capacity.gpus),
+            resources={CPU_SERVER: capacity.cpu_servers, EVALUATOR: capacity.evaluators},
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        return capacity
+
+    def _connect(self, config: RayConfig) -> Capacity:
+        ray.init(address=config.address or "auto", log_to_driver=False, configure_logging=False)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        total = ray.cluster_resources()
+        gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 1.0)
+        cpu_servers = config.cpu_servers or int(total.get(CPU_SERVER, max(1, cpus // 4)))
+        evaluators = config.evaluators or int(total.get(EVALUATOR, max(1, min(2 * (gpus or cpu_servers), cpus // 2))))
+        return Capacity(
+            gpus=gpus,
+            largest_node_gpus=max((node.get("GPU", 0.0) for node in nodes), default=0.0),
+            cpu_servers=cpu_servers,
+            evaluators=evaluators,
+        )
+
+    def start_server(self, plan: ServerPlan, life: str, log_path: Path) -> None:
+        """Begin a server's life; ServerReady or ServerFailed follows."""
+        cpu = on_cpu(plan, cluster_gpus=self.capacity.gpus)
+        resources = self._slot(CPU_SERVER) if cpu else {"num_gpus": plan.gpus}
+        actor = _ServerActor.options(**resources).remote(plan, life, self._api_key, str(log_path), self._loopback)
+        self._servers[life] = actor
+        self._starting[actor.start.remote()] = life
+
+    def stop_server(self, life: str) -> None:
+        """Ask a server to end; ServerStopped follows when its process is gone."""
+        self._forget(self._starting, life)
+        self._forget(self._sentinels, life)
+        self._stopping[self._servers[life].stop.remote()] = life
+
+    def start_evaluator(self, name: str, log_path: Path) -> None:
+        actor = _EvaluatorActor.options(**self._slot(EVALUATOR)).remote(str(log_path))
+        self._evaluators[name] = actor
+        self._streams[actor.events.remote()] = name
+
+    def send(self, evaluator: str, message: Any) -> None:
+        """Deliver in order; a message to an evaluator that died is dropped, EvaluatorLost says why."""
+        self._evaluators[evaluator].send.remote(message)
+
+    def _slot(self, name: str) -> dict[str, Any]:
+        """One slot where the cluster declares them, a whole CPU where it does not."""
+        return {"resources": {name: 1}} if name in ray.cluster_resources() else {"num_cpus": 1}
+
+    def events(self, timeout_s: float) -> list[ClusterEvent]:
+        """What happened, after at most `timeout_s`."""
+        references = [*self._starting, *self._sentinels, *self._stopping, *self._streams]
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=timeout_s, fetch_local=False)
+        if not ready:
+            return []
+        events = []
+        for reference in ready:
+            if reference in self._streams:
+                events.append(self._heard(reference))
+            elif reference in self._starting:
+                events.append(self._started(reference))
+            elif reference in self._sentinels:
+                life = self._sentinels.pop(reference)
+                events.append(ServerLost(life=life, reason=self._reason(reference)))
+                self._end_server(life)
+            elif reference in self._stopping:
+                life = self._stopping.pop(reference)
+                self._end_server(life)
+                events.append(ServerStopped(life=life))
+        return events
+
+    def _heard(self, stream: Any) -> ClusterEvent:
+        name = self._streams[stream]
+        try:
+            return EvaluatorSaid(evaluator=name, event=ray.get(next(stream)))
+        except StopIteration:
+            reason = "its process ended; its log tells why"
+        except RayError as error:
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+        del self._streams[stream]
+        ray.kill(self._evaluators.pop(name))
+        return EvaluatorLost(evaluator=name, reason=reason)
+
+    def _started(self, reference: Any) -> ClusterEvent:
+        life = self._starting.pop(reference)
+        try:
+            endpoint, facts = ray.get(reference)
+        except RayTaskError as error:
+            cause = error.cause
+            self._end_server(life)
+            return ServerFailed(life=life, error=str(cause) if isinstance(cause, SweepError) else str(error))
+        except RayError as error:
+            self._end_server(life)
+            return ServerFailed(life=life, error=f"{type(error).__name__}: {_first_line(error)}")
+        self._sentinels[self._servers[life].wait.remote()] = life
+        return ServerReady(life=life, endpoint=endpoint, facts=facts)
+
+    def _reason(self, reference: Any) -> str:
+        try:
+            return str(ray.get(reference))
+        except RayError as error:
+            return f"{type(error).__name__}: {_first_line(error)}"
+
+    def _end_server(self, life: str) -> None:
+        ray.kill(self._servers.pop(life))
+
+    @staticmethod
+    def _forget(references: dict[Any, str], life: str) -> None:
+        for reference in [r for r, name in references.items() if name == life]:
+            del references[reference]
+
+    def close(self) -> None:
+        """Stop every server gently and in parallel, then everything else; bounded by STOP_S. A second call does
+        nothing."""
+        if not ray.is_initialized():
+            return
+        stops = [actor.stop.remote() for actor in [*self._servers.values(), *self._evaluators.values()]]
+        if stops:
+            ray.wait(stops, num_returns=len(stops), timeout=STOP_S)
+        for actor in [*self._servers.values(), *self._evaluators.values()]:
+            ray.kill(actor)
+        ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), repr(error))

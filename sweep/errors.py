@@ -1,0 +1,63 @@
+"""The tree of errors: who raises each, who catches it, what it costs.
+
+SweepError
+├── ConfigError    raised by config, tasks and plan for what the user wrote; exit code 2, nothing started
+├── ResourceError  raised by cluster when the machines cannot carry the plan; exit code 2
+├── StoreError     raised by store (full disk, locked or foreign run directory); exit code 2, nothing overwritten
+├── ServerError    raised by server and preflight; costs the cells of the models that this server was for
+├── TaskError      raised by evaluation (data set, prompt, metric); costs the cells of this task or this one cell
+└── RequestError   raised by client when a server refuses a request for good; costs one cell
+
+Below a boundary code raises plain errors; one `boundary(ServerError, "start vLLM for qwen2-5-7b")` classifies them.
+Only the runner decides what happens next. Messages say what failed with its values, where to look, what to change.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class SweepError(Exception):
+    """Takes one message, so that it survives pickling and crosses process boundaries unchanged."""
+
+
+class ConfigError(SweepError):
+    """The user's input is wrong: file, key and cure are in the message."""
+
+
+class ResourceError(SweepError):
+    """The cluster lacks what the plan needs: which, how many, and what there is."""
+
+
+class StoreError(SweepError):
+    """The run directory cannot be used or written."""
+
+
+class ServerError(SweepError):
+    """A server did not start, died for good or answers wrongly."""
+
+
+class TaskError(SweepError):
+    """lm-eval cannot load or score a task."""
+
+
+class RequestError(SweepError):
+    """A server refused a request and would refuse it again."""
+
+
+@contextmanager
+def boundary(kind: type[SweepError], doing: str) -> Iterator[None]:
+    """Turn any foreign exception of the block into `kind`, with what was being done; ours pass unchanged."""
+    try:
+        yield
+    except SweepError:
+        raise
+    except Exception as error:
+        text = str(error).strip() or repr(error)
+        raise kind(f"{doing}: {type(error).__name__}: {text}") from error
+
+
+def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
+    """`"; did you mean 'a' or 'b'?"` with the known names closest to `name`, or an empty string when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,0 +1,413 @@
+"""One cell through lm-eval -> Record: scores, sample files, what was truncated, what took effect.
+
+Runs in an evaluator's child process (evaluator.py) or in a test; knows neither Ray nor servers.
+"""
+
+import functools
+import logging
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sweep.client import Client, Pool
+from sweep.config import Seeds, Task
+from sweep.errors import TaskError, boundary
+from sweep.lm import Channel, SweepLM
+from sweep.plan import Cell, ModelPlan
+from sweep.record import Record, Score, Status
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("lm_eval", "transformers", "tokenizers", "datasets", "lmsweep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """A finished cell: its record, and lm-eval's files by name, to be stored before the record."""
+
+    record: Record
+    files: dict[str, bytes]
+
+
+def load_tokenizer(plan: ModelPlan) -> Any:
+    """The model's own tokenizer, or the one that its config names; a chat model's has a chat template.
+
+    Raises TaskError, which costs the model's cells before any server is started for them.
+    """
+    from transformers import AutoTokenizer
+
+    model = plan.model
+    source, revision = (model.tokenizer, None) if model.tokenizer else (model.path, plan.revision)
+    with boundary(TaskError, f"load the tokenizer of model {plan.name} from {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=model.trust_remote_code)
+    if model.chat:
+        try:
+            tokenizer.get_chat_template()
+        except ValueError as error:
+            raise TaskError(
+                f"model {plan.name} has `chat: true`, but the tokenizer in {source} brings no chat template: "
+                f"set `chat: false`, or `tokenizer:` to one that has it ({str(error).splitlines()[0]})"
+            ) from None
+    return tokenizer
+
+
+def check_task(task: Task, seeds: Seeds) -> None:
+    """Load a task with its data; raises TaskError with the cause. Finds gated, missing and broken data sets early."""
+    with boundary(TaskError, f"load task {task.task}"), _reproducible_documents(seeds):
+        _manager(task, {}).load([task.task])
+
+
+def evaluate(cell: Cell, *, tokenizer: Any, pool: Pool, channel: Channel) -> Evaluated:
+    """Run one cell; every answer it gets is handed to `channel` before the cell ends.
+
+    Raises TaskError or RequestError for what costs this cell, client.Cancelled when the scheduler takes it back.
+    """
+    started_at, start = datetime.now(UTC), time.monotonic()
+    client = Client(model=cell.model.name, pool=pool)
+    lm = _lm(cell, tokenizer, client, channel)
+    with boundary(TaskError, f"evaluate {cell.key}"):
+        results = _simple_evaluate(cell, lm, limit=cell.task.limit)
+        _check_effect(cell, results)
+        samples = results.pop("samples")
+        files = _files(cell, lm, results, samples)
+    facts = channel.facts()
+    record = Record(
+        model=cell.model.name,
+        task=cell.task_name,
+        fingerprint=cell.fingerprint,
+        status=Status.DONE,
+        scores=tuple(_scores(results)),
+        counts=lm.counts,
+        warnings=tuple(_warnings(cell, lm, facts.notes)),
+        started_at=started_at.isoformat(timespec="seconds"),
+        wall_s=round(time.monotonic() - start, 3),
+        request_s=round(client.traffic.request_s, 3),
+        settings=_settings(cell, lm, results, samples),
+        versions={"vllm": facts.engine_version, **{name: version(name) for name in LIBRARIES}},
+    )
+    return Evaluated(record=record, files=files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """The first request of a cell as a server would get it."""
+
+    kind: str
+    prompt: str
+    continuation: str | None
+    """Of a scoring request."""
+    arguments: Mapping[str, Any]
+    """Of a generation: stop strings, limits."""
+    prompt_tokens: int
+    requests: int
+    """Of one document."""
+
+
+def preview(cell: Cell, tokenizer: Any) -> Preview:
+    """The first document's first request, rendered without any server. Raises TaskError."""
+    seen: list[tuple[str, Any]] = []
+    lm = _lm(cell, tokenizer, Client(model=cell.model.name, pool=Pool()), _NoChannel())
+
+    class Rendered(Exception):
+        pass
+
+    def capture(kind: str) -> Callable[[list[Any]], Any]:
+        def requests(instances: list[Any]) -> Any:
+            seen.extend((kind, i.args) for i in instances)
+            raise Rendered
+
+        return requests
+
+    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, kind, capture(kind))
+    with boundary(TaskError, f"render {cell.key}"), suppress(Rendered):
+        _simple_evaluate(cell, lm, limit=1)
+    kind, arguments = seen[0]
+    prompt = str(arguments[0])
+    return Preview(
+        kind=kind,
+        prompt=prompt,
+        continuation=str(arguments[1]) if kind == "loglikelihood" else None,
+        arguments=lm.generation(prompt, arguments[1], repeat=0).parameters if kind == "generate_until" else {},
+        prompt_tokens=len(tokenizer(prompt, add_special_tokens=False).input_ids),
+        requests=len(seen),
+    )
+
+
+class _NoChannel:
+    """For rendering, where nothing is asked."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"a preview must not need {name}")
+
+
+def _lm(cell: Cell, tokenizer: Any, client: Client, channel: Any) -> SweepLM:
+    return SweepLM(
+        cell=cell.key,
+        fingerprint=cell.model.fingerprint,
+        tokenizer=tokenizer,
+        overflow=cell.task.on_overflow,
+        client=client,
+        channel=channel,
+    )
+
+
+def _simple_evaluate(cell: Cell, lm: SweepLM, *, limit: int | float | None) -> dict[str, Any]:
+    from lm_eval.evaluator import simple_evaluate
+
+    task, model, seeds = cell.task, cell.model.model, cell.seeds
+    # What lm-eval's own command hands to tasks that look at the model, RULER for one.
+    metadata = {"pretrained": model.path, "tokenizer": model.tokenizer or model.path, **task.metadata}
+    multiturn = model.chat if task.fewshot_as_multiturn is None else task.fewshot_as_multiturn
+    with _reproducible_documents(seeds), _confirmed_code(task):
+        results = simple_evaluate(
+            model=lm,
+            tasks=[task.task],
+            num_fewshot=task.num_fewshot,
+            limit=limit,
+            gen_kwargs=dict(task.gen_kwargs) or None,
+            system_instruction=model.system_instruction,
+            apply_chat_template=model.chat,
+            fewshot_as_multiturn=multiturn,
+            task_manager=_manager(task, metadata),
+            random_seed=seeds.random,
+            numpy_random_seed=seeds.numpy,
+            torch_random_seed=seeds.torch,
+            fewshot_random_seed=seeds.fewshot,
+            confirm_run_unsafe_code=task.unsafe_code,
+            metadata=metadata,
+        )
+    found: dict[str, Any] = results
+    return found
+
+
+@contextmanager
+def _confirmed_code(task: Task) -> Iterator[None]:
+    """The variable by which the code_eval metric wants execution confirmed, set only where the config confirms it."""
+    if task.unsafe_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("HF_ALLOW_CODE_EVAL", None)
+
+
+def _manager(task: Task, metadata: Mapping[str, Any]) -> Any:
+    """lm-eval's TaskManager with this task's folder and metadata; its index, 5 s of work, is kept for the process."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._factory import TaskFactory
+
+    manager = _indexed_manager(TaskManager, task.task, task.include_path)
+    manager.metadata = dict(metadata)
+    manager._factory = TaskFactory(meta=dict(metadata))
+    return manager
+
+
+@functools.lru_cache(maxsize=8)
+def _indexed_manager(manager_class: Any, name: str, include_path: str | None) -> Any:
+    if include_path is not None:
+        # A task of the user's own needs no index of lm-eval's 14,000; a group may refer to them.
+        own = _own_manager(manager_class, include_path)
+        if name in own.all_subtasks:
+            return own
+    return _full_manager(manager_class, include_path)
+
+
+@functools.lru_cache(maxsize=8)
+def _own_manager(manager_class: Any, include_path: str) -> Any:
+    return manager_class(include_path=include_path, include_defaults=False)
+
+
+@functools.lru_cache(maxsize=8)
+def _full_manager(manager_class: Any, include_path: str | None) -> Any:
+    return manager_class(include_path=include_path)
+
+
+@contextmanager
+def _reproducible_documents(seeds: Seeds) -> Iterator[None]:
+    """Make each split's documents once for a task, the same wherever and whenever it is loaded.
+
+    Some tasks shuffle while they load, with a module's own random state (GPQA: `random.Random(42)`) or the global one.
+    lm-eval processes a split several times, so on a cold data-set cache prompts and answers are shuffled differently;
+    its warm cache returns what the first pass made. Here each task gets fresh modules, its process_docs runs once for a
+    split from a fixed random state, and nothing is taken from a cache that another process filled.
+    """
+    import datasets
+    from lm_eval.tasks._factory import TaskFactory
+
+    load = TaskFactory._load_full_config
+
+    def load_afresh(factory: Any, entry: Any, overrides: Any = None) -> dict[str, Any]:
+        # lm-eval marks the modules that it loads for tasks with `__mtime__` (tasks/_yaml_loader.py).
+        for name in [n for n, module in sys.modules.items() if "__mtime__" in getattr(module, "__dict__", ())]:
+            del sys.modules[name]
+        config: dict[str, Any] = load(factory, entry, overrides)
+        once_by_function: dict[Any, Any] = {}
+        for part in (config, config.get("fewshot_config")):
+            if isinstance(part, dict) and callable(function := part.get("process_docs")):
+                part["process_docs"] = once_by_function.setdefault(function, _once_a_split(function, seeds))
+        return config
+
+    cached = datasets.is_caching_enabled()
+    TaskFactory._load_full_config = load_afresh
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        TaskFactory._load_full_config = load
+        if cached:
+            datasets.enable_caching()
+
+
+def _once_a_split(function: Callable[[Any], Any], seeds: Seeds) -> Callable[[Any], Any]:
+    made: dict[int, tuple[Any, Any]] = {}
+
+    @functools.wraps(function)  # lm-eval writes the source of a task's functions into its results
+    def process_docs(split: Any) -> Any:
+        if id(split) not in made:
+            # The split is kept beside its documents: an id is only unique while its object lives.
+            made[id(split)] = (split, _seeded(lambda: function(split), seeds))
+        return made[id(split)][1]
+
+    return process_docs
+
+
+def _seeded(work: Callable[[], Any], seeds: Seeds) -> Any:
+    """`work()` from the sweep's random and numpy seeds, whose states are then put back."""
+    import numpy as np
+
+    states = random.getstate(), np.random.get_state()
+    random.seed(seeds.random)
+    np.random.seed(seeds.numpy)
+    try:
+        return work()
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _check_effect(cell: Cell, results: Mapping[str, Any]) -> None:
+    """Raise TaskError where lm-eval did not do what it was asked: a number under a wrong heading is worse than none."""
+    asked = cell.task.num_fewshot
+    for name, took in results["n-shot"].items():
+        if asked is not None and name in results["configs"] and took != asked:
+            raise TaskError(
+                f"{cell.key}: num_fewshot {asked} was asked for, but {name} ran with {took}; "
+                "its own YAML pins it: leave num_fewshot unset, or list the subtasks that take it"
+            )
+    limit = cell.task.limit
+    for name, samples in results["n-samples"].items():
+        if limit is not None and limit >= 1 and samples["effective"] > limit:
+            raise TaskError(f"{cell.key}: limit {limit} was asked for, but {name} scored {samples['effective']}")
+
+
+def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
+    """lm-eval's result table as rows: groups before their subtasks, filters and metrics in its own order."""
+    rows = {**results["results"], **results.get("groups", {})}
+    for name, depth in _by_group(rows, results["group_subtasks"]):
+        higher = results["higher_is_better"].get(name) or {}
+        samples = results["n-samples"].get(name, {}).get("effective")
+        for key, value in rows[name].items():
+            metric, comma, filter_name = key.partition(",")
+            if not comma or metric.endswith("_stderr") or isinstance(value, str | bool) or value is None:
+                continue
+            stderr = rows[name].get(f"{metric}_stderr,{filter_name}")
+            yield Score(
+                task=name,
+                version=str(results["versions"].get(name, "N/A")),
+                filter=filter_name,
+                num_fewshot=results["n-shot"].get(name) if name in results["configs"] else None,
+                metric=metric,
+                value=float(value),
+                stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                higher_is_better=higher.get(metric),
+                samples=samples,
+                depth=depth,
+            )
+
+
+def _by_group(names: Mapping[str, Any], subtasks: Mapping[str, list[str]]) -> list[tuple[str, int]]:
+    """Every name with its depth, children right after their group."""
+    children = {child for members in subtasks.values() for child in members}
+    ordered: dict[str, int] = {}
+
+    def visit(name: str, depth: int) -> None:
+        if name in names and name not in ordered:
+            ordered[name] = depth
+            for child in subtasks.get(name, []):
+                visit(child, depth + 1)
+
+    for name in [*subtasks, *names]:
+        if name not in children:
+            visit(name, 0)
+    for name in names:
+        visit(name, 0)
+    return list(ordered.items())
+
+
+def _files(cell: Cell, lm: SweepLM, results: dict[str, Any], samples: dict[str, list[Any]]) -> dict[str, bytes]:
+    """What lm-eval's own EvaluationTracker writes for these results, by file name."""
+    from lm_eval.loggers import EvaluationTracker
+
+    model = cell.model.model
+    arguments = f"pretrained={model.path},revision={cell.model.revision},dtype={model.dtype}"
+    results["config"] |= {"model": "lmsweep", "model_args": arguments}
+    with tempfile.TemporaryDirectory() as folder:
+        tracker = EvaluationTracker(output_path=folder)
+        tracker.general_config_tracker.log_experiment_args(
+            model_source="lmsweep",
+            # The name that lm-eval's tools show is the last part of this.
+            model_args=f"pretrained={cell.model.name}",
+            system_instruction=model.system_instruction,
+            chat_template=lm.chat_template(model.chat),
+            fewshot_as_multiturn=bool(model.chat),
+        )
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for name, rows in samples.items():
+            tracker.save_results_samples(task_name=name, samples=rows)
+        files = {path.name: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    # The tracker logs and swallows what goes wrong, so what it wrote is counted.
+    if len(files) != len(samples) + 1:
+        raise TaskError(f"{cell.key}: lm-eval wrote {len(files)} of {len(samples) + 1} result files (its log says why)")
+    return files
+
+
+def _warnings(cell: Cell, lm: SweepLM, notes: tuple[str, ...]) -> Iterator[str]:
+    if lm.without_tokens:
+        yield f"{lm.without_tokens} continuations have no tokens of their own and count as certain, as in stock lm-eval"
+    if not cell.model.revision and not os.path.isabs(cell.model.model.path):
+        yield f"the commit of {cell.model.model.path} is not known: a later change of the branch would go unnoticed"
+    yield from notes
+
+
+def _settings(cell: Cell, lm: SweepLM, results: Mapping[str, Any], samples: Mapping[str, list[Any]]) -> dict[str, Any]:
+    from lm_eval.utils import hash_string
+
+    template = lm.chat_template(cell.model.model.chat)
+    first = next((rows[0] for rows in samples.values() if rows), None)
+    return {
+        "path": cell.model.model.path,
+        "revision": cell.model.revision,
+        "dtype": cell.model.model.dtype,
+        "quantization": cell.model.model.quantization,
+        "max_model_len": lm.channel.facts().max_model_len,
+        "chat": cell.model.model.chat,
+        "chat_template_sha": hash_string(template) if template else None,
+        "system_instruction": cell.model.model.system_instruction,
+        "generation_config": cell.model.model.generation_config,
+        "task": asdict(cell.task),
+        "seeds": asdict(cell.seeds),
+        "num_fewshot": dict(results["n-shot"]),
+        "samples": {name: n["effective"] for name, n in results["n-samples"].items()},
+        "methods": {str(method): n for method, n in lm.methods.items()},
+        "first_prompt": None if first is None else first["arguments"]["gen_args_0"]["arg_0"],
+    }

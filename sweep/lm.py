@@ -1,0 +1,381 @@
+"""lm-eval's LM interface over client + store.
+
+A request whose answer is stored is answered from the store; only what is missing is tokenized, checked for length and
+sent. Prompts are lm-eval's, byte for byte: encoding, window and stop-string rules are those of its `local-completions`
+with tokenized requests (lm_eval 0.4.13: models/api_models.py, models/openai_completions.py, api/model.py).
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import msgspec
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.utils import handle_stop_sequences
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from sweep.client import Client
+from sweep.config import Overflow
+from sweep.errors import TaskError
+from sweep.preflight import Facts
+from sweep.record import Counts
+from sweep.scoring import EchoCall, GenerateCall, Method, NextTokenCall, Scored, scoring_calls
+from sweep.store import Response, response_key
+
+GENERATION_SEED = 1234
+"""What `local-completions` sends with every request."""
+
+DEFAULT_MAX_GEN_TOKS = 256
+"""What `local-completions` generates at most where neither task nor config says."""
+
+
+Answer = Callable[[int, Method, Any], None]
+"""Takes the index of an owed request, how it was computed, and its answer."""
+
+
+class Channel(Protocol):
+    """What an evaluation needs from the driver's side; every method may be called from the evaluating thread only."""
+
+    def facts(self) -> Facts:
+        """Of the model's server: at once when they are stored, else when its first server is ready."""
+        ...
+
+    def known(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
+        """The stored answers among `keys`."""
+        ...
+
+    def owed(self, requests: int) -> None:
+        """So many requests are about to need a server."""
+        ...
+
+    def answered(self, response: Response) -> None:
+        """Hand over one answer; it is durable within two seconds."""
+        ...
+
+    def progress(self, *, done: int, total: int, reused: int) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairAnswer:
+    """The stored answer of a (context, continuation) pair or of a rolling window."""
+
+    logprob: float
+    is_greedy: bool
+    cut: int = 0
+    """Tokens cut from the left of the context."""
+    tokens: int = 0
+    """Of the continuation. 0: it has none of its own behind the context, and counts as certain, as in the reference."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationAnswer:
+    """The stored answer of a generate_until request."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+    cut: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Generate:
+    """One generate_until request, reduced to what its answer depends on."""
+
+    prompt: str
+    parameters: dict[str, Any]
+    """The request body without the prompt."""
+
+
+class SweepLM(LM):  # type: ignore[misc]
+    """One model to lm-eval; made for each cell."""
+
+    def __init__(
+        self,
+        *,
+        cell: str,
+        fingerprint: str,
+        tokenizer: Any,
+        overflow: Overflow,
+        client: Client,
+        channel: Channel,
+    ) -> None:
+        super().__init__()
+        self.cell = cell
+        self.fingerprint = fingerprint
+        self.tokenizer = tokenizer
+        self.overflow = overflow
+        self.client = client
+        self.channel = channel
+        self.counts = Counts()
+        self.methods: Counter[Method] = Counter()
+        """Requests by the way they were computed in this attempt."""
+        self.without_tokens = 0
+        """Continuations that have no tokens of their own."""
+        self._done = 0
+
+    # What lm-eval asks of a model that renders chats.
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return str(self.tokenizer.get_chat_template()) if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    # The three kinds of request.
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        pairs = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
+        answers = [
+            msgspec.convert(a, PairAnswer)
+            for a in self._answers("loglikelihood", pairs, identity=self._effective, ask=self._ask_pairs)
+        ]
+        self._count(truncated=sum(a.cut > 0 for a in answers))
+        self.without_tokens += sum(a.tokens == 0 for a in answers)
+        return [(a.logprob, a.is_greedy) for a in answers]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        # Windows are requests of their own, so a long document is as durable as a short one. The reference keeps one
+        # token of the context free for an answer and one for the prefix: hence two less than the server's length.
+        longest = self.channel.facts().max_model_len - 2
+        windows: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
+        for (text,) in (r.args for r in requests):
+            rolling = get_rolling_token_windows(
+                token_list=self._encode([text])[0],
+                prefix_token=self.prefix_token_id,
+                max_seq_len=longest,
+                context_len=1,
+            )
+            windows.append([(tuple(c), tuple(t)) for c, t in map(make_disjoint_window, rolling)])
+        flat = list(itertools.chain.from_iterable(windows))
+        answers = iter(self._answers("window", flat, identity=lambda w: w, ask=self._ask_windows))
+        return [sum(float(answer["logprob"]) for answer in itertools.islice(answers, len(w))) for w in windows]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        prompts = []
+        repeats: Counter[int] = Counter()
+        for request in requests:
+            text, arguments = request.args
+            prompts.append(self.generation(str(text), arguments, repeat=repeats[id(request)]))
+            repeats[id(request)] += 1
+        answers = self._answers(
+            "generate", prompts, identity=lambda g: self._effective((g.prompt, g.parameters)), ask=self._ask_generations
+        )
+        generations = [msgspec.convert(a, GenerationAnswer) for a in answers]
+        self._count(
+            truncated=sum(g.cut > 0 for g in generations),
+            empty=sum(not g.text.strip() for g in generations),
+            length_stopped=sum(g.finish_reason == "length" for g in generations),
+        )
+        return [g.text for g in generations]
+
+    # Stored answers first.
+
+    def _answers(
+        self,
+        kind: str,
+        items: Sequence[Any],
+        *,
+        identity: Callable[[Any], Any],
+        ask: Callable[[Sequence[Any], Answer], None],
+    ) -> list[Any]:
+        """The answers of `items` in order. Equal items are asked once; `ask` gets what no stored answer covers."""
+        keys = [response_key(self.fingerprint, kind, identity(item)) for item in items]
+        item_by_key = dict(zip(keys, items, strict=True))
+        known = self.channel.known(list(item_by_key))
+        answer_by_key: dict[bytes, Any] = {key: msgspec.json.decode(answer) for key, answer in known.items()}
+        owed = [key for key in item_by_key if key not in answer_by_key]
+        self._done += len(item_by_key) - len(owed)
+        self._count(requests=len(item_by_key), reused=len(item_by_key) - len(owed))
+        self._show_progress()
+        if owed:
+            self.channel.owed(len(owed))
+
+            def answer(index: int, method: Method, value: Any) -> None:
+                key = owed[index]
+                answer_by_key[key] = value
+                self.channel.answered(
+                    Response(key=key, cell=self.cell, method=method, answer=msgspec.json.encode(value))
+                )
+                self.methods[method] += 1
+                self._done += 1
+                self._count(asked=1)
+                self._show_progress()
+
+            ask([item_by_key[key] for key in owed], answer)
+        return [answer_by_key[key] for key in keys]
+
+    def _effective(self, request: Any) -> Any:
+        """What identifies a request: its text, and the length it may be cut to where cutting is allowed."""
+        if self.overflow is Overflow.TRUNCATE:
+            return [request, self.channel.facts().max_model_len]
+        return request
+
+    def _count(self, **more: int) -> None:
+        self.counts = replace(self.counts, **{name: getattr(self.counts, name) + n for name, n in more.items()})
+
+    def _show_progress(self) -> None:
+        self.channel.progress(done=self._done, total=self.counts.requests, reused=self.counts.reused)
+
+    # Asking a server.
+
+    def _ask_pairs(self, pairs: Sequence[tuple[str, str]], answer: Answer) -> None:
+        encoded = self._encode_pairs(pairs)
+        # One token of the context stays free for the answer that every request must generate.
+        longest = self.channel.facts().max_model_len - 1
+        cuts = self._cuts([(len(c), len(t)) for c, t in encoded], longest, what="continuation")
+        scored = []
+        for index, ((context, continuation), cut) in enumerate(zip(encoded, cuts, strict=True)):
+            if continuation:
+                scored.append(Scored(index=index, context=tuple(context[cut:]), continuation=tuple(continuation)))
+            else:
+                answer(index, Method.ECHO, PairAnswer(logprob=0.0, is_greedy=True))
+        self._score(scored, cuts, answer)
+
+    def _ask_windows(self, windows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], answer: Answer) -> None:
+        scored = [Scored(index=i, context=c, continuation=t) for i, (c, t) in enumerate(windows)]
+        self._score(scored, [0] * len(scored), answer)
+
+    def _score(self, scored: Sequence[Scored], cuts: Sequence[int], answer: Answer) -> None:
+        length_by_index = {pair.index: len(pair.continuation) for pair in scored}
+
+        def parse(call: EchoCall | NextTokenCall, reply: Mapping[str, Any]) -> None:
+            for found in call.logprobs(reply):
+                value = PairAnswer(
+                    logprob=found.logprob,
+                    is_greedy=found.is_greedy,
+                    cut=cuts[found.index],
+                    tokens=length_by_index[found.index],
+                )
+                answer(found.index, call.method, value)
+
+        calls = scoring_calls(scored, next_token=Method.NEXT_TOKEN in self.channel.facts().methods)
+        self._count(prompt_tokens=sum(call.tokens for call in calls))
+        self.client.run(calls, parse)
+
+    def _ask_generations(self, wanted: Sequence[_Generate], answer: Answer) -> None:
+        longest = self.channel.facts().max_model_len - 1
+        prompts = self._encode([w.prompt for w in wanted])
+        rooms = [int(w.parameters["max_tokens"]) for w in wanted]
+        cuts = self._cuts([(len(p), room) for p, room in zip(prompts, rooms, strict=True)], longest, what="answer")
+        calls = [
+            GenerateCall(index=i, prompt=tuple(prompt[cut:]), parameters=w.parameters)
+            for i, (prompt, cut, w) in enumerate(zip(prompts, cuts, wanted, strict=True))
+        ]
+
+        def parse(call: GenerateCall, reply: Mapping[str, Any]) -> None:
+            found = call.generation(reply)
+            self._count(generated_tokens=found.tokens)
+            value = GenerationAnswer(
+                text=found.text, finish_reason=found.finish_reason, tokens=found.tokens, cut=cuts[call.index]
+            )
+            answer(call.index, call.method, value)
+
+        self._count(prompt_tokens=sum(len(call.prompt) for call in calls))
+        self.client.run(calls, parse)
+
+    def generation(self, prompt: str, arguments: Mapping[str, Any], *, repeat: int) -> _Generate:
+        """`arguments` (lm-eval's generation_kwargs) as the body that `local-completions` would send.
+
+        Repeats of a sampled request get a seed each; the reference sends one seed for all, which makes them equal.
+        """
+        rest = dict(arguments)
+        rest.pop("do_sample", None)
+        default = rest.pop("max_gen_toks", DEFAULT_MAX_GEN_TOKS)
+        max_tokens = int(rest.pop("max_tokens", default))
+        temperature = rest.pop("temperature", 0)
+        until = rest.pop("until", None)
+        stop = handle_stop_sequences(list(until) if isinstance(until, list | tuple) else until, self.eos)
+        parameters = {
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "stop": stop,
+            "seed": GENERATION_SEED + (repeat if temperature else 0),
+            **rest,
+        }
+        return _Generate(prompt=prompt, parameters=parameters)
+
+    # Tokens.
+
+    @property
+    def eos(self) -> str | None:
+        token: str | None = self.tokenizer.eos_token
+        return token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is replaced by: the tokenizer's BOS, else its EOS."""
+        bos = self.tokenizer.bos_token_id
+        return int(bos if bos is not None else self.tokenizer.eos_token_id)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids without special tokens of the tokenizer's own: a chat template brings its BOS itself."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
+        return [list(ids) for ids in encoded.input_ids]
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Context and continuation ids of each pair, split as lm-eval's TemplateLM does.
+
+        Spaces at the end of a context go to the continuation; the whole is encoded at once and cut after as many
+        tokens as the context alone has. Each distinct text is encoded once.
+        """
+        moved = []
+        for context, continuation in pairs:
+            stripped = context.rstrip()
+            moved.append((stripped, context[len(stripped) :] + continuation) if context else ("", continuation))
+        texts = list(dict.fromkeys(t for context, rest in moved for t in (context, context + rest) if t))
+        ids_by_text = dict(zip(texts, self._encode(texts), strict=True))
+        encoded = []
+        for (context, rest), (original, _) in zip(moved, pairs, strict=True):
+            whole = ids_by_text.get(context + rest, [])
+            if original:
+                start = len(ids_by_text.get(context, []))
+                pair = (whole[:start], whole[start:])
+            elif whole and whole[0] == self.prefix_token_id:
+                pair = (whole[:1], whole[1:])
+            else:
+                pair = ([self.prefix_token_id], whole)
+            encoded.append(pair)
+        for (context_ids, _), (context, continuation) in zip(encoded, pairs, strict=True):
+            if not context_ids:
+                raise TaskError(
+                    f"{self.cell}: a request has a context without tokens ({context[-40:]!r}, followed by "
+                    f"{continuation[:40]!r}); stock lm-eval cannot score it either"
+                )
+        return encoded
+
+    def _cuts(self, wanted: Sequence[tuple[int, int]], longest: int, *, what: str) -> list[int]:
+        """How many tokens to cut from the left of each context; `wanted` is (context, room for its `what`) in tokens.
+
+        Cuts where the config allows it, as the reference does; raises TaskError otherwise, before anything is sent.
+        """
+        excess = [max(0, context + room - longest) for context, room in wanted]
+        hopeless = sum(room >= longest for _, room in wanted)
+        over = sum(cut > 0 for cut in excess)
+        if hopeless:
+            raise TaskError(
+                f"{self.cell}: {hopeless} of {len(wanted)} requests leave no room for any context beside the {what} "
+                f"(max_model_len {longest + 1}); raise max_model_len or lower the generated tokens (gen_kwargs)"
+            )
+        if over and self.overflow is Overflow.ERROR:
+            raise TaskError(
+                f"{self.cell}: {over} of {len(wanted)} requests exceed the server by up to {max(excess)} tokens "
+                f"(max_model_len {longest + 1}); raise max_model_len, use fewer shots or fewer generated tokens "
+                "(gen_kwargs), or set `on_overflow: truncate` to cut contexts from the left as stock lm-eval does"
+            )
+        return excess

@@ -1,0 +1,561 @@
+"""The loop: observe -> schedule -> carry out -> record."""
+
+import logging
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Any
+
+import msgspec
+
+from sweep import evaluator as ev
+from sweep.cluster import (
+    Cluster,
+    ClusterEvent,
+    EvaluatorLost,
+    EvaluatorSaid,
+    ServerFailed,
+    ServerLost,
+    ServerReady,
+    ServerStopped,
+    local_capacity,
+    require,
+    starts_local,
+)
+from sweep.concurrency import automatic_limit, shares
+from sweep.config import SweepConfig
+from sweep.plan import Cell, Plan, ServerPlan, on_cpu
+from sweep.preflight import Facts
+from sweep.progress import Terminal
+from sweep.record import Record, Status
+from sweep.schedule import CellView, RetireServer, RunCell, ServerView, StartServer, View, schedule
+from sweep.server import Endpoint
+from sweep.store import Store, write_file
+from sweep.tracking import Outcome, Tracker
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.2
+"""Longest wait for an event; bounds how late a signal or the terminal is."""
+
+LOSSES_MOST = 3
+"""A server or a cell's evaluator that is lost so often without having finished anything takes its model or cell out."""
+
+CLOSE_WANDB_S = 120.0
+"""What W&B has not taken by then is left for later; the run directory has it all."""
+
+TRACK_S = 5.0
+"""Between two points of a model's history in W&B."""
+
+
+@dataclass(kw_only=True)
+class _CellState:
+    cell: Cell
+    state: str = "checking"
+    """checking -> waiting -> running -> done or failed; back to waiting when its evaluator or turn is lost."""
+    attempt: int = 0
+    losses: int = 0
+    needs_server: bool | None = None
+    """None until an evaluator has compared the cell's requests with the stored answers."""
+    evaluator: str | None = None
+    progress: ev.CellProgress | None = None
+    rate: float = 0.0
+    last_seen: tuple[float, int] = (0.0, 0)
+    """When, and how many requests were asked by then; for the rate."""
+
+    @property
+    def unfinished(self) -> bool:
+        return self.state not in ("done", "failed")
+
+
+@dataclass(kw_only=True)
+class _Life:
+    """One server process."""
+
+    server: str
+    endpoint: Endpoint | None = None
+    """None while it starts."""
+    retiring: bool = False
+
+
+@dataclass(kw_only=True)
+class _ServerState:
+    plan: ServerPlan
+    started: int = 0
+    losses: int = 0
+    replicas: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """What a launch came to."""
+
+    records: dict[str, Record]
+    """Of every cell of the plan that has ended, now or before, by cell key."""
+    signal: int
+    """That stopped it; 0 when it came to its end."""
+    wandb: Outcome
+
+
+def carry_out(config: SweepConfig, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str]) -> Carried:
+    """Bring up the cluster, run the plan's owed cells on it and take everything down again, whatever happens.
+
+    Raises ResourceError before anything is started when the machines cannot carry the plan.
+    """
+    servers = {cell.model.server: plan.servers[cell.model.server] for cell in plan.owed}
+    if starts_local(config.ray):
+        require(servers, local_capacity(config.ray))
+    records = dict(plan.done)
+    with Terminal(models=list(plan.models), cells=[cell.key for cell in plan.cells]) as terminal:
+        logger = logging.getLogger("sweep")
+        terminal.log_handler.setLevel(logging.WARNING)
+        logger.addHandler(terminal.log_handler)
+        cluster = Cluster(config.ray, api_key=api_key)
+        try:
+            require(servers, cluster.capacity)
+            tracker = Tracker(
+                config.wandb,
+                sweep=config.name,
+                sweep_id=str(store.directory.root),
+                directory=store.directory.wandb,
+                models={name: asdict(model) for name, model in config.models.items()},
+                secrets=secrets,
+            )
+            try:
+                runner = Runner(
+                    plan=plan, store=store, cluster=cluster, terminal=terminal, tracker=tracker, records=records
+                )
+                number = runner.run()
+            finally:
+                cluster.close()
+                outcome = tracker.close(CLOSE_WANDB_S)
+        finally:
+            cluster.close()
+            logger.removeHandler(terminal.log_handler)
+    return Carried(records=records, signal=number, wandb=outcome)
+
+
+@dataclass(kw_only=True)
+class Runner:
+    """Carries a plan out on a cluster that its caller closes."""
+
+    plan: Plan
+    store: Store
+    cluster: Cluster
+    terminal: Terminal
+    tracker: Tracker
+    records: dict[str, Record]
+    """By cell key; begins with what was done before and grows as cells end."""
+    _cells: dict[str, _CellState] = field(default_factory=dict)
+    _servers: dict[str, _ServerState] = field(default_factory=dict)
+    _lives: dict[str, _Life] = field(default_factory=dict)
+    _facts: dict[str, Facts] = field(default_factory=dict)
+    _evaluators: dict[str, str | None] = field(default_factory=dict)
+    """Name -> what it does: a cell's key, `check`, or None when idle."""
+    _checks: deque[ev.CheckTask | ev.CheckModel] = field(default_factory=deque)
+    _checking: dict[str, ev.CheckTask | ev.CheckModel] = field(default_factory=dict)
+    _evaluators_started: int = 0
+    _last_tracked: float = 0.0
+
+    def run(self) -> int:
+        """0 when every cell is finished or has failed, else the number of the signal that ended it before."""
+        for done, record in enumerate(self.records.values(), start=1):
+            self.tracker.cell(record)
+            self.terminal.finished(record, done, len(self.plan.cells))
+        self._begin()
+        with _signals() as stop:
+            while any(c.unfinished for c in self._cells.values()):
+                for event in self.cluster.events(TICK_S):
+                    self._observe(event)
+                if stop:
+                    return stop[0]
+                self._dispatch_checks()
+                for action in schedule(self._view()):
+                    self._carry_out(action)
+                self._track()
+        return 0
+
+    # Beginning.
+
+    def _begin(self) -> None:
+        owed = self.plan.owed
+        self._cells = {cell.key: _CellState(cell=cell) for cell in owed}
+        names = {cell.model.server for cell in owed}
+        for name in (n for n in self.plan.servers if n in names):
+            plan = self.plan.servers[name]
+            self._servers[name] = _ServerState(
+                plan=plan, replicas=plan.replicas if isinstance(plan.replicas, int) else None
+            )
+            facts = self._stored_facts(plan)
+            if facts is not None:
+                self._facts[name] = facts
+        for task_name in dict.fromkeys(cell.task_name for cell in owed):
+            cell = next(c for c in owed if c.task_name == task_name)
+            self._checks.append(ev.CheckTask(task_name=task_name, task=cell.task, seeds=cell.seeds))
+        for model in dict.fromkeys(cell.model.name for cell in owed):
+            self._checks.append(ev.CheckModel(model=self.plan.models[model]))
+        log.info("%d cells owed, %d done, %d responses stored", len(owed), len(self.plan.done), self.store.count())
+        for _ in range(min(self.cluster.capacity.evaluators, max(len(owed), 1))):
+            self._start_evaluator()
+
+    def _start_evaluator(self) -> None:
+        name = f"evaluator-{self._evaluators_started}"
+        self._evaluators_started += 1
+        self._evaluators[name] = None
+        self.cluster.start_evaluator(name, self.store.directory.server_log(name))
+
+    def _facts_identity(self, plan: ServerPlan) -> list[Any]:
+        """Facts of a server hold for the same checkpoint, options and requested length."""
+        return [[self.plan.models[m].fingerprint for m in plan.adapters], plan.model.max_model_len]
+
+    def _stored_facts(self, plan: ServerPlan) -> Facts | None:
+        path = self.store.directory.facts(plan.name)
+        if not path.exists():
+            return None
+        stored = msgspec.json.decode(path.read_bytes())
+        return msgspec.convert(stored["facts"], Facts) if stored["of"] == self._facts_identity(plan) else None
+
+    def _dispatch_checks(self) -> None:
+        for name, work in self._evaluators.items():
+            if self._checks and work is None:
+                check = self._checks.popleft()
+                self._evaluators[name] = "check"
+                self._checking[name] = check
+                self.cluster.send(name, check)
+
+    # Observing.
+
+    def _observe(self, event: ClusterEvent) -> None:
+        match event:
+            case ServerReady():
+                self._server_ready(event)
+            case ServerFailed(life=life, error=error):
+                self._server_failed(life, error)
+            case ServerLost(life=life, reason=reason):
+                self._server_lost(life, reason)
+            case ServerStopped(life=life):
+                server = self._lives.pop(life).server
+                self._show_server(server, "stopped")
+            case EvaluatorSaid(evaluator=name, event=said):
+                self._heard(name, said)
+            case EvaluatorLost(evaluator=name, reason=reason):
+                self._evaluator_lost(name, reason)
+
+    def _server_ready(self, event: ServerReady) -> None:
+        life = self._lives[event.life]
+        life.endpoint = event.endpoint
+        plan = self._servers[life.server].plan
+        self._facts[life.server] = event.facts
+        write_file(
+            self.store.directory.facts(life.server),
+            msgspec.json.encode({"of": self._facts_identity(plan), "facts": event.facts}),
+        )
+        log.info("server %s is ready at %s: %s", event.life, event.endpoint.url, event.facts)
+        self._show_server(life.server, "ready", f"scores by {', '.join(event.facts.methods)}")
+        for note in event.facts.notes:
+            self.terminal.note(f"{event.life}: {note}")
+        self._share(life.server)
+
+    def _server_failed(self, life: str, error: str) -> None:
+        name = self._lives.pop(life).server
+        log.error("server %s did not start: %s", life, error)
+        if others := [other for other in self._lives.values() if other.server == name]:
+            # The model goes on with the servers that it has.
+            self._servers[name].replicas = len(others)
+            self.terminal.note(f"replica {life} did not start: {error}")
+            return
+        self._show_server(name, "failed", error.splitlines()[0])
+        self._fail_server(name, f"its server did not start: {error}")
+
+    def _server_lost(self, life: str, reason: str) -> None:
+        name = self._lives.pop(life).server
+        server = self._servers[name]
+        server.losses += 1
+        log.error("server %s was lost: %s", life, reason)
+        self._show_server(name, "lost", reason.splitlines()[0])
+        if server.losses >= LOSSES_MOST:
+            self._fail_server(name, f"its server was lost {server.losses} times, last: {reason}")
+        else:
+            self._share(name)
+
+    def _fail_server(self, name: str, error: str) -> None:
+        """Take the server's models out; the others go on."""
+        for state in self._cells.values():
+            if state.cell.model.server == name and state.unfinished:
+                self._fail(state, error)
+
+    def _fail(self, state: _CellState, error: str) -> None:
+        cell = state.cell
+        if state.evaluator is not None:
+            self.cluster.send(state.evaluator, ev.CancelCell(reason="its model failed"))
+        record = Record(
+            model=cell.model.name,
+            task=cell.task_name,
+            fingerprint=cell.fingerprint,
+            status=Status.FAILED,
+            error=error,
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._finish(state, record, {})
+
+    def _evaluator_lost(self, name: str, reason: str) -> None:
+        work = self._evaluators.pop(name)
+        log.error("%s was lost: %s", name, reason)
+        if (check := self._checking.pop(name, None)) is not None:
+            self._check_lost(check, name, reason)
+        elif work is not None:
+            state = self._cells[work]
+            state.losses += 1
+            self._take_back(state)
+            if state.losses >= LOSSES_MOST:
+                self._fail(state, f"its evaluator died {state.losses} times, last: {reason} (see logs/{name}.log)")
+        self._start_evaluator()
+
+    def _check_lost(self, check: ev.CheckTask | ev.CheckModel, name: str, reason: str) -> None:
+        """A check that kills its evaluator would kill the next one too."""
+        error = f"the process that loaded it died: {reason} (see logs/{name}.log)"
+        if isinstance(check, ev.CheckTask):
+            self._checked(ev.Checked(task_name=check.task_name, error=f"task {check.task.task}: {error}"))
+        else:
+            self._checked(ev.Checked(model=check.model.name, error=f"model {check.model.name}: {error}"))
+
+    def _heard(self, name: str, said: ev.Event) -> None:
+        match said:
+            case ev.Checked():
+                self._evaluators[name] = None
+                del self._checking[name]
+                self._checked(said)
+            case ev.Answered(responses=responses):
+                # Right whichever attempt asked: an answer belongs to a model and a request.
+                self.store.put(responses)
+            case _:
+                if name not in self._evaluators or self._evaluators[name] != said.cell:
+                    return
+                state = self._cells[said.cell]
+                if said.attempt == state.attempt:
+                    self._heard_of_cell(name, state, said)
+
+    def _heard_of_cell(self, name: str, state: _CellState, said: ev.Event) -> None:
+        cell = state.cell
+        match said:
+            case ev.WantAnswers(keys=keys):
+                self.cluster.send(name, ev.KnownAnswers(answers=self.store.answers(keys)))
+            case ev.NeedServer(requests=requests):
+                state.needs_server = True
+                if not self._live(cell.model.server):
+                    # An evaluator that waits here would be missing where servers wait for cells.
+                    log.info("%s needs a server for %d requests", cell.key, requests)
+                    self.cluster.send(name, ev.CancelCell(reason="its server has yet to be started"))
+            case ev.CellProgress():
+                self._progressed(state, said)
+            case ev.CellDone(record=record, files=files):
+                self._evaluators[name] = None
+                if state.unfinished:
+                    self._finish(state, record, files)
+                self._share(cell.model.server)
+            case ev.CellFailed(error=error):
+                self._evaluators[name] = None
+                if state.unfinished and error is None:
+                    self._take_back(state)
+                elif state.unfinished and error is not None:
+                    state.evaluator = None  # idle again, there is nothing to cancel
+                    self._fail(state, error)
+                self._share(cell.model.server)
+
+    def _take_back(self, state: _CellState) -> None:
+        state.state, state.evaluator = "waiting", None
+        self.terminal.cell(state.cell.key, state="waiting")
+
+    def _checked(self, said: ev.Checked) -> None:
+        if said.error is not None:
+            for state in self._cells.values():
+                if state.unfinished and (state.cell.task_name == said.task_name or state.cell.model.name == said.model):
+                    self._fail(state, said.error)
+        if not self._checks and not self._checking:
+            for state in self._cells.values():
+                if state.state == "checking":
+                    state.state = "waiting"
+
+    def _progressed(self, state: _CellState, said: ev.CellProgress) -> None:
+        now, asked = time.monotonic(), said.done - said.reused
+        then, before = state.last_seen
+        if then and now > then and asked >= before:
+            fresh = (asked - before) / (now - then)
+            state.rate = fresh if not state.rate else 0.7 * state.rate + 0.3 * fresh
+        state.last_seen, state.progress = (now, asked), said
+        self.terminal.cell(
+            state.cell.key,
+            state="running",
+            done=said.done,
+            total=said.total,
+            reused=said.reused,
+            rate=state.rate,
+        )
+
+    def _finish(self, state: _CellState, record: Record, files: Mapping[str, bytes]) -> None:
+        folder = self.store.directory.cell_results(record.model, record.task).relative_to(self.store.directory.root)
+        record = replace(record, files=tuple(str(folder / name) for name in sorted(files)))
+        self.store.write_record(record, files)
+        state.state, state.evaluator = ("done" if record.status is Status.DONE else "failed"), None
+        self.records[state.cell.key] = record
+        self.tracker.cell(record)
+        done = sum(r.status is Status.DONE for r in self.records.values())
+        self.terminal.finished(record, done, len(self.plan.cells))
+        log.info(
+            "%s %s: %d requests, %d asked, %d reused, %.1f s",
+            state.cell.key,
+            record.status,
+            record.counts.requests,
+            record.counts.asked,
+            record.counts.reused,
+            record.wall_s,
+        )
+
+    # Deciding and carrying out.
+
+    def _live(self, server: str) -> list[str]:
+        return [name for name, life in self._lives.items() if life.server == server and not life.retiring]
+
+    def _view(self) -> View:
+        capacity = self.cluster.capacity
+        on_cpus = {name: self._on_cpu(name) for name in self._servers}
+        used = [self._servers[life.server].plan.gpus for life in self._lives.values() if not on_cpus[life.server]]
+        cpu_lives = sum(on_cpus[life.server] for life in self._lives.values())
+        unfinished = [c for c in self._cells.values() if c.unfinished]
+        running: dict[str, int] = {}
+        for state in unfinished:
+            if state.state == "running":
+                running[state.cell.model.server] = running.get(state.cell.model.server, 0) + 1
+        return View(
+            servers=tuple(
+                ServerView(
+                    name=name,
+                    gpus=0 if on_cpus[name] else server.plan.gpus,
+                    replicas=server.replicas,
+                    lives=tuple(self._live(name)),
+                    unfinished_cells=sum(c.cell.model.server == name for c in unfinished),
+                    wanted=any(c.cell.model.server == name and self._wants_server(c) for c in unfinished),
+                )
+                for name, server in self._servers.items()
+            ),
+            waiting=tuple(
+                CellView(key=key, server=c.cell.model.server, can_start=self._can_start(c))
+                for key, c in self._cells.items()
+                if c.state == "waiting"
+            ),
+            running_by_server=running,
+            free_gpus=capacity.gpus - sum(used),
+            free_cpu_servers=capacity.cpu_servers - cpu_lives,
+            idle_evaluators=0 if self._checks else sum(work is None for work in self._evaluators.values()),
+        )
+
+    def _on_cpu(self, server: str) -> bool:
+        return on_cpu(self._servers[server].plan, cluster_gpus=self.cluster.capacity.gpus)
+
+    def _wants_server(self, state: _CellState) -> bool:
+        """Before facts of its server are known, nothing can be stored for it; afterwards an evaluator looks first."""
+        if state.state == "checking":
+            return False
+        return state.cell.model.server not in self._facts if state.needs_server is None else state.needs_server
+
+    def _can_start(self, state: _CellState) -> bool:
+        return bool(self._live(state.cell.model.server)) or (
+            state.needs_server is None and state.cell.model.server in self._facts
+        )
+
+    def _carry_out(self, action: StartServer | RetireServer | RunCell) -> None:
+        match action:
+            case StartServer(server=name, reason=reason):
+                server = self._servers[name]
+                life = f"{name}-{server.started}"
+                server.started += 1
+                self._lives[life] = _Life(server=name)
+                log.info("start server %s: %s", life, reason)
+                self._show_server(name, "starting")
+                self.cluster.start_server(server.plan, life, self.store.directory.server_log(life))
+            case RetireServer(life=life, reason=reason):
+                log.info("stop server %s: %s", life, reason)
+                self._lives[life].retiring = True
+                self.cluster.stop_server(life)
+            case RunCell(cell=key, reason=reason):
+                state = self._cells[key]
+                state.attempt += 1
+                state.state, state.last_seen, state.rate = "running", (0.0, 0), 0.0
+                state.evaluator = next(name for name, work in self._evaluators.items() if work is None)
+                self._evaluators[state.evaluator] = key
+                server_name = state.cell.model.server
+                log.info("run %s on %s, attempt %d: %s", key, state.evaluator, state.attempt, reason)
+                self.terminal.cell(key, state="loading")
+                facts = self._facts.get(server_name)
+                self.cluster.send(state.evaluator, ev.RunCell(cell=state.cell, attempt=state.attempt, facts=facts))
+                self._share(server_name)
+
+    def _share(self, server: str) -> None:
+        """Tell the evaluators of this server's models which endpoints they have, and how much of each."""
+        running = [
+            c for c in self._cells.values() if c.state == "running" and c.evaluator and c.cell.model.server == server
+        ]
+        if not running:
+            return
+        endpoints = [e for life in self._live(server) if (e := self._lives[life].endpoint) is not None]
+        model = self._servers[server].plan.model
+        limit = (
+            model.concurrency
+            if isinstance(model.concurrency, int)
+            else automatic_limit(max_num_seqs=model.server.get("max_num_seqs"), on_cpu=self._on_cpu(server))
+        )
+        given = shares(limit, [limit] * len(running))
+        facts = self._facts.get(server) if endpoints else None
+        for state, share in zip(running, given, strict=True):
+            pool = tuple((endpoint, share) for endpoint in endpoints if share)
+            self.cluster.send(str(state.evaluator), ev.PoolChanged(shares=pool, facts=facts))
+
+    # Showing.
+
+    def _show_server(self, server: str, state: str, detail: str = "") -> None:
+        for model in self.plan.servers[server].adapters:
+            self.terminal.server(model, state, detail)
+
+    def _track(self) -> None:
+        now = time.monotonic()
+        if now - self._last_tracked < TRACK_S:
+            return
+        self._last_tracked = now
+        for model in {c.cell.model.name for c in self._cells.values() if c.state == "running"}:
+            mine = [c for c in self._cells.values() if c.cell.model.name == model]
+            known = [c.progress for c in mine if c.progress is not None]
+            self.tracker.progress(
+                model,
+                {
+                    "cells_done": sum(not c.unfinished for c in mine),
+                    "requests_done": sum(p.done for p in known),
+                    "requests_per_s": sum(c.rate for c in mine if c.state == "running"),
+                },
+            )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that gets the number of the first SIGINT or SIGTERM; a second one ends the process at once.
+
+    Set after Ray has started, which installs handlers of its own. Supervisors clean up behind a process that ends so.
+    """
+    got: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if got:
+            os._exit(128 + number)
+        got.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield got
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,447 @@
+"""A double of vLLM's OpenAI server: same arguments, key, addresses, process tree and shapes of answers, no model.
+
+As the engine of a sweep (`LMSWEEP_ENGINE="<python> tests/stand_in_server.py"`) or by hand:
+
+    VLLM_API_KEY=k python tests/stand_in_server.py --model any --served-model-name m --host 127.0.0.1 --port 20001
+
+Answers
+    They depend on the request alone, so that a run can be compared with another to the last digit: on the model's name,
+    the tokens before, and with a temperature above 0 on the seed. After a prefix one token is the best one (-0.5); any
+    other has between -1 and -6. They are no distribution: they do not sum to one. Token `t` reads " t" (" 17"), and
+    token 0 ends a text, about one time in `end_every`. A prompt that is text is its UTF-8 bytes.
+
+From vLLM's arguments: --served-model-name, --lora-modules, --host, --port, --max-model-len (2048), --max-num-seqs (256;
+more wait, and the metrics say so). The rest is accepted and has no effect.
+
+Options of its own, each as `--stand-in-NAME VALUE` or as the environment variable `STAND_IN_NAME` in capitals (`env:`
+of a model gives it to one server); see `Options` for what they mean:
+    start_delay_s latency_s die_after die_mark refuse null_logprobs end_every vocabulary tree ignore_term requests_log
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+VERSION = "0.32.0"
+END_OF_TEXT = 0
+BEST = -0.5
+BATCH_MOST = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    start_delay_s: float = 0.0
+    """Between taking the port and listening on it, as vLLM loads weights."""
+    latency_s: float = 0.0
+    """Added to each prompt of a request while it holds one of `--max-num-seqs` places."""
+    die_after: int = 0
+    """Exit with code 1 in the middle of this completion request, counted from 1; 0 never."""
+    die_mark: str = ""
+    """A file that is written when `die_after` strikes; while it is there no server dies: one death in a whole sweep."""
+    refuse: str = ""
+    """Print this to stderr and exit with code 1 instead of starting; `\\n` makes lines."""
+    null_logprobs: int = 0
+    """1 answers `logprobs: null` to every completion, as some servers do."""
+    end_every: int = 16
+    """One in so many generated tokens ends the text."""
+    vocabulary: int = 1000
+    """Tokens that can be best or generated."""
+    tree: int = 0
+    """1 starts a child with a child, like vLLM's EngineCore and Worker; neither notices when we are killed."""
+    ignore_term: int = 0
+    """1 ignores SIGTERM, as a server that hangs."""
+    requests_log: str = ""
+    """A file that gets a line of JSON for each completion request: `pid`, `model` and the whole `body`."""
+
+    @classmethod
+    def parse(cls, arguments: list[str]) -> tuple["Options", list[str]]:
+        """The options and what is left for vLLM's own."""
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        for option in fields(cls):
+            default = os.environ.get(f"STAND_IN_{option.name.upper()}", option.default)
+            parser.add_argument(f"--stand-in-{option.name.replace('_', '-')}", type=option.type, default=default)
+        found, rest = parser.parse_known_args(arguments)
+        return cls(**{option.name: getattr(found, f"stand_in_{option.name}") for option in fields(cls)}), rest
+
+
+class Refusal(Exception):
+    """An error answer in vLLM's shape."""
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None) -> None:
+        super().__init__(message)
+        kind = {400: "BadRequestError", 404: "NotFoundError"}[status]
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The state of the pretended model after some tokens."""
+
+    state: int
+    vocabulary: int
+    end_every: int
+
+    def then(self, token: int) -> "Prefix":
+        return Prefix(zlib.crc32(token.to_bytes(8, "little"), self.state), self.vocabulary, self.end_every)
+
+    @property
+    def best(self) -> int:
+        if self._roll(-1) % self.end_every == 0:
+            return END_OF_TEXT
+        return 1 + self.state % (self.vocabulary - 1)
+
+    def logprob(self, token: int) -> float:
+        return BEST if token == self.best else -(1 + self._roll(token) % 1000 / 200)
+
+    def top(self, most: int) -> list[int]:
+        """The `most` likeliest tokens, in order."""
+        if most <= 1:
+            return [self.best][:most]
+        return sorted(range(self.vocabulary), key=lambda token: -self.logprob(token))[:most]
+
+    def _roll(self, salt: int) -> int:
+        # A CRC is linear: without the multiplication, likelihoods of different prefixes would differ by a constant XOR.
+        return (zlib.crc32(salt.to_bytes(8, "little", signed=True), self.state) * 2654435761 & 0xFFFFFFFF) >> 7
+
+
+@dataclass
+class StandIn:
+    options: Options
+    models: dict[str, str | None]
+    """Served name -> the base model's name for an adapter, None for a base."""
+    key: str
+    max_model_len: int
+    places: asyncio.Semaphore
+    running: int = 0
+    waiting: int = 0
+    requests: int = 0
+    tokens: dict[str, int] = field(default_factory=lambda: {"prompt_tokens": 0, "generation_tokens": 0})
+
+    def app(self) -> web.Application:
+        app = web.Application(middlewares=[self.guard], client_max_size=64 * 2**20)
+        app.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/version", self.version),
+                web.get("/metrics", self.metrics),
+                web.get("/v1/models", self.list_models),
+                web.post("/v1/completions", self.complete),
+            ]
+        )
+        return app
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        # vLLM guards these, and nothing when it has no key.
+        if self.key and request.path.startswith(("/v1", "/v2", "/inference")):
+            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or given != self.key:
+                return web.json_response({"error": "Unauthorized"}, status=401)
+        try:
+            return await handler(request)
+        except Refusal as refusal:
+            return web.json_response(refusal.body, status=refusal.status)
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def version(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": VERSION})
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        figures = {
+            "num_requests_running": ("gauge", self.running),
+            "num_requests_waiting": ("gauge", self.waiting),
+            "kv_cache_usage_perc": ("gauge", min(1.0, self.running / 256)),
+            "num_preemptions_total": ("counter", 0),
+            "prompt_tokens_total": ("counter", self.tokens["prompt_tokens"]),
+            "generation_tokens_total": ("counter", self.tokens["generation_tokens"]),
+            "prefix_cache_queries_total": ("counter", 0),
+            "prefix_cache_hits_total": ("counter", 0),
+        }
+        name = next(iter(self.models))
+        lines = [
+            f"# TYPE vllm:{figure.removesuffix('_total')} {kind}\n"
+            f'vllm:{figure}{{engine="0",model_name="{name}"}} {float(value)}'
+            for figure, (kind, value) in figures.items()
+        ]
+        return web.Response(text="\n".join(lines) + "\n")
+
+    async def list_models(self, _: web.Request) -> web.Response:
+        created = int(time.time())
+        cards = [
+            {
+                "id": name,
+                "object": "model",
+                "created": created,
+                "owned_by": "vllm",
+                "root": name,
+                "parent": parent,
+                "max_model_len": self.max_model_len if parent is None else None,
+                "permission": [],
+            }
+            for name, parent in self.models.items()
+        ]
+        return web.json_response({"object": "list", "data": cards})
+
+    async def complete(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests += 1
+        if self.options.requests_log:
+            with Path(self.options.requests_log).open("a") as file:
+                file.write(json.dumps({"pid": os.getpid(), "model": body.get("model"), "body": body}) + "\n")
+        if 0 < self.options.die_after <= self.requests and not Path(self.options.die_mark or os.devnull).is_file():
+            if self.options.die_mark:
+                Path(self.options.die_mark).touch()
+            os._exit(1)
+        model = body.get("model") or next(iter(self.models))
+        if model not in self.models:
+            raise Refusal(f"The model `{model}` does not exist.", status=404, param="model")
+        prompts = self.prompts(body)
+        choices = await asyncio.gather(*(self.choice(i, prompt, model, body) for i, prompt in enumerate(prompts)))
+        generated = sum(tokens for _, tokens in choices)
+        asked = sum(map(len, prompts))
+        self.tokens["prompt_tokens"] += asked
+        self.tokens["generation_tokens"] += generated
+        return web.json_response(
+            {
+                "id": f"cmpl-{os.urandom(16).hex()}",
+                "object": "text_completion",
+                "created": int(time.time()),
+                "model": model,
+                "choices": [choice for choice, _ in choices],
+                "service_tier": None,
+                "system_fingerprint": f"stand-in-{VERSION}",
+                "usage": {
+                    "prompt_tokens": asked,
+                    "total_tokens": asked + generated,
+                    "completion_tokens": generated,
+                    "prompt_tokens_details": None,
+                    "completion_tokens_details": None,
+                },
+                "kv_transfer_params": None,
+                "ec_transfer_params": None,
+                "metrics": None,
+            }
+        )
+
+    def prompts(self, body: dict[str, Any]) -> list[list[int]]:
+        """Token ids of each prompt of a request; raises Refusal where vLLM does."""
+        prompt = body.get("prompt")
+        if prompt is None or prompt == "" or prompt == []:
+            raise Refusal("Either prompt or prompt_embeds must be provided and non-empty.", param="prompt")
+        if body.get("stream"):
+            raise Refusal("the stand-in does not stream", param="stream")
+        if body.get("logprob_token_ids") and body.get("logprobs") is None:
+            raise Refusal("when using `logprob_token_ids`, `logprobs` must be set.", param="logprob_token_ids")
+        stop, stops_most = body.get("stop"), int(os.environ.get("VLLM_MAX_STOP_STRINGS", "4"))
+        if isinstance(stop, list) and len(stop) > stops_most:
+            raise Refusal(
+                f"List should have at most {stops_most} items after validation, not {len(stop)}", param="stop"
+            )
+        several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+        if len(several) > BATCH_MOST:
+            raise Refusal(f"prompt list length {len(several)} exceeds the maximum allowed count of {BATCH_MOST}.")
+        found = [list(one.encode()) if isinstance(one, str) else list(one) for one in several]
+        for tokens in found:
+            if len(tokens) > self.max_model_len:
+                raise Refusal(
+                    f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt "
+                    f"contains {len(tokens)} input tokens, which exceeds this limit even without any output tokens. "
+                    "Please reduce the length of the input prompt.",
+                    param="input_tokens",
+                )
+            if len(tokens) == self.max_model_len:
+                raise Refusal(
+                    f"The decoder prompt (length {len(tokens)}) plus the number of requested output tokens "
+                    f"(at least 1) is longer than the maximum model length of {self.max_model_len}."
+                )
+        return found
+
+    async def choice(
+        self, index: int, prompt: list[int], model: str, body: dict[str, Any]
+    ) -> tuple[dict[str, Any], int]:
+        """One entry of `choices` and how many tokens were generated for it."""
+        async with self.place():
+            await asyncio.sleep(self.options.latency_s)
+        salt = [model, body.get("seed")] if (body.get("temperature") or 0) > 0 else [model]
+        start = Prefix(zlib.crc32(json.dumps(salt).encode()), self.options.vocabulary, self.options.end_every)
+        before = [start]
+        for token in prompt:
+            before.append(before[-1].then(token))
+        asked = body.get("max_tokens")
+        most = min(16 if asked is None else asked, self.max_model_len - len(prompt))
+        tokens, text, finish, stop = generate(before[-1], most, body)
+        for token in tokens[:-1]:
+            before.append(before[-1].then(token))
+        echo = bool(body.get("echo"))
+        shown = [*prompt, *tokens] if echo else tokens
+        return {
+            "index": index,
+            "text": spell(prompt) + text if echo else text,
+            "logprobs": self.logprobs(before if echo else before[len(prompt) :], shown, body, echo=echo),
+            "finish_reason": finish,
+            "stop_reason": stop,
+            "token_ids": None,
+            # vLLM repeats an echoed prompt's log-probabilities here, with ranks that would cost us a sort each.
+            "prompt_logprobs": None,
+            "prompt_token_ids": None,
+            "routed_experts": None,
+        }, len(tokens)
+
+    def logprobs(
+        self, before: list[Prefix], tokens: list[int], body: dict[str, Any], *, echo: bool
+    ) -> dict[str, Any] | None:
+        """vLLM's CompletionLogProbs: a token comes first among its top ones, the first of a prompt has none."""
+        if body.get("logprobs") is None or self.options.null_logprobs:
+            return None
+        name = (
+            (lambda token: f"token_id:{token}")
+            if body.get("return_tokens_as_token_ids")
+            else (lambda token: f" {token}")
+        )
+        found: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        offset = 0
+        for position, (prefix, token) in enumerate(zip(before, tokens, strict=True)):
+            found["text_offset"].append(offset)
+            found["tokens"].append(name(token))
+            offset += len(name(token))
+            if echo and position == 0:
+                found["token_logprobs"].append(None)
+                found["top_logprobs"].append(None)
+                continue
+            found["token_logprobs"].append(prefix.logprob(token))
+            others = body.get("logprob_token_ids") or prefix.top(body["logprobs"])
+            found["top_logprobs"].append({name(other): prefix.logprob(other) for other in (token, *others)})
+        return found
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """One of the `--max-num-seqs` places that requests run in."""
+        self.waiting += 1
+        try:
+            await self.places.acquire()
+        finally:
+            self.waiting -= 1
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self.places.release()
+
+
+def generate(prefix: Prefix, most: int, body: dict[str, Any]) -> tuple[list[int], str, str, str | int | None]:
+    """Tokens, text, finish reason and stop reason; text and tokens end where vLLM's would."""
+    stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
+    tokens: list[int] = []
+    for token in best_tokens(prefix, most):
+        tokens.append(token)
+        if token == END_OF_TEXT and not body.get("ignore_eos"):
+            return tokens, spell(tokens[:-1]), "stop", None
+        if token in (body.get("stop_token_ids") or ()):
+            return tokens, spell(tokens[:-1]), "stop", token
+        text = spell(tokens)
+        if met := [stop for stop in stops if stop in text]:
+            stop = min(
+                met, key=lambda stop: text.index(stop) + len(stop)
+            )  # what a token more a time would have met first
+            end = text.index(stop) + (len(stop) if body.get("include_stop_str_in_output") else 0)
+            return tokens, text[:end], "stop", stop
+    return tokens, spell(tokens), "length", None
+
+
+def best_tokens(prefix: Prefix, most: int) -> Iterator[int]:
+    for _ in range(most):
+        yield prefix.best
+        prefix = prefix.then(prefix.best)
+
+
+def spell(tokens: list[int]) -> str:
+    return "".join(f" {token}" for token in tokens)
+
+
+SLEEPER = """
+import signal, subprocess, sys
+below = subprocess.Popen([sys.executable, "-S", "-E", "-c", sys.argv[1], ""]) if sys.argv[1] else None
+def end(*_):
+    if below:
+        below.terminate()
+        below.wait()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+while True:
+    signal.pause()
+"""
+
+
+def main() -> None:
+    options, rest = Options.parse(sys.argv[1:])
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--served-model-name", nargs="+")
+    parser.add_argument("--lora-modules", nargs="+", default=[])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    found, _ = parser.parse_known_args(rest)
+    if options.refuse:
+        sys.exit(options.refuse.replace("\\n", "\n"))
+
+    # Bound before anything slow and listened on after it, as vLLM does.
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((found.host, found.port))
+    child = subprocess.Popen([sys.executable, "-S", "-E", "-c", SLEEPER, SLEEPER]) if options.tree else None
+    if options.ignore_term:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(options.start_delay_s)
+
+    names = found.served_model_name or [found.model]
+    adapters = {module.partition("=")[0]: names[0] for module in found.lora_modules}
+
+    async def serve() -> None:
+        stand_in = StandIn(
+            options=options,
+            models={**dict.fromkeys(names), **adapters},
+            key=os.environ.get("VLLM_API_KEY", ""),
+            max_model_len=found.max_model_len,
+            places=asyncio.Semaphore(found.max_num_seqs),
+        )
+        runner = web.AppRunner(stand_in.app(), access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        await web.SockSite(runner, bound).start()
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, *(() if options.ignore_term else (signal.SIGTERM,))):
+            loop.add_signal_handler(number, stop.set)
+        await stop.wait()
+        await runner.cleanup()
+
+    try:
+        asyncio.run(serve())
+    finally:
+        if child is not None:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(5)
+
+
+if __name__ == "__main__":
+    main()

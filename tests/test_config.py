@@ -1,0 +1,556 @@
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sweep.config import CellOverride, Device, Overflow, Seeds, SweepConfig, dump, load, secrets
+from sweep.errors import ConfigError
+
+SMALL = """
+models:
+  qwen: {path: org/qwen}
+  llama: {path: org/llama}
+tasks:
+  gsm8k: {num_fewshot: 5}
+  mmlu:
+"""
+
+
+@pytest.fixture(autouse=True)
+def clean_place(tmp_path, monkeypatch):
+    """An empty current directory, and no variable of this machine that would count as a secret."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MY_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def write(name: str, text: str) -> Path:
+    path = Path("conf") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def loaded(text: str, *overrides: str) -> SweepConfig:
+    write("s.yaml", text)
+    return load("s", overrides)
+
+
+def refused(text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        loaded(text, *overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- What a file means -----------------------------------------------------------------------------------------------
+
+
+def test_a_small_file_gives_models_and_tasks_with_their_defaults():
+    config = loaded(SMALL)
+    assert config.name == "s"
+    assert config.runs_dir == str(Path.cwd() / "runs")
+    assert config.seeds == Seeds(random=0, numpy=1234, torch=1234, fewshot=1234)
+    assert list(config.models) == ["qwen", "llama"]
+    assert config.models["qwen"].path == "org/qwen"
+    assert config.models["qwen"].entry == "qwen"
+    assert config.models["qwen"].device is Device.GPU
+    assert config.tasks["gsm8k"].num_fewshot == 5
+    assert config.tasks["mmlu"].task == "mmlu"
+    assert config.tasks["mmlu"].num_fewshot is None
+
+
+def test_a_path_to_a_file_works_like_a_name():
+    path = write("elsewhere/my-sweep.yaml", SMALL)
+    assert load(str(path)).name == "my-sweep"
+    assert load("my-sweep", conf_dir=path.parent).models == load(str(path)).models
+
+
+def test_defaults_lie_under_every_model_and_mappings_merge_by_key():
+    config = loaded("""
+defaults:
+  model: {tensor_parallel: 2, server: {max-num-seqs: 8, enable_prefix_caching: true}, env: {A: 1, B: x}}
+  task: {limit: 7, gen_kwargs: {temperature: 0}}
+models:
+  plain: {path: org/a}
+  own: {path: org/b, tensor_parallel: 1, server: {max_num_seqs: 64}, env: {B: y}}
+tasks: {gsm8k: {gen_kwargs: {max_gen_toks: 9}}, mmlu: {limit: 3, on_overflow: truncate}}
+""")
+    assert config.models["plain"].tensor_parallel == 2
+    assert config.models["own"].tensor_parallel == 1
+    assert config.models["own"].server == {"max_num_seqs": 64, "enable_prefix_caching": True}
+    assert config.models["own"].env == {"A": "1", "B": "y"}
+    assert config.tasks["gsm8k"].gen_kwargs == {"temperature": 0, "max_gen_toks": 9}
+    assert config.tasks["gsm8k"].limit == 7
+    assert config.tasks["mmlu"].limit == 3
+    assert config.tasks["mmlu"].on_overflow is Overflow.TRUNCATE
+
+
+def test_variants_make_models_in_place_of_their_entry():
+    config = loaded("""
+models:
+  qwen:
+    path: org/qwen
+    server: {max_num_seqs: 8}
+    variants: {plain: , chat: {chat: true, server: {max_num_seqs: 4}}, awq: {path: org/qwen-awq}}
+tasks: {gsm8k: }
+""")
+    assert list(config.models) == ["qwen-plain", "qwen-chat", "qwen-awq"]
+    assert [model.entry for model in config.models.values()] == ["qwen-plain", "qwen-chat", "qwen-awq"]
+    assert [model.chat for model in config.models.values()] == [False, True, False]
+    assert config.models["qwen-chat"].server == {"max_num_seqs": 4}
+    assert config.models["qwen-awq"].path == "org/qwen-awq"
+
+
+def test_checkpoints_make_a_model_for_each_folder_in_the_order_of_steps():
+    for step in ("step-1000", "step-200", "step-200.5"):
+        Path("train", step).mkdir(parents=True)
+    Path("train/step-notes.txt").touch()
+    config = loaded("models: {m: {checkpoints: [./train/step-*]}}\ntasks: {gsm8k: }")
+    assert list(config.models) == ["m-step-200", "m-step-200-5", "m-step-1000"]
+    assert config.models["m-step-200-5"].path == str(Path.cwd() / "train/step-200.5")
+    assert config.models["m-step-200-5"].entry == "m-step-200-5"
+
+
+def test_checkpoints_below_a_wildcard_are_told_apart_by_it():
+    for run in "ab":
+        Path("train", run, "final").mkdir(parents=True)
+    config = loaded("models: {m: {checkpoints: [train/*/final, train/a]}}\ntasks: {gsm8k: }")
+    assert list(config.models) == ["m-a-final", "m-b-final", "m-a"]
+
+
+def test_adapters_share_the_entry_and_so_the_server_of_their_base():
+    Path("lora/sql").mkdir(parents=True)
+    config = loaded("models: {m: {path: org/m, adapters: {sql: ./lora/sql, law: org/law}}}\ntasks: {gsm8k: }")
+    assert {name: (model.entry, model.adapter) for name, model in config.models.items()} == {
+        "m": ("m", None),
+        "m-sql": ("m", str(Path.cwd() / "lora/sql")),
+        "m-law": ("m", "org/law"),
+    }
+
+
+def test_a_variant_may_bring_checkpoints_and_adapters():
+    Path("train/final").mkdir(parents=True)
+    config = loaded("""
+models:
+  m:
+    path: org/m
+    variants:
+      hub: {adapters: {sql: org/sql}}
+      own: {checkpoints: [train/final], adapters: {sql: org/sql}}
+tasks: {gsm8k: }
+""")
+    assert {name: model.entry for name, model in config.models.items()} == {
+        "m-hub": "m-hub",
+        "m-hub-sql": "m-hub",
+        "m-own-final": "m-own-final",
+        "m-own-final-sql": "m-own-final",
+    }
+    assert config.models["m-own-final-sql"].path.endswith("train/final")
+
+
+def test_a_list_of_shots_makes_a_grid_that_a_model_can_choose_by_its_key():
+    config = loaded("""
+models: {all: {path: org/a}, some: {path: org/b, tasks: ["!gsm8k"]}}
+tasks: {gsm8k: {num_fewshot: [0, 5]}, mmlu: {task: mmlu_stem}}
+""")
+    assert {name: (task.task, task.num_fewshot) for name, task in config.tasks.items()} == {
+        "gsm8k-0shot": ("gsm8k", 0),
+        "gsm8k-5shot": ("gsm8k", 5),
+        "mmlu": ("mmlu_stem", None),
+    }
+    assert config.models["some"].tasks == ("!gsm8k-0shot", "!gsm8k-5shot")
+
+
+def test_the_limit_of_the_sweep_fills_tasks_that_set_none():
+    config = loaded(SMALL + "  own: {limit: 0.5}\nlimit: 10\n")
+    assert [config.tasks[name].limit for name in ("gsm8k", "mmlu", "own")] == [10, 10, 0.5]
+    assert loaded(SMALL, "limit=3").tasks["gsm8k"].limit == 3
+
+
+def test_extended_files_come_first_and_later_ones_win():
+    write("shared/base.yaml", "name: base\nseeds: {numpy: 1, torch: 1}\nmodels: {m: {path: org/base, chat: true}}")
+    write("shared/more.yaml", "extends: base.yaml\nseeds: {torch: 2}\ntasks: {gsm8k: {num_fewshot: 5, limit: 4}}")
+    config = loaded("extends: [shared/base.yaml, shared/more.yaml]\nmodels: {m: {path: org/own}}\ntasks: {gsm8k: }")
+    assert config.name == "s"  # its own, as two sweeps of one name would share a run directory
+    assert config.seeds == Seeds(numpy=1, torch=2)
+    assert (config.models["m"].path, config.models["m"].chat) == ("org/own", True)
+    assert (config.tasks["gsm8k"].num_fewshot, config.tasks["gsm8k"].limit) == (5, 4)
+
+
+def test_a_suite_brings_tasks_that_the_sweep_may_change():
+    write("suites/pair.yaml", "tasks: {gsm8k: {num_fewshot: 4, limit: 9}, mmlu: }")
+    config = loaded(
+        "suites: [pair]\nmodels: {m: {path: org/m}}\ntasks: {gsm8k: {limit: 2}}", "tasks.mmlu.num_fewshot=5"
+    )
+    assert (config.tasks["gsm8k"].num_fewshot, config.tasks["gsm8k"].limit) == (4, 2)
+    assert config.tasks["mmlu"].num_fewshot == 5
+
+
+def test_local_paths_become_absolute_and_hub_ids_stay():
+    for folder in ("weights/deep/er", "bare", "yaml"):
+        Path(folder).mkdir(parents=True)
+    config = loaded("""
+models:
+  hub: {path: org/name, tokenizer: org/tok}
+  dotted: {path: ./weights, tokenizer: ../}
+  deep: {path: weights/deep/er}
+  bare: {path: bare}
+tasks: {mine: {include_path: yaml}}
+runs_dir: out
+""")
+    here = Path.cwd()
+    assert (config.models["hub"].path, config.models["hub"].tokenizer) == ("org/name", "org/tok")
+    assert (config.models["dotted"].path, config.models["dotted"].tokenizer) == (
+        str(here / "weights"),
+        str(here.parent),
+    )
+    assert config.models["deep"].path == str(here / "weights/deep/er")
+    assert config.models["bare"].path == str(here / "bare")
+    assert config.tasks["mine"].include_path == str(here / "yaml")
+    assert config.runs_dir == str(here / "out")
+
+
+def test_keys_with_nothing_behind_them_are_empty():
+    config = loaded(SMALL + "suites:\nextends:\nwandb:\ncells:\ndefaults:\n  model:\n")
+    assert config == loaded(SMALL)
+
+
+def test_a_number_from_the_environment_is_decoded_when_asked(monkeypatch):
+    monkeypatch.setenv("DOCUMENTS", "12")
+    assert loaded(SMALL + "limit: ${oc.decode:${oc.env:DOCUMENTS}}").limit == 12
+
+
+def test_cells_may_be_named_with_wildcards():
+    config = loaded(SMALL + "cells: {'*/mmlu': {limit: 3}, qwen/gsm8k: {skip: true, on_overflow: truncate}}")
+    assert config.cells == {
+        "*/mmlu": CellOverride(limit=3),
+        "qwen/gsm8k": CellOverride(skip=True, on_overflow=Overflow.TRUNCATE),
+    }
+
+
+# --- The command line ------------------------------------------------------------------------------------------------
+
+
+def test_overrides_change_what_the_file_says():
+    config = loaded(
+        SMALL,
+        "models.qwen.chat=true",
+        "models.qwen.server.max-num-seqs=4",
+        "tasks.gsm8k.num_fewshot=[0,5]",
+        "cells.qwen/mmlu.skip=true",
+        "name=other",
+        "wandb.mode=offline",
+    )
+    assert config.models["qwen"].chat is True
+    assert config.models["qwen"].server == {"max_num_seqs": 4}
+    assert list(config.tasks) == ["gsm8k-0shot", "gsm8k-5shot", "mmlu"]
+    assert config.cells["qwen/mmlu"].skip
+    assert (config.name, config.wandb.mode) == ("other", "offline")
+
+
+def test_overrides_may_add_a_task_and_a_model_that_has_a_path():
+    config = loaded(SMALL, "tasks.gsm9k={}", "models.new.path=org/new", "models.new.chat=true")
+    assert config.tasks["gsm9k"].task == "gsm9k"
+    assert config.models["new"].chat
+
+
+# --- Mistakes: one line with the source, the key, what was wrong, the nearest known name -----------------------------
+
+ONE_MODEL = "models: {qwen: {path: org/qwen}}\n"
+ONE_TASK = "tasks: {gsm8k: }\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        # unknown keys, at every level
+        (SMALL + "modles: {}", [], "conf/s.yaml: modles: unknown key; did you mean 'models'?"),
+        (SMALL + "wandb: {projcet: x}", [], "conf/s.yaml: wandb.projcet: unknown key; did you mean 'project'?"),
+        (SMALL + "ray: {zzz: 1}", [], "conf/s.yaml: ray.zzz: unknown key; known: address, cpu_servers, evaluators"),
+        (
+            "models: {m: {path: org/m, variants: {a: {caht: true}}}}\n" + ONE_TASK,
+            [],
+            "conf/s.yaml: models.m.variants.a.caht: unknown key; did you mean 'chat'?",
+        ),
+        (ONE_TASK + "models: {m: {path: org/m, entry: x}}", [], "conf/s.yaml: models.m.entry: unknown key"),
+        (SMALL, ["modles.qwen.chat=1"], "command line: modles: unknown key; did you mean 'models'?"),
+        (SMALL, ["tasks.gsm8k.num_fewshots=1"], "command line: tasks.gsm8k.num_fewshots: unknown key; did you mean"),
+        # wrong types
+        (SMALL + "limit: ten", [], "conf/s.yaml: limit: wants an integer or a number, got 'ten'"),
+        (SMALL + "limit: '10'", [], "limit: wants an integer or a number, got '10'; write it without quotes"),
+        (SMALL + "runs_dir: 7", [], "conf/s.yaml: runs_dir: wants text, got 7; put it in quotes"),
+        (SMALL + "seeds: 7", [], "conf/s.yaml: seeds: wants a mapping, got 7"),
+        (SMALL + "suites: pair", [], "conf/s.yaml: suites: wants a list of texts, got 'pair'"),
+        (SMALL, ["models.qwen.chat=1"], "command line: models.qwen.chat: wants true or false, got 1"),
+        (SMALL, ["models.qwen.tensor_parallel=true"], "models.qwen.tensor_parallel: wants an integer, got true"),
+        (
+            SMALL,
+            ["models.qwen.replicas=atuo"],
+            "replicas: wants 'auto' or an integer, got 'atuo'; did you mean 'auto'?",
+        ),
+        (SMALL, ["models.qwen.device=tpu"], "models.qwen.device: wants 'gpu' or 'cpu' or 'auto', got 'tpu'"),
+        (SMALL, ["wandb.mode=ofline"], "wandb.mode: wants 'auto' or 'online' or 'offline' or 'disabled', got 'ofline'"),
+        (SMALL, ["models.qwen.path=null"], "command line: models.qwen.path: wants text, got nothing"),
+        (SMALL, ["tasks.gsm8k.num_fewshot=[0,x]"], "num_fewshot: wants an integer or a list of integers, got [0, 'x']"),
+        ("models: [qwen]\n" + ONE_TASK, [], "conf/s.yaml: models: wants a mapping, got ['qwen']"),
+        ("- models", [], "conf/s.yaml: wants a mapping, got ['models']"),
+        # missing values
+        (
+            "models: {m: }\n" + ONE_TASK,
+            [],
+            "conf/s.yaml: models.m.path: missing value; give a hub id or a local folder",
+        ),
+        ("models: {m: {path: '???'}}\n" + ONE_TASK, [], "conf/s.yaml: models.m.path: missing value"),
+        (ONE_TASK, [], "conf/s.yaml: models: missing value; a sweep needs at least one model"),
+        (ONE_MODEL, [], "conf/s.yaml: tasks: missing value; a sweep needs at least one task, or a suite"),
+        (SMALL, ["limit"], "command line: limit: missing value; write key=value"),
+        # files and folders
+        (SMALL + "extends: bse.yaml", [], "conf/s.yaml: extends: no file "),
+        (SMALL + "extends: s.yaml", [], "conf/s.yaml: extends: a cycle, conf/s.yaml -> conf/s.yaml"),
+        (SMALL + "suites: [nope]", [], "conf/s.yaml: suites: no suite 'nope'"),
+        (SMALL + "suites: [open_llm_leaderbord]", [], "did you mean 'open_llm_leaderboard'?"),
+        (ONE_TASK + "models: {m: {path: ./gone}}", [], "conf/s.yaml: models.m.path: no file or folder '/"),
+        (ONE_TASK + "models: {m: {path: ./cnof}}", [], "did you mean 'conf'?"),
+        (
+            SMALL,
+            ["models.qwen.tokenizer=/no/such"],
+            "command line: models.qwen.tokenizer: no file or folder '/no/such'",
+        ),
+        (SMALL, ["tasks.gsm8k.include_path=mine"], "command line: tasks.gsm8k.include_path: no folder '/"),
+        (ONE_TASK + "models: {m: {checkpoints: [a/*]}}", [], "conf/s.yaml: models.m.checkpoints: no folder matches '/"),
+        (ONE_TASK + "models: {m: {checkpoints: [gone]}}", [], "conf/s.yaml: models.m.checkpoints: no folder '/"),
+        (
+            ONE_TASK + "models: {m: {path: o/m, adapters: {sql: ./gone}}}",
+            [],
+            "conf/s.yaml: models.m.adapters.sql: no file or folder '/",
+        ),
+        # YAML and interpolations
+        ("models: {\n", [], "conf/s.yaml: line 2: bad YAML: "),
+        ("a: 1\na: 2\n", [], "conf/s.yaml: line 2: bad YAML: found duplicate key a"),
+        (SMALL, ["limit=["], "command line: limit: bad YAML after the ="),
+        (SMALL + "api_key: ${oc.env:MY_KEY}", [], "conf/s.yaml: api_key: environment variable 'MY_KEY' is not set"),
+        (
+            SMALL,
+            ["wandb.tags=['${oc.env:MY_KEY}']"],
+            "command line: wandb.tags.0: environment variable 'MY_KEY' is not",
+        ),
+        (SMALL + "limit: ${nope}", [], "conf/s.yaml: limit: not understood: Interpolation key 'nope' not found"),
+        (SMALL + "limit: ${nope", [], "conf/s.yaml: limit: not understood: no viable alternative at input '${nope'"),
+        ("~: 1", [], "conf/s.yaml: not understood: Incompatible key type 'NoneType'"),
+        (
+            SMALL + "limit: ${oc.env:N,5}",
+            [],
+            "limit: wants an integer or a number, got '5'; write it without quotes, an i",
+        ),
+        # names
+        ("models: {qwen2.5: {path: o/m}}\n" + ONE_TASK, [], "conf/s.yaml: models.qwen2.5: a name holds only letters"),
+        (ONE_MODEL + "tasks: {a/b: }", [], "tasks.a/b: a name holds only letters, digits, - and _; call it 'a-b'"),
+        ("models: {7: {path: o/m}}\n" + ONE_TASK, [], "conf/s.yaml: models.7: a name is text; write '7' in quotes"),
+        (SMALL + "name: a/b", [], "conf/s.yaml: name: 'a/b' names a folder"),
+        (SMALL, ["models.qwne.chat=true"], "command line: models.qwne: no such model"),
+        (SMALL, ["models.qwne.chat=true"], "did you mean 'qwen'?"),
+        (SMALL, ["models.typo.x=1"], "command line: models.typo: no such model"),
+        (SMALL, ["models.zzz.chat=true"], "the sweep has qwen, llama"),
+        (
+            "models: {m: {path: o/m, variants: {a: }}, m-a: {path: o/n}}\n" + ONE_TASK,
+            [],
+            "conf/s.yaml: models.m-a: makes 'm-a', as models.m.variants.a does; rename one of them",
+        ),
+        (SMALL, ["tasks.gsm8k.num_fewshot=[5,5]"], "tasks.gsm8k: makes 'gsm8k-5shot', as tasks.gsm8k does"),
+        # values
+        (SMALL, ["models.qwen.tensor_parallel=0"], "command line: models.qwen.tensor_parallel: wants 1 or more, got 0"),
+        (SMALL, ["models.qwen.replicas=0"], "command line: models.qwen.replicas: wants 1 or more, got 0"),
+        (SMALL, ["models.qwen.concurrency=-1"], "command line: models.qwen.concurrency: wants 1 or more, got -1"),
+        (SMALL, ["models.qwen.gpus=1.5"], "models.qwen.gpus: wants a share below 1 or whole GPUs, got 1.5"),
+        (SMALL, ["models.qwen.gpus=0.5", "models.qwen.tensor_parallel=2"], "gpus: tensor_parallel spans 2 whole GPUs"),
+        (SMALL, ["models.qwen.device=cpu", "models.qwen.tensor_parallel=2"], "spans GPUs, but device is cpu; got 2"),
+        (
+            SMALL,
+            ["models.qwen.tasks=[gsm9k]"],
+            "models.qwen.tasks: no task 'gsm9k' in this sweep; did you mean 'gsm8k'?",
+        ),
+        (SMALL, ["models.qwen.tasks=[gsm8k,'!mmlu']"], "models.qwen.tasks: either all or none of the names start"),
+        (SMALL, ["limit=0"], "command line: limit: wants a whole number of documents, at least 1, or a share"),
+        (SMALL, ["tasks.mmlu.limit=1.5"], "command line: tasks.mmlu.limit: wants a whole number of documents"),
+        (
+            SMALL,
+            ["tasks.mmlu.num_fewshot=-1"],
+            "command line: tasks.mmlu.num_fewshot: wants 0 or more examples, got -1",
+        ),
+        (SMALL, ["tasks.mmlu.num_fewshot=[]"], "command line: tasks.mmlu.num_fewshot: the list is empty"),
+        (SMALL, ["seeds.numpy=-1"], "command line: seeds.numpy: wants 0 to 4294967295, as numpy does, got -1"),
+        (SMALL, ["ray.evaluators=0"], "command line: ray.evaluators: wants 1 or more, got 0"),
+        (
+            SMALL + "cells: {qwen/mmul: {skip: true}}",
+            [],
+            "cells.qwen/mmul: no such model/task; did you mean 'qwen/mmlu'",
+        ),
+        (
+            SMALL + "  x: {gen_kwargs: 5}",
+            [],
+            "conf/s.yaml: tasks.x.gen_kwargs: wants a mapping, got 5",
+        ),
+        (
+            "models: {m: {path: o/m, server: {max-num-seqs: 1, max_num_seqs: 2}}}\n" + ONE_TASK,
+            [],
+            "conf/s.yaml: models.m.server.max_num_seqs: the same option as 'max_num_seqs', which is set too",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_source_and_key(text, overrides, message):
+    assert message in refused(text, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "message"),
+    [
+        ("models: {m: {path: o/m, caht: true}}", ONE_TASK, "conf/base.yaml: models.m.caht: unknown key"),
+        ("models: {m: {path: o/m, chat: 3}}", ONE_TASK, "conf/base.yaml: models.m.chat: wants true or false, got 3"),
+        ("models: {m: {path: o/m, gpus: 0}}", ONE_TASK, "conf/base.yaml: models.m.gpus: wants a share"),
+        ("models: {m: {path: o/m, gpus: 1}}", ONE_TASK + "models: {m: {gpus: 0}}", "conf/s.yaml: models.m.gpus: wants"),
+        ("defaults: {model: {gpus: 0}}", ONE_TASK + ONE_MODEL, "conf/base.yaml: defaults.model.gpus: wants a share"),
+        ("models: {m: {chat: true}}", ONE_TASK, "conf/base.yaml: models.m.path: missing value"),
+        ("wandb: {group: '${oc.env:MY_KEY}'}", SMALL, "conf/base.yaml: wandb.group: environment variable 'MY_KEY'"),
+        ("extends: s.yaml", SMALL, "conf/base.yaml: extends: a cycle, conf/s.yaml -> conf/base.yaml -> conf/s.yaml"),
+    ],
+)
+def test_a_mistake_is_said_of_the_file_that_holds_it(base, own, message):
+    write("base.yaml", base)
+    assert message in refused("extends: base.yaml\n" + own)
+
+
+def test_an_unknown_sweep_is_refused_with_the_nearest_one():
+    write("demo.yaml", SMALL)
+    with pytest.raises(ConfigError, match=r"command line: conf: no sweep 'dmeo' in .*; did you mean 'demo'\?"):
+        load("dmeo")
+    with pytest.raises(ConfigError, match=r"command line: conf: no file '/.*/dem\.yaml'; did you mean 'demo\.yaml'\?"):
+        load("conf/dem.yaml")
+
+
+def test_two_checkpoints_of_one_name_are_refused():
+    for folder in ("a/x", "b/x"):
+        Path(folder).mkdir(parents=True)
+    message = refused("models: {m: {checkpoints: [a/x, b/x]}}\n" + ONE_TASK)
+    assert "models.m.checkpoints: " in message
+    assert "would both be called 'm-x'" in message
+
+
+# --- Secrets ---------------------------------------------------------------------------------------------------------
+
+
+def test_secrets_come_from_the_environment_and_are_masked_in_the_dump(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "key-of-the-servers")
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    config = loaded("""
+api_key: ${oc.env:MY_KEY}
+models: {m: {path: org/m, env: {HF_TOKEN: "${oc.env:HF_TOKEN}", URL: "https://u:${oc.env:HF_TOKEN}@host"}}}
+tasks: {gsm8k: {gen_kwargs: {max_gen_toks: 5, eos_token: <end-of-text>}}}
+""")
+    assert config.api_key == "key-of-the-servers"
+    assert config.models["m"].env["HF_TOKEN"] == "hf_0123456789"
+    assert {"key-of-the-servers", "hf_0123456789"} <= set(secrets(config))
+    assert "<end-of-text>" not in secrets(config)
+    text = dump(config)
+    assert "key-of-the-servers" not in text
+    assert "hf_0123456789" not in text
+    saved = yaml.safe_load(text)
+    assert saved["api_key"] == "***"
+    assert saved["models"]["m"]["env"] == {"HF_TOKEN": "***", "URL": "https://u:***@host"}
+    assert saved["tasks"]["gsm8k"]["gen_kwargs"] == {"max_gen_toks": 5, "eos_token": "<end-of-text>"}
+    assert "key-of-the-servers" not in repr(config)
+
+
+def test_variables_of_the_usual_names_are_secret_even_when_the_config_does_not_use_them(monkeypatch):
+    values = {"OPENAI_API_KEY": "sk-0123456789", "HF_TOKEN": "hf_0123456789", "WANDB_API_KEY": "wb" * 20}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SHORT_TOKEN", "abc")
+    found = secrets(loaded(SMALL))
+    assert set(values.values()) <= set(found)
+    assert "abc" not in found
+    assert sorted(found, key=len, reverse=True) == list(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "where"),
+    [
+        (SMALL + "api_key: sk-0123456789", [], "conf/s.yaml: api_key: "),
+        (SMALL, ["api_key=sk-0123456789"], "command line: api_key: "),
+        (
+            "models: {m: {path: o/m, env: {HF_TOKEN: sk-0123456789}}}\n" + ONE_TASK,
+            [],
+            "conf/s.yaml: models.m.env.HF_TOKEN",
+        ),
+        ("models: {m: {path: o/m, server: {api-key: sk-0123456789}}}\n" + ONE_TASK, [], "models.m.server.api_key: "),
+    ],
+)
+def test_a_secret_that_is_written_down_is_refused_with_the_cure_and_not_repeated(text, overrides, where):
+    message = refused(text, *overrides)
+    assert where in message
+    assert "${oc.env:" in message
+    assert "sk-0123456789" not in message
+
+
+def test_the_dump_is_the_resolved_config(monkeypatch):
+    config = loaded(SMALL, "limit=4", "models.qwen.device=cpu", "wandb.tags=[a,b]")
+    saved = yaml.safe_load(dump(config))
+    assert saved["models"]["qwen"]["device"] == "cpu"
+    assert saved["tasks"]["mmlu"]["limit"] == 4
+    assert saved["wandb"]["tags"] == ["a", "b"]
+    assert list(saved) == list(SweepConfig.__dataclass_fields__)
+
+
+# --- What is shipped -------------------------------------------------------------------------------------------------
+
+SHIPPED = Path(__file__).resolve().parents[1] / "conf"
+
+
+def lm_eval_tasks() -> dict[str, str]:
+    """lm-eval's names -> the YAML that defines each, with the file that it includes; read without importing lm_eval."""
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None
+    assert spec.origin is not None
+    texts = {}
+    for path in (Path(spec.origin).parent / "tasks").rglob("*.yaml"):
+        text = path.read_text()
+        if name := re.search(r"^(?:task|group): *([\w-]+) *$", text, re.MULTILINE):
+            include = re.search(r"^include: *[\"']?([^\s\"']+)", text, re.MULTILINE)
+            texts[name[1]] = text + ((path.parent / include[1]).read_text() if include else "")
+    return texts
+
+
+@pytest.mark.parametrize("suite", ["qwen2_5_report", "open_llm_leaderboard", None])
+def test_shipped_tasks_exist_in_lm_eval_and_take_the_shots_they_are_given(suite):
+    known = lm_eval_tasks()
+    config = load("qwen_sweep", [f"suites=[{suite}]"] if suite else [], conf_dir=SHIPPED)
+    for task in config.tasks.values():
+        assert task.task in known
+        if re.search(r"^num_fewshot: *0\b", known[task.task], re.MULTILINE):
+            assert task.num_fewshot is None, f"{task.task} pins 0 shots"
+
+
+def test_the_qwen_sweep_holds_the_models_and_tasks_of_the_original_recipe():
+    config = load("qwen_sweep", conf_dir=SHIPPED)
+    assert [model.path for model in config.models.values()] == [
+        "Qwen/Qwen2.5-3B",
+        "Qwen/Qwen2.5-7B-Instruct",
+        "Qwen/Qwen2.5-7B-Instruct-AWQ",
+        "Qwen/Qwen2.5-14B-Instruct",
+        "Qwen/Qwen2.5-14B-Instruct-AWQ",
+        "Qwen/Qwen2.5-32B-Instruct-AWQ",
+    ]
+    assert list(config.tasks) == ["gsm8k", "mmlu", "global_mmlu_en", "mmlu_pro", "gpqa_main_n_shot"]
+    assert not any(model.chat for model in config.models.values())
+    assert all(model.server == {"enable_prefix_caching": True} for model in config.models.values())
+
+
+def test_importing_the_config_loads_nothing_heavy():
+    heavy = "{'torch', 'vllm', 'ray', 'lm_eval', 'transformers', 'wandb', 'datasets', 'numpy'}"
+    code = f"import sys, sweep.config; print(*{heavy} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SHIPPED.parent)
+    assert found.stdout.strip() == ""
