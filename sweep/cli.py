@@ -143,6 +143,7 @@ def _plan(arguments: Arguments) -> int:
 
 def _run(arguments: Arguments) -> int:
     from sweep import config as configuration
+    from sweep.machine import local_capacity, prepare_local_ray, require, starts_local
     from sweep.plan import make_plan
     from sweep.store import RunDirectory, Store, read_records, set_aside, write_file
 
@@ -153,6 +154,9 @@ def _run(arguments: Arguments) -> int:
     if not plan.owed:
         print(f"all {len(plan.cells)} cells are done; `only=model/task` runs one again, `fresh=true` all of them")
         return _conclude(config, plan, directory, before)
+    if starts_local(config.ray):
+        require(plan.owed_servers, local_capacity(config.ray))
+        prepare_local_ray()
     if arguments.fresh and (aside := set_aside(directory)) is not None:
         print(f"the old run directory is now {aside}")
     store = Store(directory)

@@ -493,7 +493,7 @@ class Recipe:
 RECIPES = {
     "demo-nano": Recipe(hidden=64, epochs=3),
     "demo-small-chat": Recipe(hidden=128, epochs=17, chat=True),
-    "demo-base": Recipe(hidden=192, epochs=20),
+    "demo-base": Recipe(hidden=192, epochs=26),
 }
 QUANTISED, ORIGINAL = "demo-base-awq", "demo-base"
 

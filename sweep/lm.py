@@ -9,7 +9,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from lm_eval.api.instance import Instance
@@ -31,6 +31,8 @@ GENERATION_SEED = 1234
 DEFAULT_MAX_GEN_TOKS = 256
 """What `local-completions` generates at most where neither task nor config says."""
 
+
+A = TypeVar("A")
 
 Answer = Callable[[int, Method, Any], None]
 """Takes the index of an owed request, how it was computed, and its answer."""
@@ -139,10 +141,7 @@ class SweepLM(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         pairs = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
-        answers = [
-            msgspec.convert(a, PairAnswer)
-            for a in self._answers("loglikelihood", pairs, identity=self._effective, ask=self._ask_pairs)
-        ]
+        answers = self._answers("loglikelihood", pairs, PairAnswer, identity=self._effective, ask=self._ask_pairs)
         self._count(truncated=sum(a.cut > 0 for a in answers))
         self.without_tokens += sum(a.tokens == 0 for a in answers)
         return [(a.logprob, a.is_greedy) for a in answers]
@@ -161,8 +160,8 @@ class SweepLM(LM):  # type: ignore[misc]
             )
             windows.append([(tuple(c), tuple(t)) for c, t in map(make_disjoint_window, rolling)])
         flat = list(itertools.chain.from_iterable(windows))
-        answers = iter(self._answers("window", flat, identity=lambda w: w, ask=self._ask_windows))
-        return [sum(float(answer["logprob"]) for answer in itertools.islice(answers, len(w))) for w in windows]
+        answers = iter(self._answers("window", flat, PairAnswer, identity=lambda w: w, ask=self._ask_windows))
+        return [sum(answer.logprob for answer in itertools.islice(answers, len(w))) for w in windows]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         prompts = []
@@ -171,10 +170,13 @@ class SweepLM(LM):  # type: ignore[misc]
             text, arguments = request.args
             prompts.append(self.generation(str(text), arguments, repeat=repeats[id(request)]))
             repeats[id(request)] += 1
-        answers = self._answers(
-            "generate", prompts, identity=lambda g: self._effective((g.prompt, g.parameters)), ask=self._ask_generations
+        generations = self._answers(
+            "generate",
+            prompts,
+            GenerationAnswer,
+            identity=lambda g: self._effective((g.prompt, g.parameters)),
+            ask=self._ask_generations,
         )
-        generations = [msgspec.convert(a, GenerationAnswer) for a in answers]
         self._count(
             truncated=sum(g.cut > 0 for g in generations),
             empty=sum(not g.text.strip() for g in generations),
@@ -188,15 +190,16 @@ class SweepLM(LM):  # type: ignore[misc]
         self,
         kind: str,
         items: Sequence[Any],
+        answer_type: type[A],
         *,
         identity: Callable[[Any], Any],
         ask: Callable[[Sequence[Any], Answer], None],
-    ) -> list[Any]:
+    ) -> list[A]:
         """The answers of `items` in order. Equal items are asked once; `ask` gets what no stored answer covers."""
         keys = [response_key(self.fingerprint, kind, identity(item)) for item in items]
         item_by_key = dict(zip(keys, items, strict=True))
         known = self.channel.known(list(item_by_key))
-        answer_by_key: dict[bytes, Any] = {key: msgspec.json.decode(answer) for key, answer in known.items()}
+        answer_by_key = {key: msgspec.json.decode(answer, type=answer_type) for key, answer in known.items()}
         owed = [key for key in item_by_key if key not in answer_by_key]
         self._done += len(item_by_key) - len(owed)
         self._count(requests=len(item_by_key), reused=len(item_by_key) - len(owed))

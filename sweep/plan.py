@@ -132,6 +132,12 @@ class Plan:
     def owed(self) -> tuple[Cell, ...]:
         return tuple(cell for cell in self.cells if cell.key not in self.done)
 
+    @property
+    def owed_servers(self) -> dict[str, ServerPlan]:
+        """The servers of models with owed cells, in plan order."""
+        names = {cell.model.server for cell in self.owed}
+        return {name: server for name, server in self.servers.items() if name in names}
+
 
 def make_plan(
     config: SweepConfig,

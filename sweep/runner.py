@@ -24,12 +24,10 @@ from sweep.cluster import (
     ServerLost,
     ServerReady,
     ServerStopped,
-    local_capacity,
-    require,
-    starts_local,
 )
 from sweep.concurrency import automatic_limit, shares
 from sweep.config import SweepConfig
+from sweep.machine import require
 from sweep.plan import Cell, Plan, ServerPlan, on_cpu
 from sweep.preflight import Facts
 from sweep.progress import Terminal
@@ -106,11 +104,8 @@ class Carried:
 def carry_out(config: SweepConfig, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str]) -> Carried:
     """Bring up the cluster, run the plan's owed cells on it and take everything down again, whatever happens.
 
-    Raises ResourceError before anything is started when the machines cannot carry the plan.
+    Raises ResourceError when the cluster cannot carry the plan.
     """
-    servers = {cell.model.server: plan.servers[cell.model.server] for cell in plan.owed}
-    if starts_local(config.ray):
-        require(servers, local_capacity(config.ray))
     records = dict(plan.done)
     with Terminal(models=list(plan.models), cells=[cell.key for cell in plan.cells]) as terminal:
         logger = logging.getLogger("sweep")
@@ -118,7 +113,7 @@ def carry_out(config: SweepConfig, plan: Plan, store: Store, *, api_key: str, se
         logger.addHandler(terminal.log_handler)
         cluster = Cluster(config.ray, api_key=api_key)
         try:
-            require(servers, cluster.capacity)
+            require(plan.owed_servers, cluster.capacity)
             tracker = Tracker(
                 config.wandb,
                 sweep=config.name,
@@ -186,9 +181,7 @@ class Runner:
     def _begin(self) -> None:
         owed = self.plan.owed
         self._cells = {cell.key: _CellState(cell=cell) for cell in owed}
-        names = {cell.model.server for cell in owed}
-        for name in (n for n in self.plan.servers if n in names):
-            plan = self.plan.servers[name]
+        for name, plan in self.plan.owed_servers.items():
             self._servers[name] = _ServerState(
                 plan=plan, replicas=plan.replicas if isinstance(plan.replicas, int) else None
             )
@@ -385,7 +378,8 @@ class Runner:
     def _progressed(self, state: _CellState, said: ev.CellProgress) -> None:
         now, asked = time.monotonic(), said.done - said.reused
         then, before = state.last_seen
-        if then and now > then and asked >= before:
+        # The time before the first answer is the server's start, not its rate.
+        if before and now > then:
             fresh = (asked - before) / (now - then)
             state.rate = fresh if not state.rate else 0.7 * state.rate + 0.3 * fresh
         state.last_seen, state.progress = (now, asked), said

@@ -1,6 +1,6 @@
 """Log-likelihood and generation requests -> calls to a server, with the fewest tokens that it must compute.
 
-The reference is stock lm-eval's `local-completions` with tokenized requests: each pair a prompt of its own, echoed
+The reference is stock lm-eval's `local-completions` with tokenized requests: each pair a prompt of its own, which comes
 back with the log-probabilities of all its tokens (`EchoCall`). Where continuations are one token, all those of a context
 become one request for the next token's log-probabilities instead (`NextTokenCall`): the few-shot prefix is computed
 once and stays in vLLM's prefix cache, which an echo request must ignore. preflight.py proves on the live server that

@@ -45,7 +45,8 @@ PORTS = range(20000, 30000)
 PORT_ATTEMPTS = 5
 
 HEALTH_PERIOD_S = 0.25
-ANSWER_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 2.0
+"""An idle server answers within milliseconds; a stranger on a lost port may never answer."""
 STOP_GRACE_S = 10.0
 """vLLM ends within a second or two of SIGTERM; a server in the middle of loading weights does not listen at all."""
 
@@ -386,10 +387,13 @@ class _Process:
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-S", "-E", str(SUPERVISOR), "--grace", f"{STOP_GRACE_S:g}", "--", *arguments],
                 env=variables,
+                bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
             )
+        assert self._supervisor.stdin is not None
+        self._pipe = self._supervisor.stdin
         self.gone = threading.Event()
         self._report = ""
         self._closing = threading.Lock()
@@ -400,6 +404,8 @@ class _Process:
         with self._supervisor.stdout as pipe:
             self._report = pipe.read().decode()  # ends when both stages have ended
         self._supervisor.wait()
+        with self._closing:
+            self._pipe.close()
         self.gone.set()
 
     def ending(self, cause: str | None) -> str:
@@ -417,14 +423,10 @@ class _Process:
 
     def stop(self, grace_s: float) -> None:
         with self._closing:
-            pipe = self._supervisor.stdin
-            assert pipe is not None
-            if not pipe.closed:
+            if not self._pipe.closed:
                 with suppress(BrokenPipeError):
-                    pipe.write(f"{grace_s}\n".encode())
-                    pipe.flush()
-                with suppress(BrokenPipeError):
-                    pipe.close()
+                    self._pipe.write(f"{grace_s}\n".encode())
+                self._pipe.close()
                 # Closing alone is not enough where a forked child of ours still holds the pipe.
                 self._supervisor.terminate()
         if self.gone.wait(grace_s + SUPERVISOR_MARGIN_S):

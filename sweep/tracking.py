@@ -254,6 +254,8 @@ class Tracker:
         assert self._process.stdout is not None
         with self._process.stdout as pipe:
             for line in pipe:
+                if not line.endswith(b"\n"):
+                    break  # torn by the child's death
                 event = json.loads(line)
                 if "mode" in event:
                     self._mode, self._why = event["mode"], event["why"]
@@ -537,7 +539,8 @@ class _Mirror:
                 summary_timeout=10,
                 x_transaction_log_flush_interval=FLUSH_S,
                 allow_offline_artifacts=False,  # a table then is a file of the run and survives a copy
-                # Only what we log leaves the machine: no argv, console, host, git, packages, code or statistics.
+                # Only what we log leaves the machine: no argv, console, host, git, packages, code or statistics. (An
+                # artifact's manifest still names the file under `wandb/data` that it was made from.)
                 console="off",
                 disable_git=True,
                 disable_code=True,

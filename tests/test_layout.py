@@ -19,6 +19,7 @@ ORDER = [
     "config",
     "record",
     "plan",
+    "machine",
     "store",
     "schedule",
     "supervisor",

@@ -1,0 +1,90 @@
+"""What this machine carries, found without Ray: a launch that cannot work says so at once."""
+
+import os
+import secrets
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from sweep.config import RayConfig
+from sweep.errors import ResourceError
+from sweep.plan import ServerPlan, on_cpu
+
+CPU_SERVER = "lmsweep_cpu_server"
+EVALUATOR = "lmsweep_evaluator"
+"""Custom resources of a local cluster: slots, since a CPU server or an evaluator is no whole number of cores."""
+
+CPU_SERVER_GB = 4.5
+"""Memory of one CPU server of a tiny model (3.4 GB measured) and room for its KV cache."""
+
+CPU_SERVERS_MOST = 4
+
+EVALUATOR_GB = 1.0
+"""0.65 GB measured after a first cell, plus documents and requests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """What the cluster carries at the same time."""
+
+    gpus: float
+    largest_node_gpus: float
+    cpu_servers: int
+    evaluators: int
+
+
+def local_gpus() -> int:
+    """GPUs of this machine that CUDA_VISIBLE_DEVICES leaves, found without any GPU library."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    present = sum(line.startswith("GPU ") for line in listed.splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return present if visible is None else min(present, len([v for v in visible.split(",") if v.strip()]))
+
+
+def starts_local(config: RayConfig) -> bool:
+    """Whether this launch brings up a cluster of its own."""
+    return config.address == "local" or (config.address is None and not os.environ.get("RAY_ADDRESS"))
+
+
+def local_capacity(config: RayConfig) -> Capacity:
+    """What this machine carries: measured needs of a CPU server and an evaluator against its memory and cores."""
+    gpus, cores = local_gpus(), psutil.cpu_count() or 1
+    memory_gb = psutil.virtual_memory().available / 2**30
+    by_memory = int(memory_gb * 0.75 / CPU_SERVER_GB)
+    cpu_servers = config.cpu_servers or max(1, min(CPU_SERVERS_MOST, cores, by_memory))
+    servers = gpus or cpu_servers
+    evaluators = config.evaluators or max(1, min(2 * servers, cores, int(memory_gb * 0.25 / EVALUATOR_GB)))
+    return Capacity(gpus=gpus, largest_node_gpus=gpus, cpu_servers=cpu_servers, evaluators=evaluators)
+
+
+def require(servers: Mapping[str, ServerPlan], capacity: Capacity) -> None:
+    """Raise ResourceError when some server could never start, with all that are concerned."""
+    short = [
+        f"{server.name} needs {server.gpus:g} GPU{'s' if server.gpus > 1 else ''} on one node"
+        for server in servers.values()
+        if not on_cpu(server, cluster_gpus=capacity.gpus) and server.gpus > capacity.largest_node_gpus
+    ]
+    if short:
+        there = f"the largest node has {capacity.largest_node_gpus:g}" if capacity.gpus else "there is none here"
+        raise ResourceError(
+            f"not enough GPUs: {'; '.join(short)}; {there}. Run it where they are (`ray.address=host:port`), "
+            "or set `device: cpu` for models that a CPU can serve"
+        )
+
+
+def prepare_local_ray() -> None:
+    """Set what a local cluster reads from the environment; must come before `import ray`, which keeps what it finds."""
+    # Since 2.59 a local cluster wants a token and would write the user's own ~/.ray/auth_token, which changes how
+    # their next `ray start` behaves. A token of this launch in the environment does neither.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Actors without GPUs keep CUDA_VISIBLE_DEVICES as it is: what our children see is set for each of them.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's default of 15 would be inherited by servers, which then lose every core to whatever else runs.
+    os.environ.setdefault("RAY_worker_niceness", "0")
