@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +95,7 @@ class Tracker:
     ) -> None:
         """`directory` is the run directory's `wandb`; `sweep_id` tells sweeps of one name apart; `models` maps each
         model to what W&B shows as its config; whatever is in `secrets` leaves this process as `***`."""
-        self._directory = directory
+        self._directory = directory.resolve()
         self._secrets = secrets
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUED)
         self._started = time.monotonic()
@@ -114,7 +114,7 @@ class Tracker:
             self._outcome = Outcome(mode=mode, why="switched off")
             return
         try:
-            self._process = _spawn(directory)
+            self._process = _spawn(self._directory)
         except OSError as error:
             self._fail(f"W&B's process could not start ({error}); the sweep goes on without W&B")
             return
@@ -200,7 +200,9 @@ class Tracker:
         if self._offline:
             command = "wandb" if shutil.which("wandb") else shlex.quote(str(Path(sys.executable).with_name("wandb")))
             # All offline runs, not just ours: W&B puts several launches of one run together and skips what it has.
-            publish = f"{command} sync --yes {shlex.quote(str(self._directory))}/offline-run-*"
+            where = shlex.quote(str(self._directory))
+            # WANDB_DIR, or it would leave a folder of logs wherever it is run.
+            publish = f"WANDB_DIR={shlex.quote(str(self._directory.parent))} {command} sync --yes {where}/offline-run-*"
         return Outcome(
             mode=self._mode or "offline",
             why=self._why if self._mode else "".join(self._errors[:1]),
@@ -570,7 +572,7 @@ class _Mirror:
         return run
 
 
-def _totals(cells: Any) -> dict[str, float]:
+def _totals(cells: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     cells = list(cells)
     costs = {key for cell in cells for key in cell["cost"]}
     return {

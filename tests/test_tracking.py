@@ -91,7 +91,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None
 def inspect(directory: Path) -> dict[str, Any]:
     """State, config and summary of a run on disk, as W&B's own tool reads them."""
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--summary", "--json", directory]
-    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, cwd=directory).stdout)
 
 
 def offline_run(directory: Path, model: str | None) -> Path:
@@ -199,7 +199,10 @@ def test_without_a_key_the_runs_are_complete_on_disk_and_the_command_to_publish_
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         assert outcome.publish is not None
-        subprocess.run(["bash", "-c", outcome.publish], check=True, capture_output=True, stdin=subprocess.DEVNULL)
+        somewhere = tmp_path / "somewhere"
+        somewhere.mkdir()
+        subprocess.run(["bash", "-c", outcome.publish], check=True, stdin=subprocess.DEVNULL, cwd=somewhere)
+        assert not list(somewhere.iterdir())
         assert summary(GSM8K).items() <= small(server).summary.items()
         assert small(server).table("results")["data"]
     assert server.unknown == []
