@@ -24,7 +24,7 @@ from sweep.server import Endpoint, Server
 log = logging.getLogger(__name__)
 
 STOP_S = 20.0
-"""A server gets so long to end by itself before it is killed; its supervisor's own deadline is shorter."""
+"""Servers get so long to end by themselves; what hangs after that is left to their supervisors, which kill it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,7 @@ class _EvaluatorHost:
             try:
                 yield self._process.receive()
             except EOFError:
+                self._process.stop()  # takes its folder away
                 return
 
     @ray.method(concurrency_group="messages")
@@ -221,15 +222,15 @@ class Cluster:
         return {"resources": {name: 1}} if name in ray.cluster_resources() else {"num_cpus": 1}
 
     def events(self, timeout_s: float) -> list[ClusterEvent]:
-        """What happened, after at most `timeout_s`."""
+        """What happened in the next `timeout_s`; many events at a time cost the driver half as much as one by one."""
         references = [*self._starting, *self._sentinels, *self._stopping, *self._streams]
         ready, _ = ray.wait(references, num_returns=len(references), timeout=timeout_s, fetch_local=False)
         if not ready:
             return []
-        events = []
+        events: list[ClusterEvent] = []
         for reference in ready:
             if reference in self._streams:
-                events.append(self._heard(reference))
+                events += self._heard(reference)
             elif reference in self._starting:
                 events.append(self._started(reference))
             elif reference in self._sentinels:
@@ -242,29 +243,30 @@ class Cluster:
                 events.append(ServerStopped(life=life))
         return events
 
-    def _heard(self, stream: Any) -> ClusterEvent:
+    def _heard(self, stream: Any) -> Iterator[ClusterEvent]:
+        """All that an evaluator has said by now: one event a wait would be slower than a busy one speaks."""
         name = self._streams[stream]
         try:
-            return EvaluatorSaid(evaluator=name, event=ray.get(next(stream)))
+            while ray.wait([stream], timeout=0, fetch_local=False)[0]:
+                yield EvaluatorSaid(evaluator=name, event=ray.get(next(stream)))
+            return
         except StopIteration:
             reason = "its process ended; its log tells why"
         except RayError as error:
-            reason = f"{type(error).__name__}: {_first_line(error)}"
+            reason = _named(error)
         del self._streams[stream]
         ray.kill(self._evaluators.pop(name))
-        return EvaluatorLost(evaluator=name, reason=reason)
+        yield EvaluatorLost(evaluator=name, reason=reason)
 
     def _started(self, reference: Any) -> ClusterEvent:
         life = self._starting.pop(reference)
         try:
             endpoint, facts = ray.get(reference)
-        except RayTaskError as error:
-            cause = error.cause
-            self._end_server(life)
-            return ServerFailed(life=life, error=str(cause) if isinstance(cause, SweepError) else str(error))
         except RayError as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
             self._end_server(life)
-            return ServerFailed(life=life, error=f"{type(error).__name__}: {_first_line(error)}")
+            told = str(cause) if isinstance(cause, SweepError) else f"{life} did not start: {_named(cause)}"
+            return ServerFailed(life=life, error=told)
         self._sentinels[self._servers[life].wait.remote()] = life
         return ServerReady(life=life, endpoint=endpoint, facts=facts)
 
@@ -272,7 +274,7 @@ class Cluster:
         try:
             return str(ray.get(reference))
         except RayError as error:
-            return f"{type(error).__name__}: {_first_line(error)}"
+            return _named(error)
 
     def _end_server(self, life: str) -> None:
         ray.kill(self._servers.pop(life))
@@ -287,13 +289,19 @@ class Cluster:
         nothing."""
         if not ray.is_initialized():
             return
-        stops = [actor.stop.remote() for actor in [*self._servers.values(), *self._evaluators.values()]]
-        if stops:
-            ray.wait(stops, num_returns=len(stops), timeout=STOP_S)
-        for actor in [*self._servers.values(), *self._evaluators.values()]:
-            ray.kill(actor)
-        ray.shutdown()
+        actors = [*self._servers.values(), *self._evaluators.values()]
+        try:
+            stops = [actor.stop.remote() for actor in actors]
+            if stops:
+                ray.wait(stops, num_returns=len(stops), timeout=STOP_S)
+            for actor in actors:
+                ray.kill(actor)
+        except RayError as error:
+            log.warning("Ray failed while it was stopped, supervisors end what is left: %s", _named(error))
+        finally:
+            ray.shutdown()
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), repr(error))
+def _named(error: BaseException) -> str:
+    """An error's type and first line."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'it says no more')}"

@@ -2,8 +2,8 @@
 
     python tests/stock_comparison.py --url http://127.0.0.1:20000 --model demo --tokenizer FOLDER gsm8k:40 hellaswag:100
 
-A task may carry `:limit` and `@shots`. The key comes from OPENAI_API_KEY, as stock lm-eval wants it. A process of its own,
-because data-set libraries read HF_HOME once, when they are imported.
+A task may carry `:limit` and `@shots`. The key comes from OPENAI_API_KEY, as stock lm-eval wants it. It is a process of
+its own because data-set libraries read HF_HOME once, when they are imported.
 """
 
 import argparse

@@ -23,6 +23,7 @@ ORDER = [
     "store",
     "schedule",
     "supervisor",
+    "vllm_plugin",
     "server",
     "concurrency",
     "client",

@@ -1,0 +1,138 @@
+"""The same numbers as stock lm-eval on the same server: real vLLM, real tasks, one request kind each."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweep import demo
+from sweep.config import Device, Model
+from sweep.plan import ServerPlan
+from sweep.server import Endpoint, Server
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data"
+
+KEY = "a-key-for-the-fidelity-tests"
+
+SHORT = 0.02
+"""Between two runs of the same short continuation: batches of other sizes round differently."""
+
+PER_TOKEN = 0.001
+"""The same for a long text, by token."""
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(not DATA.is_dir(), reason=f"needs real evaluation data in {DATA.relative_to(ROOT.parent)}"),
+]
+
+
+@pytest.fixture(scope="module")
+def models() -> Path:
+    demo.make(ROOT / ".demo")
+    return ROOT / ".demo" / "models"
+
+
+@pytest.fixture(scope="module")
+def endpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    model = Model(
+        path=str(models / "demo-base"),
+        device=Device.CPU,
+        dtype="float32",
+        max_model_len=4096,
+        server={"enforce_eager": True},
+        env={"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    plan = ServerPlan(name="demo", model=model, revision=None, adapters={"demo": None}, gpus=1, replicas=1)
+    log = tmp_path_factory.mktemp("server") / "demo-0.log"
+    server = Server(plan, name="demo-0", api_key=KEY, gpu_ids=[], log_path=log)
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def outcomes(endpoint: Endpoint, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Ours and stock's results and samples by task."""
+    home = tmp_path_factory.mktemp("hf")
+    subprocess.run([sys.executable, DATA / "make_cache.py", "--hf-home", home], check=True, capture_output=True)
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "HF_EVALUATE_OFFLINE": "1",
+        "OPENAI_API_KEY": KEY,
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "tests" / "stock_comparison.py"),
+            *("--url", endpoint.url, "--model", "demo", "--tokenizer", models / "demo-base"),
+            *("gsm8k:20", "mmlu_abstract_algebra:25@5", "hellaswag:50", "wikitext:2"),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def pairs(task: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each of our samples with stock's of the same document and filter."""
+    matched = []
+    for name, theirs in task["stock"]["samples"].items():
+        ours = {(s["doc_id"], s["filter"]): s for s in task["ours"]["samples"][name]}
+        assert len(ours) == len(theirs)
+        matched += [(ours[s["doc_id"], s["filter"]], s) for s in theirs]
+    return matched
+
+
+def test_every_prompt_and_document_is_the_one_of_stock_lm_eval(outcomes: dict[str, Any]) -> None:
+    for task in outcomes.values():
+        for mine, theirs in pairs(task):
+            assert [mine[h] for h in ("doc_hash", "prompt_hash", "target_hash")] == [
+                theirs[h] for h in ("doc_hash", "prompt_hash", "target_hash")
+            ]
+
+
+@pytest.mark.parametrize("name", ["mmlu_abstract_algebra", "hellaswag"])
+def test_log_likelihoods_and_choices_are_those_of_stock_lm_eval(outcomes: dict[str, Any], name: str) -> None:
+    for mine, theirs in pairs(outcomes[name]):
+        ours = [float(resp[0][0]) for resp in mine["resps"]]
+        stock = [float(resp[0][0]) for resp in theirs["resps"]]
+        assert ours == pytest.approx(stock, abs=SHORT)
+        best, second = sorted(stock, reverse=True)[:2]
+        if best - second > SHORT:
+            assert ours.index(max(ours)) == stock.index(best)
+            assert mine["acc"] == theirs["acc"]
+        assert [str(resp[0][1]) for resp in mine["resps"]] == [str(resp[0][1]) for resp in theirs["resps"]]
+
+
+def test_one_token_choices_are_scored_by_the_next_token_and_longer_ones_by_echo(outcomes: dict[str, Any]) -> None:
+    assert outcomes["mmlu_abstract_algebra"]["ours"]["methods"] == {"next_token": 100}
+    assert set(outcomes["hellaswag"]["ours"]["methods"]) == {"echo"}
+
+
+def test_perplexities_are_those_of_stock_lm_eval(outcomes: dict[str, Any]) -> None:
+    ours, stock = (outcomes["wikitext"][side]["results"]["wikitext"] for side in ("ours", "stock"))
+    # A byte is at most one token here, so this bounds the noise of a token.
+    assert ours["bits_per_byte,none"] == pytest.approx(stock["bits_per_byte,none"], abs=PER_TOKEN)
+
+
+def test_generations_score_as_those_of_stock_lm_eval(outcomes: dict[str, Any]) -> None:
+    ours, stock = (outcomes["gsm8k"][side]["results"]["gsm8k"] for side in ("ours", "stock"))
+    for metric in ("exact_match,strict-match", "exact_match,flexible-extract"):
+        assert ours[metric] == stock[metric]
+    texts = [(mine["resps"][0][0], theirs["resps"][0][0]) for mine, theirs in pairs(outcomes["gsm8k"])]
+    # Greedy decoding may take the other of two equal tokens when batches differ; most texts are the same all the same.
+    assert sum(mine == theirs for mine, theirs in texts) >= 0.9 * len(texts)
