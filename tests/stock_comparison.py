@@ -1,6 +1,7 @@
-"""Run tasks through lmsweep and through stock lm-eval against one live server; both outcomes as JSON on stdout.
+r"""Run tasks through lmsweep and through stock lm-eval against one live server; both outcomes as JSON on stdout.
 
-    python tests/stock_comparison.py --url http://127.0.0.1:20000 --model demo --tokenizer FOLDER gsm8k:40 hellaswag:100
+    python tests/stock_comparison.py --url http://127.0.0.1:20000 --model demo --tokenizer FOLDER \
+        --max-model-len 4096 gsm8k:40 hellaswag:100
 
 A task may carry `:limit` and `@shots`. The key comes from OPENAI_API_KEY, as stock lm-eval wants it. It is a process of
 its own because data-set libraries read HF_HOME once, when they are imported.
@@ -102,6 +103,7 @@ def main() -> None:
     arguments.add_argument("--url", required=True)
     arguments.add_argument("--model", required=True)
     arguments.add_argument("--tokenizer", required=True)
+    arguments.add_argument("--max-model-len", type=int, required=True)
     arguments.add_argument("--concurrency", type=int, default=16)
     arguments.add_argument("tasks", nargs="+")
     given = arguments.parse_args()
@@ -109,7 +111,11 @@ def main() -> None:
     # A folder here that is named like a data set would be taken for it.
     os.chdir(tempfile.mkdtemp())
     endpoint = Endpoint(
-        server=given.model, url=given.url, api_key=os.environ["OPENAI_API_KEY"], max_model_len=0, engine_version=""
+        server=given.model,
+        url=given.url,
+        api_key=os.environ["OPENAI_API_KEY"],
+        max_model_len=given.max_model_len,
+        engine_version="not asked",
     )
     facts = inspect(endpoint, (given.model,))
     plan = ModelPlan(

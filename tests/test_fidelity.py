@@ -75,6 +75,7 @@ def outcomes(endpoint: Endpoint, models: Path, tmp_path_factory: pytest.TempPath
         [
             *(sys.executable, ROOT / "tests" / "stock_comparison.py"),
             *("--url", endpoint.url, "--model", "demo", "--tokenizer", models / "demo-base"),
+            *("--max-model-len", str(endpoint.max_model_len)),
             *("gsm8k:20", "mmlu_abstract_algebra:25@5", "hellaswag:50", "wikitext:2"),
         ],
         env=environment,
