@@ -3,16 +3,19 @@
 Nothing heavy is imported before it is known to be needed: help and mistakes answer at once.
 """
 
+import json
 import logging
+import os
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweep.errors import ConfigError, ResourceError, StoreError, SweepError, nearest
+from sweep.errors import ConfigError, ResourceError, StoreError, SweepError, boundary, nearest
 
 if TYPE_CHECKING:
     from sweep.config import SweepConfig
@@ -40,7 +43,7 @@ sweeps here     {sweeps}
 
 COMMANDS = ("run", "plan", "tasks")
 
-DONE, FAILED, WRONG = 0, 1, 2
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class Arguments:
     """Dot-list entries for the config."""
     only: str | None = None
     fresh: bool = False
-    samples: int = 0
+    samples: bool = False
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -62,7 +65,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
     if rest and "=" not in rest[0]:
         command = rest.pop(0)
         if command not in COMMANDS:
-            raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)} (--help shows all)")
+            known = [*COMMANDS, *(f"conf={name}" for name in _sweeps())]
+            raise ConfigError(f"unknown command {command!r}{nearest(command, known)} (--help shows all)")
     if command == "tasks":
         return Arguments(command=command, words=tuple(rest))
     options: dict[str, str] = {}
@@ -79,8 +83,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError(f"which sweep? conf=NAME is missing; there are {', '.join(_sweeps()) or 'none here'}")
     if options.get("fresh", "false") not in ("true", "false"):
         raise ConfigError(f"fresh={options['fresh']}: true or false")
-    if not options.get("samples", "0").isdigit():
-        raise ConfigError(f"samples={options['samples']}: a number")
+    if options.get("samples", "0") not in ("0", "1"):
+        raise ConfigError(f"samples={options['samples']}: 1 shows the first prompt of each cell, 0 none")
     if command != "plan" and "samples" in options:
         raise ConfigError("samples= belongs to `plan`, which renders prompts without running anything")
     return Arguments(
@@ -90,46 +94,56 @@ def parse(arguments: Sequence[str]) -> Arguments:
         overrides=tuple(overrides),
         only=options.get("only"),
         fresh=options.get("fresh") == "true",
-        samples=int(options.get("samples", "0")),
+        samples=options.get("samples") == "1",
     )
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE.format(sweeps=", ".join(_sweeps()) or "none"), end="")
-        return DONE if arguments else WRONG
     try:
-        parsed = parse(arguments)
-        if parsed.command == "tasks":
-            from sweep.tasks import tasks_command
-
-            print(tasks_command(parsed.words))
-            return DONE
-        return _plan(parsed) if parsed.command == "plan" else _run(parsed)
+        code = _carry_out(arguments)
+        sys.stdout.flush()
+        return code
     except (ConfigError, ResourceError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
-        # `| head` has seen enough.
-        sys.stderr.close()
+        # `| head` has seen enough. What is still in the buffer must not fail again when Python flushes it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _carry_out(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] == "help" or {"-h", "--help"} & set(arguments):
+        print(USAGE.format(sweeps=", ".join(_sweeps()) or "none"), end="")
+        return DONE if arguments else WRONG
+    parsed = parse(arguments)
+    if parsed.command == "tasks":
+        from sweep.tasks import tasks_command
+
+        print(tasks_command(parsed.words))
         return DONE
+    return _plan(parsed) if parsed.command == "plan" else _run(parsed)
 
 
 def _sweeps() -> list[str]:
-    return sorted(path.stem for path in Path("conf").glob("*.yaml"))
+    folders = (Path("conf"), Path(__file__).resolve().parents[1] / "conf")
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
 def _plan(arguments: Arguments) -> int:
     from sweep.config import load
     from sweep.overview import describe, rendered
     from sweep.plan import make_plan
-    from sweep.store import RunDirectory, read_records
+    from sweep.store import RunDirectory, read_commits, read_records
 
     config = load(str(arguments.conf), arguments.overrides)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
-    records = {} if arguments.fresh else read_records(directory)
-    plan = make_plan(config, records, only=arguments.only, ask_hub=False)
+    records, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
+    plan = make_plan(config, records, only=arguments.only, ask_hub=False, commits=commits)
     print(describe(config, plan, directory))
     failed = 0
     for cell in plan.cells if arguments.samples else ():
@@ -144,16 +158,18 @@ def _plan(arguments: Arguments) -> int:
 def _run(arguments: Arguments) -> int:
     from sweep import config as configuration
     from sweep.machine import local_capacity, prepare_local_ray, require, starts_local
+    from sweep.overview import document
     from sweep.plan import make_plan
-    from sweep.store import RunDirectory, Store, read_records, set_aside, write_file
+    from sweep.store import RunDirectory, Store, read_commits, read_records, set_aside, write_file
 
     config = configuration.load(str(arguments.conf), arguments.overrides)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
-    before = {} if arguments.fresh else read_records(directory)
-    plan = make_plan(config, before, only=arguments.only, ask_hub=True)
+    before, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
+    plan = make_plan(config, before, only=arguments.only, ask_hub=True, commits=commits)
     if not plan.owed:
         print(f"all {len(plan.cells)} cells are done; `only=model/task` runs one again, `fresh=true` all of them")
-        return _conclude(config, plan, directory, before)
+        return _conclude(config, plan, plan, directory, before)
+    planned = document(plan)
     if starts_local(config.ray):
         require(plan.owed_servers, local_capacity(config.ray))
         prepare_local_ray()
@@ -163,14 +179,18 @@ def _run(arguments: Arguments) -> int:
     try:
         api_key = config.api_key or secrets.token_urlsafe(32)
         hidden = (*configuration.secrets(config), api_key)
-        write_file(directory.config, configuration.dump(config))
+        with boundary(StoreError, f"write to {directory.root}"):
+            write_file(directory.config, configuration.dump(config))
+            write_file(directory.plan, _masked(json.dumps(planned, indent=1), hidden))
         with _logged_to(directory.driver_log, hidden):
             from sweep.runner import carry_out
 
             carried = carry_out(config, plan, store, api_key=api_key, secrets=hidden)
     finally:
         store.close()
-    code = _conclude(config, plan, directory, read_records(directory))
+    records = read_records(directory)
+    whole = plan if arguments.only is None else make_plan(config, records, ask_hub=False, commits=plan.commits)
+    code = _conclude(config, plan, whole, directory, records)
     print(_said_of_wandb(carried.wandb))
     if carried.signal:
         print(f"stopped by signal {carried.signal}; the same command goes on where it stopped")
@@ -179,15 +199,23 @@ def _run(arguments: Arguments) -> int:
 
 
 def _conclude(
-    config: "SweepConfig", plan: "Plan", directory: "RunDirectory", records: "Mapping[tuple[str, str], Record]"
+    config: "SweepConfig",
+    plan: "Plan",
+    whole: "Plan",
+    directory: "RunDirectory",
+    records: "Mapping[tuple[str, str], Record]",
 ) -> int:
-    """Write and print the tables of everything that this sweep has results for; the exit code."""
+    """Write and print the tables of the `whole` sweep; the exit code, which is about the `plan` of this launch."""
     from sweep.record import Status
     from sweep.report import csv_text, failures, markdown
     from sweep.store import write_file
 
-    # In the order of the config, whatever order the cells ended in; what was taken out of the config is not shown.
-    shown = [r for model in config.models for task in config.tasks if (r := records.get((model, task))) is not None]
+    # In the order of the config, whatever order the cells ended in. Results of other settings may be there too: of a
+    # launch with another limit, say, when this one was stopped before it came to the cell.
+    found = [(cell, r) for cell in whole.cells if (r := records.get((cell.model.name, cell.task_name))) is not None]
+    shown = [record for cell, record in found if record.fingerprint == cell.fingerprint]
+    if others := len(found) - len(shown):
+        print(f"\n{others} cells are left out of the tables: what they have was computed under other settings")
     write_file(directory.report, markdown(shown, list(config.models)))
     write_file(directory.csv, csv_text(shown, list(config.models)))
     print(f"\n{markdown(shown, list(config.models), subtasks=False)}")
@@ -208,19 +236,20 @@ def _said_of_wandb(outcome: "Outcome") -> str:
     return "\n".join([*lines, *(f"         {error}" for error in outcome.errors)])
 
 
+def _masked(text: str, hidden: Sequence[str]) -> str:
+    return reduce(lambda masked, secret: masked.replace(secret, "***"), hidden, text)
+
+
 @contextmanager
 def _logged_to(path: Path, hidden: Sequence[str]) -> Iterator[None]:
     """The driver's log in the run directory, without any secret."""
 
     class Masked(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
-            text = super().format(record)
-            for secret in hidden:
-                text = text.replace(secret, "***")
-            return text
+            return _masked(super().format(record), hidden)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(Masked("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("sweep")
     logger.setLevel(logging.INFO)

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -26,7 +26,7 @@ ATTEMPTS = 5
 not counted: a dead server is the scheduler's business, and its calls simply go to the next one."""
 
 PAUSE_S = 1.0
-"""How long an endpoint that failed gets nothing new; doubled for each failure in a row up to PAUSE_MOST_S."""
+"""How long an endpoint that failed gets nothing new; doubled up to PAUSE_MOST_S while it fails after each pause."""
 
 PAUSE_MOST_S = 15.0
 
@@ -60,8 +60,10 @@ C = TypeVar("C", bound=Call)
 class _Slot:
     endpoint: Endpoint
     limit: int
+    """0 for an endpoint that left the pool and still owes answers."""
     in_flight: int = 0
-    failures: int = 0
+    pause_s: float = 0.0
+    """The last pause; 0 once it answered again."""
     paused_until: float = 0.0
 
 
@@ -71,7 +73,10 @@ class _Queued:
 
     call: Any
     attempts: int = 0
-    last_error: str = ""
+
+
+def _nobody() -> None:
+    """Wakes nobody, while no call waits."""
 
 
 class Cancelled(BaseException):
@@ -85,35 +90,35 @@ class Pool:
         self._lock = threading.Lock()
         self._slots: dict[str, _Slot] = {}
         self._cancelled: str | None = None
-        self._wake: Callable[[], object] | None = None
+        self._wake: Callable[[], object] = _nobody
 
-    def update(self, shares: Iterable[tuple[Endpoint, int]]) -> None:
-        """Replace the pool. Requests in flight at an endpoint that left go on and count as lost only if they fail."""
+    def update(self, shares: Sequence[tuple[Endpoint, int]]) -> None:
+        """Replace the pool. Requests in flight at an endpoint that left go on, and count if it comes back."""
         with self._lock:
-            new = {endpoint.server: (endpoint, limit) for endpoint, limit in shares}
-            for name in self._slots.keys() - new.keys():
-                del self._slots[name]
-            for name, (endpoint, limit) in new.items():
-                if name in self._slots:
-                    self._slots[name].limit = limit
-                else:
-                    self._slots[name] = _Slot(endpoint=endpoint, limit=limit)
-        self._notify()
+            old = self._slots
+            self._slots = {e.server: old.get(e.server) or _Slot(endpoint=e, limit=0) for e, _ in shares}
+            for endpoint, limit in shares:
+                self._slots[endpoint.server].limit = limit
+            for name, slot in old.items():
+                if slot.in_flight and name not in self._slots:
+                    slot.limit = 0
+                    self._slots[name] = slot
+            self._wake()
 
     def cancel(self, reason: str) -> None:
         with self._lock:
             self._cancelled = reason
-        self._notify()
+            self._wake()
 
     def raise_if_cancelled(self) -> None:
         with self._lock:
             if self._cancelled is not None:
                 raise Cancelled(self._cancelled)
 
-    def _notify(self) -> None:
-        wake = self._wake
-        if wake is not None:
-            wake()
+    def _call(self, wake: Callable[[], object]) -> None:
+        """Have `wake` called, from any thread, after each change; never after the next `_call` has returned."""
+        with self._lock:
+            self._wake = wake
 
     def _take(self) -> tuple[_Slot | None, float]:
         """The least loaded endpoint with room, else None and the seconds after which a pause may be over."""
@@ -163,7 +168,7 @@ class Client:
     async def _run(self, queue: deque[_Queued], on_reply: Callable[[C, Mapping[str, Any]], None]) -> None:
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
-        self.pool._wake = lambda: loop.call_soon_threadsafe(changed.set)
+        self.pool._call(lambda: loop.call_soon_threadsafe(changed.set))
         # The pool's shares are the limit; the connector's own would be a second, hidden one.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
         running: set[asyncio.Task[None]] = set()
@@ -191,7 +196,7 @@ class Client:
                         task.cancel()
                     await asyncio.gather(*running, return_exceptions=True)
         finally:
-            self.pool._wake = None
+            self.pool._call(_nobody)
 
     async def _send(
         self,
@@ -208,17 +213,16 @@ class Client:
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             self._pause(slot, f"connection to {endpoint.server} lost: {error!r}")
             queue.appendleft(queued)
-        except _Passing as error:
+        except (_Passing, aiohttp.ClientError) as error:
             queued.attempts += 1
-            queued.last_error = str(error)
-            self._pause(slot, queued.last_error)
+            self._pause(slot, str(error))
             if queued.attempts >= ATTEMPTS:
                 raise RequestError(
                     f"a request to model {self.model} failed {ATTEMPTS} times, last at {endpoint.server}: {error}"
                 ) from None
             queue.appendleft(queued)
         else:
-            slot.failures = 0
+            slot.pause_s = 0.0
             on_reply(queued.call, reply)
         finally:
             slot.in_flight -= 1
@@ -235,23 +239,29 @@ class Client:
                 f"{endpoint.url}/v1/completions", data=body, headers=headers, timeout=timeout
             ) as response:
                 content = await response.read()
+        except aiohttp.ClientConnectionError:
+            raise  # a connection that cannot be made in time is one, and a TimeoutError too
         except TimeoutError:
             raise _Passing(f"{endpoint.server} did not answer within {timeout.total:.0f} s") from None
         self.traffic.last_received = time.monotonic()
         if response.status == 200:
-            reply: Mapping[str, Any] = msgspec.json.decode(content)
-            return reply
+            try:
+                return msgspec.json.decode(content, type=dict[str, Any])
+            except msgspec.DecodeError as error:
+                raise _Passing(f"{endpoint.server} sent a broken answer: {error}") from None
         words = content.decode(errors="replace").replace(endpoint.api_key, "***")[:WORDS]
         if response.status == 429 or response.status >= 500:
             raise _Passing(f"{endpoint.server} answered {response.status}: {words}")
         raise RequestError(f"{endpoint.server} refused a request of model {self.model} ({response.status}): {words}")
 
     def _pause(self, slot: _Slot, why: str) -> None:
-        pause = min(PAUSE_S * 2**slot.failures, PAUSE_MOST_S)
-        slot.failures += 1
-        slot.paused_until = time.monotonic() + pause
         self.traffic.retries += 1
-        log.warning("%s; asked again in %.0f s", why, pause)
+        now = time.monotonic()
+        if now < slot.paused_until:
+            return  # the others that were in flight fail with the first one; together they are one failure
+        slot.pause_s = min(2 * slot.pause_s or PAUSE_S, PAUSE_MOST_S)
+        slot.paused_until = now + slot.pause_s
+        log.warning("%s; asked again in %.0f s", why, slot.pause_s)
 
 
 class _Passing(Exception):

@@ -265,8 +265,10 @@ class Cluster:
         except RayError as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             self._end_server(life)
-            told = str(cause) if isinstance(cause, SweepError) else f"{life} did not start: {_named(cause)}"
-            return ServerFailed(life=life, error=told)
+            if isinstance(cause, SweepError):
+                return ServerFailed(life=life, error=str(cause))
+            log.info("%s did not start", life, exc_info=error)
+            return ServerFailed(life=life, error=f"{life} did not start: {_named(cause)}")
         self._sentinels[self._servers[life].wait.remote()] = life
         return ServerReady(life=life, endpoint=endpoint, facts=facts)
 

@@ -122,7 +122,7 @@ class Seeds:
 class CellOverride:
     """Changes one model × task; every field that is set replaces the task's."""
 
-    skip: bool = False
+    skip: bool | None = None
     num_fewshot: int | None = None
     limit: int | float | None = None
     gen_kwargs: dict[str, Any] | None = None

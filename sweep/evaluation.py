@@ -4,7 +4,7 @@ Runs in an evaluator's child process (evaluator.py) or in a test; knows neither 
 """
 
 import functools
-import logging
+import math
 import os
 import random
 import sys
@@ -15,17 +15,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from sweep.client import Client, Pool
-from sweep.config import Seeds, Task
+from sweep.config import Model, Seeds, Task
 from sweep.errors import TaskError, boundary
 from sweep.lm import Channel, SweepLM
 from sweep.plan import Cell, ModelPlan
+from sweep.preflight import Facts
 from sweep.record import Record, Score, Status
-
-log = logging.getLogger(__name__)
 
 LIBRARIES = ("lm_eval", "transformers", "tokenizers", "datasets", "lmsweep")
 
@@ -60,10 +60,13 @@ def load_tokenizer(plan: ModelPlan) -> Any:
     return tokenizer
 
 
-def check_task(task: Task, seeds: Seeds) -> None:
-    """Load a task with its data; raises TaskError with the cause. Finds gated, missing and broken data sets early."""
-    with boundary(TaskError, f"load task {task.task}"), _reproducible_documents(seeds):
-        _manager(task, {}).load([task.task])
+def check_task(task: Task, seeds: Seeds, model: Model | None = None) -> None:
+    """Load a task with its data; raises TaskError with the cause. Finds gated, missing and broken data sets early.
+
+    `model` is one that runs the task: some tasks make their documents with its tokenizer.
+    """
+    with boundary(TaskError, f"load task {task.task}"), _reproducible_documents(seeds), _confirmed_code(task):
+        _manager(task, model).load([task.task])
 
 
 def evaluate(cell: Cell, *, tokenizer: Any, pool: Pool, channel: Channel) -> Evaluated:
@@ -78,20 +81,23 @@ def evaluate(cell: Cell, *, tokenizer: Any, pool: Pool, channel: Channel) -> Eva
         results = _simple_evaluate(cell, lm, limit=cell.task.limit)
         _check_effect(cell, results)
         samples = results.pop("samples")
+        facts = channel.facts()
+        scores, unusable = _scores(results)
+        settings = _settings(cell, lm, facts, results, samples)
         files = _files(cell, lm, results, samples)
-    facts = channel.facts()
     record = Record(
         model=cell.model.name,
         task=cell.task_name,
         fingerprint=cell.fingerprint,
         status=Status.DONE,
-        scores=tuple(_scores(results)),
+        scores=scores,
         counts=lm.counts,
-        warnings=tuple(_warnings(cell, lm, facts.notes)),
+        warnings=(*unusable, *_warnings(cell, lm), *facts.notes),
         started_at=started_at.isoformat(timespec="seconds"),
-        wall_s=round(time.monotonic() - start, 3),
+        # A cell that waits for its server's weights has not become a slower one.
+        wall_s=round(time.monotonic() - start - lm.waited_s, 3),
         request_s=round(client.traffic.request_s, 3),
-        settings=_settings(cell, lm, results, samples),
+        settings=settings,
         versions={"vllm": facts.engine_version, **{name: version(name) for name in LIBRARIES}},
     )
     return Evaluated(record=record, files=files)
@@ -114,7 +120,7 @@ class Preview:
 
 def preview(cell: Cell, tokenizer: Any) -> Preview:
     """The first document's first request, rendered without any server. Raises TaskError."""
-    seen: list[tuple[str, Any]] = []
+    seen: list[tuple[str, Any]] = []  # kind and lm-eval's Instance
     lm = _lm(cell, tokenizer, Client(model=cell.model.name, pool=Pool()), _NoChannel())
 
     class Rendered(Exception):
@@ -122,7 +128,7 @@ def preview(cell: Cell, tokenizer: Any) -> Preview:
 
     def capture(kind: str) -> Callable[[list[Any]], Any]:
         def requests(instances: list[Any]) -> Any:
-            seen.extend((kind, i.args) for i in instances)
+            seen.extend((kind, instance) for instance in instances)
             raise Rendered
 
         return requests
@@ -131,7 +137,8 @@ def preview(cell: Cell, tokenizer: Any) -> Preview:
         setattr(lm, kind, capture(kind))
     with boundary(TaskError, f"render {cell.key}"), suppress(Rendered):
         _simple_evaluate(cell, lm, limit=1)
-    kind, arguments = seen[0]
+    kind, first = seen[0]
+    arguments = first.args
     prompt = str(arguments[0])
     return Preview(
         kind=kind,
@@ -139,7 +146,7 @@ def preview(cell: Cell, tokenizer: Any) -> Preview:
         continuation=str(arguments[1]) if kind == "loglikelihood" else None,
         arguments=lm.generation(prompt, arguments[1], repeat=0).parameters if kind == "generate_until" else {},
         prompt_tokens=len(tokenizer(prompt, add_special_tokens=False).input_ids),
-        requests=len(seen),
+        requests=sum((i.task_name, i.doc_id) == (first.task_name, first.doc_id) for _, i in seen),
     )
 
 
@@ -165,9 +172,6 @@ def _simple_evaluate(cell: Cell, lm: SweepLM, *, limit: int | float | None) -> d
     from lm_eval.evaluator import simple_evaluate
 
     task, model, seeds = cell.task, cell.model.model, cell.seeds
-    # What lm-eval's own command hands to tasks that look at the model, RULER for one.
-    metadata = {"pretrained": model.path, "tokenizer": model.tokenizer or model.path, **task.metadata}
-    multiturn = model.chat if task.fewshot_as_multiturn is None else task.fewshot_as_multiturn
     with _reproducible_documents(seeds), _confirmed_code(task):
         results = simple_evaluate(
             model=lm,
@@ -177,17 +181,21 @@ def _simple_evaluate(cell: Cell, lm: SweepLM, *, limit: int | float | None) -> d
             gen_kwargs=dict(task.gen_kwargs) or None,
             system_instruction=model.system_instruction,
             apply_chat_template=model.chat,
-            fewshot_as_multiturn=multiturn,
-            task_manager=_manager(task, metadata),
+            fewshot_as_multiturn=_as_multiturn(cell),
+            task_manager=_manager(task, model),
             random_seed=seeds.random,
             numpy_random_seed=seeds.numpy,
             torch_random_seed=seeds.torch,
             fewshot_random_seed=seeds.fewshot,
             confirm_run_unsafe_code=task.unsafe_code,
-            metadata=metadata,
         )
     found: dict[str, Any] = results
     return found
+
+
+def _as_multiturn(cell: Cell) -> bool:
+    asked = cell.task.fewshot_as_multiturn
+    return cell.model.model.chat if asked is None else asked
 
 
 @contextmanager
@@ -201,35 +209,39 @@ def _confirmed_code(task: Task) -> Iterator[None]:
         os.environ.pop("HF_ALLOW_CODE_EVAL", None)
 
 
-def _manager(task: Task, metadata: Mapping[str, Any]) -> Any:
-    """lm-eval's TaskManager with this task's folder and metadata; its index, 5 s of work, is kept for the process."""
-    from lm_eval.tasks import TaskManager
+def _manager(task: Task, model: Model | None) -> Any:
+    """lm-eval's TaskManager with this task's folder and metadata; its index is kept for the process."""
     from lm_eval.tasks._factory import TaskFactory
 
-    manager = _indexed_manager(TaskManager, task.task, task.include_path)
-    manager.metadata = dict(metadata)
-    manager._factory = TaskFactory(meta=dict(metadata))
+    # What lm-eval's own command hands to tasks that look at the model, RULER for one.
+    of_model = {"pretrained": model.path, "tokenizer": model.tokenizer or model.path} if model else {}
+    manager = _indexed_manager(task.task, task.include_path)
+    manager.metadata = {**of_model, **task.metadata}
+    manager._factory = TaskFactory(meta=manager.metadata)
     return manager
 
 
-@functools.lru_cache(maxsize=8)
-def _indexed_manager(manager_class: Any, name: str, include_path: str | None) -> Any:
+def _indexed_manager(name: str, include_path: str | None) -> Any:
     if include_path is not None:
-        # A task of the user's own needs no index of lm-eval's 14,000; a group may refer to them.
-        own = _own_manager(manager_class, include_path)
-        if name in own.all_subtasks:
+        # What stands on its own needs no index of lm-eval's 14,000, which takes 5 s.
+        own = _index(include_path, include_defaults=False)
+        if _is_complete(own, name):
             return own
-    return _full_manager(manager_class, include_path)
+    return _index(include_path, include_defaults=True)
 
 
-@functools.lru_cache(maxsize=8)
-def _own_manager(manager_class: Any, include_path: str) -> Any:
-    return manager_class(include_path=include_path, include_defaults=False)
+def _is_complete(manager: Any, name: Any) -> bool:
+    """Whether all that a task or group consists of is in this index; a tag may hold tasks of others too."""
+    if name in manager.all_groups:
+        return all(_is_complete(manager, member) for member in manager.task_index[name].cfg["task"])
+    return name in manager.all_subtasks
 
 
-@functools.lru_cache(maxsize=8)
-def _full_manager(manager_class: Any, include_path: str | None) -> Any:
-    return manager_class(include_path=include_path)
+@functools.cache
+def _index(include_path: str | None, *, include_defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 @contextmanager
@@ -310,9 +322,13 @@ def _check_effect(cell: Cell, results: Mapping[str, Any]) -> None:
             raise TaskError(f"{cell.key}: limit {limit} was asked for, but {name} scored {samples['effective']}")
 
 
-def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
-    """lm-eval's result table as rows: groups before their subtasks, filters and metrics in its own order."""
+def _scores(results: Mapping[str, Any]) -> tuple[tuple[Score, ...], tuple[str, ...]]:
+    """lm-eval's result table as rows: groups before their subtasks, filters and metrics in its own order.
+
+    With it a sentence for each metric that came out as no finite number, which a record could not hold.
+    """
     rows = {**results["results"], **results.get("groups", {})}
+    scores, unusable = [], []
     for name, depth in _by_group(rows, results["group_subtasks"]):
         higher = results["higher_is_better"].get(name) or {}
         samples = results["n-samples"].get(name, {}).get("effective")
@@ -320,19 +336,26 @@ def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
             metric, comma, filter_name = key.partition(",")
             if not comma or metric.endswith("_stderr") or isinstance(value, str | bool) or value is None:
                 continue
+            if not isinstance(value, Real) or not math.isfinite(value):
+                unusable.append(f"{name}: {metric} ({filter_name}) is {value} and left out of the scores")
+                continue
             stderr = rows[name].get(f"{metric}_stderr,{filter_name}")
-            yield Score(
-                task=name,
-                version=str(results["versions"].get(name, "N/A")),
-                filter=filter_name,
-                num_fewshot=results["n-shot"].get(name) if name in results["configs"] else None,
-                metric=metric,
-                value=float(value),
-                stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                higher_is_better=higher.get(metric),
-                samples=samples,
-                depth=depth,
+            known = isinstance(stderr, Real) and math.isfinite(stderr)
+            scores.append(
+                Score(
+                    task=name,
+                    version=str(results["versions"].get(name, "N/A")),
+                    filter=filter_name,
+                    num_fewshot=results["n-shot"].get(name) if name in results["configs"] else None,
+                    metric=metric,
+                    value=float(value),
+                    stderr=float(stderr) if known else None,
+                    higher_is_better=higher.get(metric),
+                    samples=samples,
+                    depth=depth,
+                )
             )
+    return tuple(scores), tuple(unusable)
 
 
 def _by_group(names: Mapping[str, Any], subtasks: Mapping[str, list[str]]) -> list[tuple[str, int]]:
@@ -355,7 +378,7 @@ def _by_group(names: Mapping[str, Any], subtasks: Mapping[str, list[str]]) -> li
 
 
 def _files(cell: Cell, lm: SweepLM, results: dict[str, Any], samples: dict[str, list[Any]]) -> dict[str, bytes]:
-    """What lm-eval's own EvaluationTracker writes for these results, by file name."""
+    """What lm-eval's own EvaluationTracker writes for these results, by file name. It rewrites `samples` on the way."""
     from lm_eval.loggers import EvaluationTracker
 
     model = cell.model.model
@@ -369,7 +392,7 @@ def _files(cell: Cell, lm: SweepLM, results: dict[str, Any], samples: dict[str, 
             model_args=f"pretrained={cell.model.name}",
             system_instruction=model.system_instruction,
             chat_template=lm.chat_template(model.chat),
-            fewshot_as_multiturn=bool(model.chat),
+            fewshot_as_multiturn=_as_multiturn(cell),
         )
         tracker.save_results_aggregated(results=results, samples=samples)
         for name, rows in samples.items():
@@ -381,15 +404,21 @@ def _files(cell: Cell, lm: SweepLM, results: dict[str, Any], samples: dict[str, 
     return files
 
 
-def _warnings(cell: Cell, lm: SweepLM, notes: tuple[str, ...]) -> Iterator[str]:
+def _warnings(cell: Cell, lm: SweepLM) -> Iterator[str]:
     if lm.without_tokens:
         yield f"{lm.without_tokens} continuations have no tokens of their own and count as certain, as in stock lm-eval"
+    if lm.seeded_repeats:
+        yield (
+            f"{lm.seeded_repeats} repeats of sampled requests have a seed of their own each; "
+            "stock lm-eval sends one seed for all, which makes them equal"
+        )
     if not cell.model.revision and not os.path.isabs(cell.model.model.path):
         yield f"the commit of {cell.model.model.path} is not known: a later change of the branch would go unnoticed"
-    yield from notes
 
 
-def _settings(cell: Cell, lm: SweepLM, results: Mapping[str, Any], samples: Mapping[str, list[Any]]) -> dict[str, Any]:
+def _settings(
+    cell: Cell, lm: SweepLM, facts: Facts, results: Mapping[str, Any], samples: Mapping[str, list[Any]]
+) -> dict[str, Any]:
     from lm_eval.utils import hash_string
 
     template = lm.chat_template(cell.model.model.chat)
@@ -399,7 +428,7 @@ def _settings(cell: Cell, lm: SweepLM, results: Mapping[str, Any], samples: Mapp
         "revision": cell.model.revision,
         "dtype": cell.model.model.dtype,
         "quantization": cell.model.model.quantization,
-        "max_model_len": lm.channel.facts().max_model_len,
+        "max_model_len": facts.max_model_len,
         "chat": cell.model.model.chat,
         "chat_template_sha": hash_string(template) if template else None,
         "system_instruction": cell.model.model.system_instruction,
@@ -409,5 +438,5 @@ def _settings(cell: Cell, lm: SweepLM, results: Mapping[str, Any], samples: Mapp
         "num_fewshot": dict(results["n-shot"]),
         "samples": {name: n["effective"] for name, n in results["n-samples"].items()},
         "methods": {str(method): n for method, n in lm.methods.items()},
-        "first_prompt": None if first is None else first["arguments"]["gen_args_0"]["arg_0"],
+        "first_prompt": None if first is None else first["arguments"][0][0],
     }

@@ -4,9 +4,10 @@ An evaluator is a child process whose main thread runs lm-eval: some tasks time 
 (minerva_math), which Python allows in the main thread only, and they take the error that any other thread gets for a
 wrong answer. A second thread reads messages, so that answers and endpoints arrive while lm-eval computes; a third sends
 responses in small batches. Both ends of the connection are plain pickles over a socket pair; when the driver's end
-closes, the process ends.
+closes, the process ends, and with it whatever a task has forked (code execution, data-set workers).
 """
 
+import functools
 import logging
 import os
 import queue
@@ -17,15 +18,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from sweep.client import Cancelled, Pool
-from sweep.config import Seeds, Task
-from sweep.errors import SweepError, TaskError
+from sweep.config import Model, Seeds, Task
+from sweep.errors import SweepError
 from sweep.plan import Cell, ModelPlan
 from sweep.preflight import Facts
 from sweep.record import Record
@@ -40,6 +41,9 @@ BATCH_S = 0.5
 
 PROGRESS_S = 0.5
 
+FAILURES = (Exception, SystemExit)
+"""What costs a cell and not the process: SystemExit too, since a task's code is anyone's."""
+
 
 # To an evaluator.
 
@@ -51,6 +55,8 @@ class CheckTask:
     task_name: str
     task: Task
     seeds: Seeds
+    model: Model | None = None
+    """One that runs the task: some tasks make their documents with its tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,20 +168,24 @@ class EvaluatorProcess:
         """`log_path` takes what lm-eval and its libraries print and log."""
         log_path.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
-        # lm-eval takes a folder under the working directory that is named like a data set for that data set.
-        self._folder = tempfile.TemporaryDirectory(prefix="lmsweep-evaluator-")
+        # Of its own: lm-eval takes a folder under the working directory that is named like a data set for that data
+        # set. Also for temporary files, of which data sets leave gigabytes behind when a process is killed.
+        self._folder = tempfile.TemporaryDirectory(prefix="lmsweep-evaluator-", ignore_cleanup_errors=True)
         with theirs, log_path.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sweep.evaluator", str(theirs.fileno())],
+                [sys.executable, "-m", "sweep.evaluator", str(theirs.fileno()), self._folder.name],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 cwd=self._folder.name,
-                env=child_environment(os.environ),
+                env={**child_environment(os.environ), "TMPDIR": self._folder.name},
+                # Out of a terminal's reach, whose Ctrl-C the driver answers, and ended with all that it started.
+                start_new_session=True,
             )
         self._connection = Connection(ours.detach())
         self._sending = threading.Lock()
+        self._stopping = threading.Lock()
 
     def send(self, message: Any) -> None:
         """Raises OSError when the child is gone; `receive` says so too."""
@@ -183,59 +193,49 @@ class EvaluatorProcess:
             self._connection.send(message)
 
     def receive(self) -> Event:
-        """The next event; blocks. Raises EOFError when the child is gone."""
+        """The next event; blocks. Raises EOFError when the child is gone, with all that it left."""
         try:
             event: Event = self._connection.recv()
-        except OSError as error:
-            raise EOFError from error
+        except (EOFError, OSError) as error:
+            self.stop()
+            raise EOFError("the evaluator is gone") from error
         return event
 
     def stop(self) -> None:
-        """End the child; safe to call twice."""
-        self._process.kill()
-        self._process.wait()
-        self._folder.cleanup()
+        """End the child and what it has started; safe to call twice, from any thread."""
+        with self._stopping:
+            if self._process.returncode is None:  # not waited for yet, so its group's number is still its own
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+                self._folder.cleanup()
 
 
 def child_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """An evaluator sees no GPU, none of the sweep's secrets but the hub's, and may use the CPU it is given."""
+    """An evaluator sees no GPU, no secret but the hub's, and is no part of Ray, which would keep it to one core."""
     hidden = ("WANDB_API_KEY", "VLLM_API_KEY", "OPENAI_API_KEY", "OMP_NUM_THREADS")
     kept = {k: v for k, v in base.items() if k not in hidden and not k.startswith("RAY_")}
-    # A forked tokenizer warns and locks; one cell's texts are encoded in one batch anyway.
     path = os.pathsep.join([os.path.dirname(os.path.dirname(os.path.abspath(__file__))), kept.get("PYTHONPATH", "")])
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path.rstrip(os.pathsep)}
 
 
-class _Link:
-    """The child's end: what evaluation.py knows as its Channel, and the threads behind it."""
+class _Attempt:
+    """One attempt at a cell: what evaluation.py knows as its Channel, and where the driver's words about it arrive."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._sending = threading.Lock()
-        self.work: queue.Queue[Any] = queue.Queue()
+    def __init__(self, run: RunCell, say: Callable[[Event], None]) -> None:
+        self.cell = run.cell
+        self.number = run.attempt
         self.pool = Pool()
-        self._cell = ""
-        self._attempt = 0
-        self._facts: Facts | None = None
-        self._arrived = threading.Condition()
+        self._say = say
+        self._facts = run.facts
         self._answers: Mapping[bytes, bytes] | None = None
         self._cancelled: str | None = None
+        self._heard = threading.Condition()
         self._batch: list[Response] = []
         self._batch_lock = threading.Lock()
         self._last_progress = 0.0
 
-    # Threads.
-
-    def read(self) -> None:
-        """Sort messages until the driver is gone, then end the process: nobody would hear its answers."""
-        try:
-            while True:
-                self._sort(self._connection.recv())
-        except (EOFError, OSError):
-            os._exit(0)
-
-    def _sort(self, message: Any) -> None:
-        with self._arrived:
+    def hear(self, message: KnownAnswers | PoolChanged | CancelCell) -> None:
+        with self._heard:
             match message:
                 case KnownAnswers(answers=answers):
                     self._answers = answers
@@ -245,38 +245,18 @@ class _Link:
                 case CancelCell(reason=reason):
                     self._cancelled = reason
                     self.pool.cancel(reason)
-                case RunCell():
-                    # Here and not when the work is taken up: endpoints may follow before that.
-                    self._begin(message)
-                    self.work.put(message)
-                case _:
-                    self.work.put(message)
-            self._arrived.notify_all()
-
-    def flush_forever(self) -> None:
-        while True:
-            time.sleep(BATCH_S)
-            self.flush()
+            self._heard.notify_all()
 
     def flush(self) -> None:
+        """Send what has been answered; afterwards it is the driver's."""
         with self._batch_lock:
             if self._batch:
-                self.send(Answered(cell=self._cell, attempt=self._attempt, responses=tuple(self._batch)))
+                self._say(Answered(cell=self.cell.key, attempt=self.number, responses=tuple(self._batch)))
                 self._batch.clear()
 
-    def send(self, event: Event) -> None:
-        with self._sending:
-            self._connection.send(event)
-
-    def _begin(self, run: RunCell) -> None:
-        self.pool = Pool()
-        self._cell, self._attempt, self._facts = run.cell.key, run.attempt, run.facts
-        self._answers = self._cancelled = None
-        self._last_progress = 0.0
-
     def _wait_for(self, attribute: str) -> Any:
-        with self._arrived:
-            self._arrived.wait_for(lambda: getattr(self, attribute) is not None or self._cancelled is not None)
+        with self._heard:
+            self._heard.wait_for(lambda: getattr(self, attribute) is not None or self._cancelled is not None)
             if self._cancelled is not None:
                 raise Cancelled(self._cancelled)
             return getattr(self, attribute)
@@ -288,14 +268,14 @@ class _Link:
         return facts
 
     def known(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
-        with self._arrived:
+        with self._heard:
             self._answers = None
-        self.send(WantAnswers(cell=self._cell, attempt=self._attempt, keys=keys))
+        self._say(WantAnswers(cell=self.cell.key, attempt=self.number, keys=keys))
         answers: Mapping[bytes, bytes] = self._wait_for("_answers")
         return answers
 
     def owed(self, requests: int) -> None:
-        self.send(NeedServer(cell=self._cell, attempt=self._attempt, requests=requests))
+        self._say(NeedServer(cell=self.cell.key, attempt=self.number, requests=requests))
 
     def answered(self, response: Response) -> None:
         with self._batch_lock:
@@ -308,11 +288,70 @@ class _Link:
         now = time.monotonic()
         if now - self._last_progress >= PROGRESS_S or done == total:
             self._last_progress = now
-            self.send(CellProgress(cell=self._cell, attempt=self._attempt, done=done, total=total, reused=reused))
+            self._say(CellProgress(cell=self.cell.key, attempt=self.number, done=done, total=total, reused=reused))
 
 
-def _serve(link: _Link) -> None:
-    """Work off messages in the main thread, for ever."""
+class _Link:
+    """The child's end of the connection, and the threads behind it."""
+
+    def __init__(self, connection: Connection, folder: Path) -> None:
+        """`folder` is this process's own and goes with it."""
+        self.work: queue.Queue[CheckTask | CheckModel | _Attempt] = queue.Queue()
+        self._connection = connection
+        self._folder = folder
+        self._sending = threading.Lock()
+        self._attempt: _Attempt | None = None
+        """The last one asked for: the driver asks for the next only after this one's end."""
+
+    def send(self, event: Event) -> None:
+        with self._sending:
+            self._connection.send(event)
+
+    def read_forever(self) -> None:
+        """Sort messages until the driver is gone, then end the process: nobody would hear its answers."""
+        try:
+            while True:
+                self._sort(self._connection.recv())
+        except (EOFError, OSError):
+            log.info("the driver is gone")
+        except Exception:
+            log.exception("a message could not be read")
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """End this process and all that a task has forked, then remove its folder: in this order only from outside."""
+        subprocess.Popen(
+            ["sh", "-c", 'kill -s KILL -- "-$0"; rm -rf -- "$1"', str(os.getpid()), str(self._folder)],
+            start_new_session=True,
+        )
+
+    def _sort(self, message: Any) -> None:
+        match message:
+            case RunCell():
+                # Here and not when the work is taken up: endpoints may follow before that.
+                self._attempt = _Attempt(message, self.send)
+                self.work.put(self._attempt)
+            case KnownAnswers() | PoolChanged() | CancelCell():
+                assert self._attempt is not None
+                self._attempt.hear(message)
+            case CheckTask() | CheckModel():
+                self.work.put(message)
+            case _:
+                raise TypeError(f"an evaluator cannot take {message!r}")
+
+    def flush_forever(self) -> None:
+        while True:
+            time.sleep(BATCH_S)
+            if (attempt := self._attempt) is not None:
+                try:
+                    attempt.flush()
+                except OSError:
+                    return  # the driver is gone, and soon are we
+
+
+def _work_forever(link: _Link) -> None:
+    """Check and run what the driver asks for, one after the other, in the main thread."""
     from sweep.evaluation import check_task, evaluate, load_tokenizer
 
     tokenizers: dict[str, Any] = {}
@@ -322,50 +361,56 @@ def _serve(link: _Link) -> None:
             tokenizers[plan.name] = load_tokenizer(plan)
         return tokenizers[plan.name]
 
+    def outcome(attempt: _Attempt) -> CellDone | CellFailed:
+        cell, number = attempt.cell, attempt.number
+        try:
+            done = evaluate(cell, tokenizer=tokenizer(cell.model), pool=attempt.pool, channel=attempt)
+        except Cancelled:
+            return CellFailed(cell=cell.key, attempt=number, error=None)
+        except FAILURES as error:
+            return CellFailed(cell=cell.key, attempt=number, error=_words(f"evaluate {cell.key}", error))
+        return CellDone(cell=cell.key, attempt=number, record=done.record, files=done.files)
+
+    def problem(doing: str, work: Callable[[], object]) -> str | None:
+        try:
+            work()
+        except FAILURES as error:
+            return _words(doing, error)
+        return None
+
     while True:
         match link.work.get():
-            case CheckTask(task_name=name, task=task, seeds=seeds):
-                link.send(Checked(task_name=name, error=_error_of(lambda t=task, s=seeds: check_task(t, s))))
+            case CheckTask(task_name=name, task=task, seeds=seeds, model=model):
+                error = problem(f"load task {task.task}", functools.partial(check_task, task, seeds, model))
+                link.send(Checked(task_name=name, error=error))
             case CheckModel(model=plan):
-                link.send(Checked(model=plan.name, error=_error_of(lambda p=plan: tokenizer(p))))
-            case RunCell(cell=cell, attempt=attempt):
-                try:
-                    outcome = evaluate(cell, tokenizer=tokenizer(cell.model), pool=link.pool, channel=link)
-                except Cancelled:
-                    link.flush()
-                    link.send(CellFailed(cell=cell.key, attempt=attempt, error=None))
-                except SweepError as error:
-                    link.flush()
-                    log.info("cell %s failed", cell.key, exc_info=error)
-                    link.send(CellFailed(cell=cell.key, attempt=attempt, error=str(error)))
-                else:
-                    link.flush()
-                    link.send(CellDone(cell=cell.key, attempt=attempt, record=outcome.record, files=outcome.files))
-            case unknown:
-                raise TypeError(f"an evaluator cannot take {unknown!r}")
+                error = problem(f"load the tokenizer of {plan.name}", functools.partial(tokenizer, plan))
+                link.send(Checked(model=plan.name, error=error))
+            case attempt:
+                end = outcome(attempt)
+                attempt.flush()
+                link.send(end)
 
 
-def _error_of(work: Any) -> str | None:
-    try:
-        work()
-    except TaskError as error:
+def _words(doing: str, error: BaseException) -> str:
+    """`error` for the driver; its traceback goes to this process's log."""
+    log.error("%s failed", doing, exc_info=error)
+    if isinstance(error, SweepError):
         return str(error)
-    return None
+    return f"{doing}: {type(error).__name__}: {error} (the traceback is in the evaluator's log)"
 
 
-def main(descriptor: int) -> None:
-    """The child's entry point."""
-    # The driver stops us by closing the connection; a terminal's Ctrl-C must not tear a cell in the middle of a write.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def main(descriptor: int, folder: Path) -> None:
+    """The child's entry point; `EvaluatorProcess` has made it the leader of a process group of its own."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    link = _Link(Connection(descriptor))
-    threading.Thread(target=link.read, daemon=True, name="messages").start()
+    link = _Link(Connection(descriptor), folder)
+    threading.Thread(target=link.read_forever, daemon=True, name="messages").start()
     threading.Thread(target=link.flush_forever, daemon=True, name="responses").start()
-    _serve(link)
+    _work_forever(link)
 
 
 if __name__ == "__main__":
     # Run as a module of its own name: messages are pickled by class, and `__main__.RunCell` would not be ours.
     from sweep.evaluator import main as run
 
-    run(int(sys.argv[1]))
+    run(int(sys.argv[1]), Path(sys.argv[2]))

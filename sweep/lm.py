@@ -6,8 +6,9 @@ with tokenized requests (lm_eval 0.4.13: models/api_models.py, models/openai_com
 """
 
 import itertools
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +18,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import handle_stop_sequences
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from sweep.client import Client
+from sweep.client import Call, Client
 from sweep.config import Overflow
 from sweep.errors import TaskError
 from sweep.preflight import Facts
@@ -33,6 +34,7 @@ DEFAULT_MAX_GEN_TOKS = 256
 
 
 A = TypeVar("A")
+C = TypeVar("C", bound=Call)
 
 Answer = Callable[[int, Method, Any], None]
 """Takes the index of an owed request, how it was computed, and its answer."""
@@ -116,6 +118,10 @@ class SweepLM(LM):  # type: ignore[misc]
         """Requests by the way they were computed in this attempt."""
         self.without_tokens = 0
         """Continuations that have no tokens of their own."""
+        self.seeded_repeats = 0
+        """Sampled requests with another seed than stock lm-eval's, because they repeat an earlier one."""
+        self.waited_s = 0.0
+        """For a server, before the first request could be sent."""
         self._done = 0
 
     # What lm-eval asks of a model that renders chats.
@@ -141,36 +147,40 @@ class SweepLM(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         pairs = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
-        answers = self._answers("loglikelihood", pairs, PairAnswer, identity=self._effective, ask=self._ask_pairs)
-        self._count(truncated=sum(a.cut > 0 for a in answers))
-        self.without_tokens += sum(a.tokens == 0 for a in answers)
+        answers, distinct = self._answers(
+            "loglikelihood", pairs, PairAnswer, identity=self._effective, ask=self._ask_pairs
+        )
+        self._count(truncated=sum(a.cut > 0 for a in distinct))
+        self.without_tokens += sum(a.tokens == 0 for a in distinct)
         return [(a.logprob, a.is_greedy) for a in answers]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         # Windows are requests of their own, so a long document is as durable as a short one. The reference keeps one
         # token of the context free for an answer and one for the prefix: hence two less than the server's length.
-        longest = self.channel.facts().max_model_len - 2
+        encoded = self._encode([str(text) for (text,) in (r.args for r in requests)])
+        longest = self._facts().max_model_len - 2
         windows: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
-        for (text,) in (r.args for r in requests):
+        for tokens in encoded:
             rolling = get_rolling_token_windows(
-                token_list=self._encode([text])[0],
-                prefix_token=self.prefix_token_id,
-                max_seq_len=longest,
-                context_len=1,
+                token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=longest, context_len=1
             )
             windows.append([(tuple(c), tuple(t)) for c, t in map(make_disjoint_window, rolling)])
         flat = list(itertools.chain.from_iterable(windows))
-        answers = iter(self._answers("window", flat, PairAnswer, identity=lambda w: w, ask=self._ask_windows))
-        return [sum(answer.logprob for answer in itertools.islice(answers, len(w))) for w in windows]
+        answers, _ = self._answers("window", flat, PairAnswer, identity=lambda w: w, ask=self._ask_windows)
+        rest = iter(answers)
+        return [sum(answer.logprob for answer in itertools.islice(rest, len(w))) for w in windows]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         prompts = []
-        repeats: Counter[int] = Counter()
+        seen: Counter[int] = Counter()
         for request in requests:
             text, arguments = request.args
-            prompts.append(self.generation(str(text), arguments, repeat=repeats[id(request)]))
-            repeats[id(request)] += 1
-        generations = self._answers(
+            # lm-eval repeats a request by listing the same object again.
+            repeat = seen[id(request)]
+            seen[id(request)] += 1
+            prompts.append(self.generation(str(text), arguments, repeat=repeat))
+            self.seeded_repeats += bool(repeat and prompts[-1].parameters["temperature"])
+        generations, distinct = self._answers(
             "generate",
             prompts,
             GenerationAnswer,
@@ -178,9 +188,9 @@ class SweepLM(LM):  # type: ignore[misc]
             ask=self._ask_generations,
         )
         self._count(
-            truncated=sum(g.cut > 0 for g in generations),
-            empty=sum(not g.text.strip() for g in generations),
-            length_stopped=sum(g.finish_reason == "length" for g in generations),
+            truncated=sum(g.cut > 0 for g in distinct),
+            empty=sum(not g.text.strip() for g in distinct),
+            length_stopped=sum(g.finish_reason == "length" for g in distinct),
         )
         return [g.text for g in generations]
 
@@ -194,8 +204,11 @@ class SweepLM(LM):  # type: ignore[misc]
         *,
         identity: Callable[[Any], Any],
         ask: Callable[[Sequence[Any], Answer], None],
-    ) -> list[A]:
-        """The answers of `items` in order. Equal items are asked once; `ask` gets what no stored answer covers."""
+    ) -> tuple[list[A], Collection[A]]:
+        """The answers of `items` in order, and those of distinct items, which is what is asked and counted.
+
+        `ask` gets what no stored answer covers.
+        """
         keys = [response_key(self.fingerprint, kind, identity(item)) for item in items]
         item_by_key = dict(zip(keys, items, strict=True))
         known = self.channel.known(list(item_by_key))
@@ -219,13 +232,20 @@ class SweepLM(LM):  # type: ignore[misc]
                 self._show_progress()
 
             ask([item_by_key[key] for key in owed], answer)
-        return [answer_by_key[key] for key in keys]
+        return [answer_by_key[key] for key in keys], answer_by_key.values()
 
     def _effective(self, request: Any) -> Any:
         """What identifies a request: its text, and the length it may be cut to where cutting is allowed."""
         if self.overflow is Overflow.TRUNCATE:
-            return [request, self.channel.facts().max_model_len]
+            return [request, self._facts().max_model_len]
         return request
+
+    def _facts(self) -> Facts:
+        """What the model's server can do; waits for it where nothing is stored."""
+        start = time.monotonic()
+        facts = self.channel.facts()
+        self.waited_s += time.monotonic() - start
+        return facts
 
     def _count(self, **more: int) -> None:
         self.counts = replace(self.counts, **{name: getattr(self.counts, name) + n for name, n in more.items()})
@@ -238,7 +258,7 @@ class SweepLM(LM):  # type: ignore[misc]
     def _ask_pairs(self, pairs: Sequence[tuple[str, str]], answer: Answer) -> None:
         encoded = self._encode_pairs(pairs)
         # One token of the context stays free for the answer that every request must generate.
-        longest = self.channel.facts().max_model_len - 1
+        longest = self._facts().max_model_len - 1
         cuts = self._cuts([(len(c), len(t)) for c, t in encoded], longest, what="continuation")
         scored = []
         for index, ((context, continuation), cut) in enumerate(zip(encoded, cuts, strict=True)):
@@ -265,12 +285,13 @@ class SweepLM(LM):  # type: ignore[misc]
                 )
                 answer(found.index, call.method, value)
 
-        calls = scoring_calls(scored, next_token=Method.NEXT_TOKEN in self.channel.facts().methods)
-        self._count(prompt_tokens=sum(call.tokens for call in calls))
-        self.client.run(calls, parse)
+        calls = scoring_calls(scored, next_token=Method.NEXT_TOKEN in self._facts().methods)
+        # Each has a token generated that nobody reads.
+        self._count(prompt_tokens=sum(call.tokens - 1 for call in calls))
+        self._send(calls, parse)
 
     def _ask_generations(self, wanted: Sequence[_Generate], answer: Answer) -> None:
-        longest = self.channel.facts().max_model_len - 1
+        longest = self._facts().max_model_len - 1
         prompts = self._encode([w.prompt for w in wanted])
         rooms = [int(w.parameters["max_tokens"]) for w in wanted]
         cuts = self._cuts([(len(p), room) for p, room in zip(prompts, rooms, strict=True)], longest, what="answer")
@@ -288,25 +309,34 @@ class SweepLM(LM):  # type: ignore[misc]
             answer(call.index, call.method, value)
 
         self._count(prompt_tokens=sum(len(call.prompt) for call in calls))
+        self._send(calls, parse)
+
+    def _send(self, calls: Sequence[C], parse: Callable[[C, Mapping[str, Any]], None]) -> None:
+        start, sent_before = time.monotonic(), self.client.traffic.first_sent is not None
         self.client.run(calls, parse)
+        first_sent = self.client.traffic.first_sent
+        if not sent_before and first_sent is not None:
+            self.waited_s += first_sent - start
 
     def generation(self, prompt: str, arguments: Mapping[str, Any], *, repeat: int) -> _Generate:
         """`arguments` (lm-eval's generation_kwargs) as the body that `local-completions` would send.
 
-        Repeats of a sampled request get a seed each; the reference sends one seed for all, which makes them equal.
+        Repeats of a sampled request get a seed each; the reference sends one seed for all, which makes them equal. It
+        adds the end-of-text string to `stop` with one request in flight only; we always do.
         """
         rest = dict(arguments)
         rest.pop("do_sample", None)
         default = rest.pop("max_gen_toks", DEFAULT_MAX_GEN_TOKS)
         max_tokens = int(rest.pop("max_tokens", default))
         temperature = rest.pop("temperature", 0)
+        seed = int(rest.pop("seed", GENERATION_SEED))
         until = rest.pop("until", None)
         stop = handle_stop_sequences(list(until) if isinstance(until, list | tuple) else until, self.eos)
         parameters = {
             "max_tokens": max_tokens,
             "temperature": temperature,
             "stop": stop,
-            "seed": GENERATION_SEED + (repeat if temperature else 0),
+            "seed": seed + (repeat if temperature else 0),
             **rest,
         }
         return _Generate(prompt=prompt, parameters=parameters)
@@ -334,8 +364,9 @@ class SweepLM(LM):  # type: ignore[misc]
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Context and continuation ids of each pair, split as lm-eval's TemplateLM does.
 
-        Spaces at the end of a context go to the continuation; the whole is encoded at once and cut after as many
-        tokens as the context alone has. Each distinct text is encoded once.
+        Spaces at the end of a context go to the continuation. A continuation is what the whole has after as many tokens
+        as the context alone has, and the prompt is the context alone followed by that: where a token reaches across
+        the boundary this is not the whole, in the reference neither. Each distinct text is encoded once.
         """
         moved = []
         for context, continuation in pairs:
@@ -347,8 +378,8 @@ class SweepLM(LM):  # type: ignore[misc]
         for (context, rest), (original, _) in zip(moved, pairs, strict=True):
             whole = ids_by_text.get(context + rest, [])
             if original:
-                start = len(ids_by_text.get(context, []))
-                pair = (whole[:start], whole[start:])
+                context_ids = ids_by_text.get(context, [])
+                pair = (context_ids, whole[len(context_ids) :])
             elif whole and whole[0] == self.prefix_token_id:
                 pair = (whole[:1], whole[1:])
             else:

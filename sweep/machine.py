@@ -1,6 +1,8 @@
 """What this machine carries, found without Ray: a launch that cannot work says so at once."""
 
+import itertools
 import os
+import re
 import secrets
 import subprocess
 from collections.abc import Mapping
@@ -43,7 +45,12 @@ def local_gpus() -> int:
         return 0
     present = sum(line.startswith("GPU ") for line in listed.splitlines())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return present if visible is None else min(present, len([v for v in visible.split(",") if v.strip()]))
+    if visible is None:
+        return present
+    # CUDA reads the list up to the first entry that is no device; -1 and NoDevFiles are how people hide all of them.
+    entries = (entry.strip() for entry in visible.split(","))
+    seen = itertools.takewhile(lambda entry: re.match(r"\d|GPU-|MIG-", entry), entries)
+    return min(present, len(list(seen)))
 
 
 def starts_local(config: RayConfig) -> bool:
@@ -53,7 +60,7 @@ def starts_local(config: RayConfig) -> bool:
 
 def local_capacity(config: RayConfig) -> Capacity:
     """What this machine carries: measured needs of a CPU server and an evaluator against its memory and cores."""
-    gpus, cores = local_gpus(), psutil.cpu_count() or 1
+    gpus, cores = local_gpus(), len(os.sched_getaffinity(0))
     memory_gb = psutil.virtual_memory().available / 2**30
     by_memory = int(memory_gb * 0.75 / CPU_SERVER_GB)
     cpu_servers = config.cpu_servers or max(1, min(CPU_SERVERS_MOST, cores, by_memory))

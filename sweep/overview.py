@@ -1,6 +1,8 @@
-"""A plan as text: what would run, where, by which command, and what a prompt looks like."""
+"""A plan as text and as JSON: what would run, where, by which command, and what a prompt looks like."""
 
 import json
+import logging
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,14 +11,40 @@ from sweep.config import SweepConfig, Task
 from sweep.plan import Cell, Plan, ServerPlan, is_local
 from sweep.server import command
 from sweep.store import RunDirectory
+from sweep.tasks import catalog
 
 PORT = 20000
 """Stands for the free port that a server gets when it starts."""
 
 
 def describe(config: SweepConfig, plan: Plan, directory: RunDirectory) -> str:
-    """The plan for a terminal: cells, servers with their exact commands, what is done and what is still unknown."""
+    """The plan for a terminal: cells, servers with their exact commands, what is done and what is still unknown.
+
+    Raises ConfigError for a server option that is not set there.
+    """
     return "\n".join(_lines(config, plan, directory))
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """The plan for plan.json. Raises ConfigError for an option of an owed server that is not set there."""
+    return {
+        "models": {
+            name: {
+                "path": model.model.path,
+                "revision": model.model.revision,
+                "commit": model.revision,
+                "fingerprint": model.fingerprint,
+                "server": model.server,
+            }
+            for name, model in plan.models.items()
+        },
+        "servers": {
+            name: {"gpus": server.gpus, "replicas": server.replicas, "command": _command(server)}
+            for name, server in plan.owed_servers.items()
+        },
+        "cells": {cell.key: {"fingerprint": cell.fingerprint, "done": cell.key in plan.done} for cell in plan.cells},
+        "commits": plan.commits,
+    }
 
 
 def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator[str]:
@@ -28,6 +56,7 @@ def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator
     yield "tasks"
     for name in tasks:
         yield f"  {name}: {_settings(config.tasks[name])}"
+        yield from _gated(config.tasks[name])
     yield ""
     yield "cells (x done, o owed)"
     width = max(len(name) for name in plan.models)
@@ -35,6 +64,9 @@ def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator
     for name in plan.models:
         row = "  ".join(f"{marks.get(f'{name}/{task}', '-')} {task}" for task in tasks)
         yield f"  {name:<{width}}  {row}"
+    for cell in plan.cells:
+        if cell.task != config.tasks[cell.task_name]:
+            yield f"  {cell.key}: {_settings(cell.task)}"
     owed = {cell.model.server for cell in plan.owed}
     yield ""
     yield "servers"
@@ -42,7 +74,11 @@ def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator
         yield f"  {server.name}: {_needs(server)}{'' if server.name in owed else ', nothing owed: not started'}"
         if not is_local(server.model.path) and server.revision is None:
             yield f"    the commit of {server.model.path} is not known here; it is asked for when the sweep runs"
-        yield f"    {shlex.join(command(server, python='python', host='127.0.0.1', port=PORT))}"
+        yield f"    {shlex.join(_command(server))}"
+
+
+def _command(server: ServerPlan) -> list[str]:
+    return command(server, python="python", host="127.0.0.1", port=PORT)
 
 
 def _needs(server: ServerPlan) -> str:
@@ -60,8 +96,17 @@ def _settings(task: Task) -> str:
     return f"{name}{shots}, {limit}{extra}"
 
 
+def _gated(task: Task) -> Iterator[str]:
+    known = catalog((task.include_path,) if task.include_path else ())
+    datasets = sorted({leaf.dataset for leaf in known.leaves(task.task) if leaf.gated})
+    if datasets:
+        token = "is set" if os.environ.get("HF_TOKEN") else "is not set"
+        yield f"    gated, needs accepted terms and HF_TOKEN (which {token}): {', '.join(datasets)}"
+
+
 def rendered(cell: Cell) -> str:
     """The cell's first request as its server would get it, with stop strings and length. Raises TaskError."""
+    _quiet()
     from sweep.evaluation import load_tokenizer, preview
 
     seen = preview(cell, load_tokenizer(cell.model))
@@ -69,7 +114,7 @@ def rendered(cell: Cell) -> str:
     stop = arguments.pop("stop", None)
     lines = [
         f"{cell.key}: {seen.kind}, {seen.prompt_tokens} prompt tokens, "
-        f"{seen.requests} request{'' if seen.requests == 1 else 's'} for the first document",
+        f"{seen.requests} request{'' if seen.requests == 1 else 's'} for the first document of each subtask",
         *_block("prompt", seen.prompt),
     ]
     if seen.continuation is not None:
@@ -79,6 +124,13 @@ def rendered(cell: Cell) -> str:
     if arguments:
         lines.append(f"  arguments  {json.dumps(arguments)}")
     return "\n".join(lines)
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars and notes out of the rendered prompts; before they are imported."""
+    os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    for library in ("lm_eval", "datasets", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def _block(name: str, text: str) -> list[str]:

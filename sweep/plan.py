@@ -2,9 +2,12 @@
 
 import fnmatch
 import hashlib
+import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,11 @@ from typing import Any
 import msgspec
 
 from sweep.config import Device, Model, Seeds, SweepConfig, Task
-from sweep.errors import ConfigError, nearest
+from sweep.errors import ConfigError, boundary, nearest
 from sweep.record import Record, Status
 from sweep.tasks import Catalog, catalog
+
+log = logging.getLogger(__name__)
 
 SPEED_ONLY_OPTIONS = frozenset(
     {
@@ -33,7 +38,6 @@ SPEED_ONLY_OPTIONS = frozenset(
         "enforce_eager",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
-        "load_format",
         "max_log_len",
         "max_logprobs",
         "max_num_batched_tokens",
@@ -70,9 +74,11 @@ SPEED_ONLY_ENVIRONMENT = frozenset(
 )
 """The same for environment variables."""
 
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
-"""Of a checkpoint folder: configuration, tokenizer and template, hashed by content; weights by size and time."""
+SMALL_FILES = frozenset({".json", ".jinja", ".txt", ".model", ".py"})
+"""Of a checkpoint: configuration, tokenizer and template, hashed by content. All else counts by size and time."""
+
+DEFAULT_BRANCH = "main"
+HUB_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +133,8 @@ class Plan:
     """In the order of the config: models first, then tasks."""
     done: dict[str, Record]
     """Finished records that still fit their cell, by cell key."""
+    commits: dict[str, str] = field(default_factory=dict)
+    """What this launch and earlier ones into the same run directory took hub names for: `name@branch` -> commit."""
 
     @property
     def owed(self) -> tuple[Cell, ...]:
@@ -145,17 +153,23 @@ def make_plan(
     *,
     only: str | None = None,
     ask_hub: bool,
+    commits: Mapping[str, str] | None = None,
 ) -> Plan:
     """The plan of a sweep. `only` (`model/task`, wildcards allowed) narrows it to cells that run again, done or not.
 
-    Checks task names and shot numbers against the installed lm-eval. With `ask_hub` the commit of a hub model is asked
-    for when no local copy tells it; without, it stays unknown (`revision=None`). Raises ConfigError.
+    Checks task names and shot numbers against the installed lm-eval. `commits` is `Plan.commits` of the last launch: it
+    stands in where the hub is not asked or does not answer, so that such a launch goes on with the weights that the
+    run directory is about. Raises ConfigError.
     """
     catalogs = {path: catalog((path,) if path else ()) for path in {t.include_path for t in config.tasks.values()}}
     for name, task in config.tasks.items():
-        _check_task(name, task, catalogs[task.include_path])
-    task_files = {path: _folder_digest(Path(path)) if path else "" for path in catalogs}
-    models = _plan_models(config.models, ask_hub=ask_hub)
+        _check_task(f"tasks.{name}", task, catalogs[task.include_path])
+    task_files = dict.fromkeys(catalogs, "")
+    for folder in filter(None, catalogs):
+        with boundary(ConfigError, f"include_path: read {folder}"):
+            task_files[folder] = _folder_digest(Path(folder))
+    commit_by_source = _resolve_all(config.models.values(), commits or {}, ask_hub=ask_hub)
+    models = _plan_models(config.models, commit_by_source)
     servers = _plan_servers(models)
     cells = []
     for model in models.values():
@@ -178,32 +192,31 @@ def make_plan(
         and record.status is Status.DONE
         and record.fingerprint == cell.fingerprint
     }
-    return Plan(models=models, servers=servers, cells=tuple(chosen), done=done)
+    known_commits = {source: commit for source, commit in commit_by_source.items() if commit is not None}
+    return Plan(
+        models=models,
+        servers=servers,
+        cells=tuple(chosen),
+        done=done,
+        commits={**(commits or {}), **known_commits},
+    )
 
 
-def _check_task(name: str, task: Task, known: Catalog) -> None:
+def _check_task(key: str, task: Task, known: Catalog) -> None:
+    """Raises ConfigError that begins with `key`, where the settings were written."""
     try:
         known.require(task.task)
         known.check(task.task, num_fewshot=task.num_fewshot, unsafe_code=task.unsafe_code)
     except ConfigError as error:
-        raise ConfigError(f"tasks.{name}: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def _tasks_of(model: ModelPlan, tasks: Mapping[str, Task]) -> list[str]:
-    """The task keys that this model runs, after its `tasks:` filter."""
-    wanted = model.model.tasks
-    patterns = [w.removeprefix("!") for w in wanted]
-    for pattern in patterns:
-        if not fnmatch.filter(tasks, pattern):
-            raise ConfigError(f"models.{model.name}.tasks: unknown task {pattern!r}{nearest(pattern, tasks)}")
-    only = [w for w in wanted if not w.startswith("!")]
-    excluded = [w.removeprefix("!") for w in wanted if w.startswith("!")]
-    return [
-        name
-        for name in tasks
-        if (not only or any(fnmatch.fnmatchcase(name, p) for p in only))
-        and not any(fnmatch.fnmatchcase(name, p) for p in excluded)
-    ]
+    """The task keys that this model runs, after its `tasks:` filter, which names either these or all but these."""
+    named = {choice.removeprefix("!") for choice in model.model.tasks}
+    if any(choice.startswith("!") for choice in model.model.tasks):
+        return [name for name in tasks if name not in named]
+    return [name for name in tasks if not named or name in named]
 
 
 def _with_overrides(
@@ -214,25 +227,46 @@ def _with_overrides(
     for pattern, override in config.cells.items():
         if not fnmatch.fnmatchcase(f"{model}/{task_name}", pattern):
             continue
-        changes = {k: v for k, v in vars(override).items() if k != "skip" and v is not None}
-        task, skipped = replace(task, **changes), override.skip
+        changes = {name: value for name, value in vars(override).items() if value is not None}
+        skipped = changes.pop("skip", skipped)
         if changes:
-            _check_task(f"{task_name} (cells.{pattern})", task, catalogs[task.include_path])
+            task = replace(task, **changes)
+            _check_task(f"cells.{pattern}", task, catalogs[task.include_path])
     return task, skipped
 
 
-def _plan_models(models: Mapping[str, Model], *, ask_hub: bool) -> dict[str, ModelPlan]:
-    planned = {}
-    for name, model in models.items():
-        revision = None if is_local(model.path) else resolve_revision(model.path, model.revision, ask_hub=ask_hub)
-        planned[name] = ModelPlan(
+def _resolve_all(models: Iterable[Model], earlier: Mapping[str, str], *, ask_hub: bool) -> dict[str, str | None]:
+    """The commit of everything that these models take from the hub, by `name@branch`."""
+    sources = dict.fromkeys(
+        (source, revision)
+        for model in models
+        for source, revision in ((model.path, model.revision), (model.tokenizer, None), (model.adapter, None))
+        if source is not None and not is_local(source)
+    )
+
+    def resolve(source: tuple[str, str | None]) -> str | None:
+        return resolve_revision(*source, ask_hub=ask_hub, earlier=earlier.get(_at(*source)))
+
+    # At the same time: where packets to the hub get lost, each would take the whole timeout.
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((_at(*source) for source in sources), pool.map(resolve, sources), strict=True))
+
+
+def _at(source: str, revision: str | None) -> str:
+    return f"{source}@{revision or DEFAULT_BRANCH}"
+
+
+def _plan_models(models: Mapping[str, Model], commits: Mapping[str, str | None]) -> dict[str, ModelPlan]:
+    return {
+        name: ModelPlan(
             name=name,
             model=model,
-            revision=revision,
-            fingerprint=_model_fingerprint(model, revision),
+            revision=commits.get(_at(model.path, model.revision)),
+            fingerprint=_model_fingerprint(name, model, commits),
             server=model.entry or name,
         )
-    return planned
+        for name, model in models.items()
+    }
 
 
 def _plan_servers(models: Mapping[str, ModelPlan]) -> dict[str, ServerPlan]:
@@ -261,39 +295,56 @@ def on_cpu(server: ServerPlan, *, cluster_gpus: float) -> bool:
     return server.model.device is Device.CPU or (server.model.device is Device.AUTO and not cluster_gpus)
 
 
-def resolve_revision(path: str, revision: str | None, *, ask_hub: bool) -> str | None:
-    """The commit that a hub model's branch or tag stands for; None when neither the local cache nor the hub tells it.
+def resolve_revision(path: str, revision: str | None, *, ask_hub: bool, earlier: str | None = None) -> str | None:
+    """The commit that a hub model's branch or tag stands for; None when neither the hub nor the local cache tells it.
 
-    The hub comes first where it may be asked, since a branch moves; HF_HUB_OFFLINE is honoured.
+    The hub comes first where it may be asked, since a branch moves; HF_HUB_OFFLINE is honoured. Without its word
+    `earlier` counts, what an earlier launch took it for: what vLLM fetched by commit left no name in the cache.
     """
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    name = revision or DEFAULT_BRANCH
+    if re.fullmatch("[0-9a-f]{40}", name):
+        return name
 
-    name = revision or "main"
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.file_download import repo_folder_name
+
     if ask_hub and not constants.HF_HUB_OFFLINE:
         try:
-            sha = HfApi().model_info(path, revision=name, timeout=10).sha
+            sha = HfApi().model_info(path, revision=name, timeout=HUB_TIMEOUT_S).sha
             return str(sha) if sha else None
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-            pass  # gated, unknown or unreachable: the local copy may still tell, and vLLM gives the hub's own words
-    cached = try_to_load_from_cache(path, "config.json", revision=name)
-    # .../models--org--name/snapshots/<commit>/config.json
-    return Path(cached).parent.name if isinstance(cached, str) else None
+        except (HTTPError, OSError, ValueError) as error:
+            # Gated, unknown, misspelt or out of reach: what is known here may do, and else vLLM gives the hub's words.
+            log.warning(
+                "the hub does not tell the commit of %s: %s", _at(path, revision), str(error).partition("\n")[0]
+            )
+    ref = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="model"), "refs", name)
+    return earlier or (ref.read_text().strip() if ref.is_file() else None)
 
 
-def _model_fingerprint(model: Model, revision: str | None) -> str:
-    identity = {
-        "weights": _folder_digest(Path(model.path), weights=True) if is_local(model.path) else [model.path, revision],
-        "adapter": _source_digest(model.adapter),
-        "tokenizer": _source_digest(model.tokenizer),
-        "dtype": model.dtype,
-        "quantization": model.quantization,
-        "trust_remote_code": model.trust_remote_code,
-        "generation_config": model.generation_config,
-        "server": {k: v for k, v in model.server.items() if k not in SPEED_ONLY_OPTIONS},
-        "env": {k: v for k, v in model.env.items() if k not in SPEED_ONLY_ENVIRONMENT},
-    }
-    return _digest(identity)
+def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None]) -> str:
+    def identity(source: str | None, revision: str | None = None) -> Any:
+        """What tells one state of a checkpoint, tokenizer or adapter from another."""
+        if source is None or not is_local(source):
+            return source and [source, commits[_at(source, revision)]]
+        with boundary(ConfigError, f"models.{name}: read {source}"):
+            return _checkpoint_digest(Path(source))
+
+    return _digest(
+        {
+            "weights": identity(model.path, model.revision),
+            "adapter": identity(model.adapter),
+            "tokenizer": identity(model.tokenizer),
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+            "trust_remote_code": model.trust_remote_code,
+            "generation_config": model.generation_config,
+            "server": {k: v for k, v in model.server.items() if k not in SPEED_ONLY_OPTIONS},
+            "env": {k: v for k, v in model.env.items() if k not in SPEED_ONLY_ENVIRONMENT},
+            # Another engine in vLLM's place (see server.py) answers differently.
+            "engine": os.environ.get("LMSWEEP_ENGINE"),
+        }
+    )
 
 
 def _cell_fingerprint(model: ModelPlan, task: Task, seeds: Seeds, task_files: str) -> str:
@@ -315,28 +366,31 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()[:32]
 
 
-def _source_digest(source: str | None) -> str | None:
-    """Of a tokenizer or adapter: the folder's content when it is local, else its hub name."""
-    if source is None or not is_local(source):
-        return source
-    return _folder_digest(Path(source), weights=True)
-
-
-def _folder_digest(folder: Path, *, weights: bool = False) -> str:
-    """Of a folder's small files by content; with `weights` of its weight files by size and time of change.
+def _checkpoint_digest(path: Path) -> str:
+    """Of a checkpoint folder or file: small files by content, the others by size and time of change.
 
     A checkpoint that is overwritten in place must not be served old answers; reading its gigabytes would be too slow.
     """
     digest = hashlib.sha256()
-
-    def add(path: Path, content: bytes) -> None:
-        digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode() + content)
-
-    patterns: Sequence[str] = SMALL_FILES if weights else ("**/*",)
-    for path in sorted(p for pattern in patterns for p in folder.glob(pattern)):
-        if path.is_file() and "__pycache__" not in path.parts:
-            add(path, path.read_bytes())
-    for path in sorted(p for pattern in WEIGHT_FILES if weights for p in folder.glob(pattern)):
-        stat = path.stat()
-        add(path, f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    for file in files:
+        stat = file.stat()
+        small = file.suffix in SMALL_FILES
+        _add(digest, file.name, file.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
+
+
+def _folder_digest(folder: Path) -> str:
+    """Of all files below, by content."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        if file.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            _add(digest, str(name), file.read_bytes())
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, content: bytes) -> None:
+    digest.update(os.fsencode(f"{name}\0{len(content)}\0") + content)

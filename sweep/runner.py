@@ -4,9 +4,9 @@ import logging
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from types import FrameType
@@ -27,6 +27,7 @@ from sweep.cluster import (
 )
 from sweep.concurrency import automatic_limit, shares
 from sweep.config import SweepConfig
+from sweep.errors import StoreError, boundary
 from sweep.machine import require
 from sweep.plan import Cell, Plan, ServerPlan, on_cpu
 from sweep.preflight import Facts
@@ -39,11 +40,12 @@ from sweep.tracking import Outcome, Tracker
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.2
-"""Longest wait for an event; bounds how late a signal or the terminal is."""
+TICK_S = 0.1
+"""Between two looks at what happened: how late an answer to an evaluator, a decision or a signal may be."""
 
 LOSSES_MOST = 3
-"""A server or a cell's evaluator that is lost so often without having finished anything takes its model or cell out."""
+"""A server that is lost so often without any cell finished in between takes its models out; a check or a cell ends
+after so many lost evaluators."""
 
 CLOSE_WANDB_S = 120.0
 """What W&B has not taken by then is left for later; the run directory has it all."""
@@ -85,9 +87,11 @@ class _Life:
 @dataclass(kw_only=True)
 class _ServerState:
     plan: ServerPlan
+    replicas: int | None
+    """None: as many as help."""
     started: int = 0
     losses: int = 0
-    replicas: int | None = None
+    """Since a cell of it was finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,33 +111,42 @@ def carry_out(config: SweepConfig, plan: Plan, store: Store, *, api_key: str, se
     Raises ResourceError when the cluster cannot carry the plan.
     """
     records = dict(plan.done)
-    with Terminal(models=list(plan.models), cells=[cell.key for cell in plan.cells]) as terminal:
-        logger = logging.getLogger("sweep")
-        terminal.log_handler.setLevel(logging.WARNING)
-        logger.addHandler(terminal.log_handler)
-        cluster = Cluster(config.ray, api_key=api_key)
+    with (
+        _signals() as stop,
+        Terminal(models=list(plan.models), cells=[cell.key for cell in plan.cells]) as terminal,
+        _warnings_on(terminal),
+        closing(Cluster(config.ray, api_key=api_key)) as cluster,
+    ):
+        _listen(stop)  # Ray has put a handler of its own in place
+        require(plan.owed_servers, cluster.capacity)
+        tracker = Tracker(
+            config.wandb,
+            sweep=config.name,
+            sweep_id=str(store.directory.root),
+            directory=store.directory.wandb,
+            models={name: asdict(model) for name, model in config.models.items()},
+            secrets=secrets,
+        )
         try:
-            require(plan.owed_servers, cluster.capacity)
-            tracker = Tracker(
-                config.wandb,
-                sweep=config.name,
-                sweep_id=str(store.directory.root),
-                directory=store.directory.wandb,
-                models={name: asdict(model) for name, model in config.models.items()},
-                secrets=secrets,
+            runner = Runner(
+                plan=plan, store=store, cluster=cluster, terminal=terminal, tracker=tracker, records=records
             )
-            try:
-                runner = Runner(
-                    plan=plan, store=store, cluster=cluster, terminal=terminal, tracker=tracker, records=records
-                )
-                number = runner.run()
-            finally:
-                cluster.close()
-                outcome = tracker.close(CLOSE_WANDB_S)
+            number = runner.run(stop)
         finally:
-            cluster.close()
-            logger.removeHandler(terminal.log_handler)
+            cluster.close()  # no GPU is held while W&B takes its time
+            outcome = tracker.close(CLOSE_WANDB_S)
     return Carried(records=records, signal=number, wandb=outcome)
+
+
+@contextmanager
+def _warnings_on(terminal: Terminal) -> Iterator[None]:
+    logger = logging.getLogger("sweep")
+    terminal.log_handler.setLevel(logging.WARNING)
+    logger.addHandler(terminal.log_handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(terminal.log_handler)
 
 
 @dataclass(kw_only=True)
@@ -155,25 +168,25 @@ class Runner:
     """Name -> what it does: a cell's key, `check`, or None when idle."""
     _checks: deque[ev.CheckTask | ev.CheckModel] = field(default_factory=deque)
     _checking: dict[str, ev.CheckTask | ev.CheckModel] = field(default_factory=dict)
+    _check_losses: Counter[str] = field(default_factory=Counter)
     _evaluators_started: int = 0
     _last_tracked: float = 0.0
 
-    def run(self) -> int:
-        """0 when every cell is finished or has failed, else the number of the signal that ended it before."""
+    def run(self, stop: Sequence[int] = ()) -> int:
+        """0 when every cell is finished or has failed; else the first number in `stop`, a signal that ended it."""
         for done, record in enumerate(self.records.values(), start=1):
             self.tracker.cell(record)
             self.terminal.finished(record, done, len(self.plan.cells))
         self._begin()
-        with _signals() as stop:
-            while any(c.unfinished for c in self._cells.values()):
-                for event in self.cluster.events(TICK_S):
-                    self._observe(event)
-                if stop:
-                    return stop[0]
-                self._dispatch_checks()
-                for action in schedule(self._view()):
-                    self._carry_out(action)
-                self._track()
+        while any(c.unfinished for c in self._cells.values()):
+            for event in self.cluster.events(TICK_S):
+                self._observe(event)
+            if stop:
+                return stop[0]
+            self._dispatch_checks()
+            for action in schedule(self._view()):
+                self._carry_out(action)
+            self._track()
         return 0
 
     # Beginning.
@@ -245,10 +258,11 @@ class Runner:
         life.endpoint = event.endpoint
         plan = self._servers[life.server].plan
         self._facts[life.server] = event.facts
-        write_file(
-            self.store.directory.facts(life.server),
-            msgspec.json.encode({"of": self._facts_identity(plan), "facts": event.facts}),
-        )
+        with boundary(StoreError, f"write what is known of server {life.server}"):
+            write_file(
+                self.store.directory.facts(life.server),
+                msgspec.json.encode({"of": self._facts_identity(plan), "facts": event.facts}),
+            )
         log.info("server %s is ready at %s: %s", event.life, event.endpoint.url, event.facts)
         self._show_server(life.server, "ready", f"scores by {', '.join(event.facts.methods)}")
         for note in event.facts.notes:
@@ -257,23 +271,24 @@ class Runner:
 
     def _server_failed(self, life: str, error: str) -> None:
         name = self._lives.pop(life).server
-        log.error("server %s did not start: %s", life, error)
+        log.info("server %s failed: %s", life, error)  # the terminal tells it below
         if others := [other for other in self._lives.values() if other.server == name]:
             # The model goes on with the servers that it has.
             self._servers[name].replicas = len(others)
             self.terminal.note(f"replica {life} did not start: {error}")
             return
         self._show_server(name, "failed", error.splitlines()[0])
-        self._fail_server(name, f"its server did not start: {error}")
+        self._fail_server(name, error)
 
     def _server_lost(self, life: str, reason: str) -> None:
         name = self._lives.pop(life).server
         server = self._servers[name]
         server.losses += 1
-        log.error("server %s was lost: %s", life, reason)
-        self._show_server(name, "lost", reason.splitlines()[0])
+        log.info("server %s was lost: %s", life, reason)
+        reason = f"{reason} (see {self.store.directory.server_log(life)})"
+        self._show_server(name, "lost", reason)
         if server.losses >= LOSSES_MOST:
-            self._fail_server(name, f"its server was lost {server.losses} times, last: {reason}")
+            self._fail_server(name, f"its server was lost {server.losses} times, last: {life} {reason}")
         else:
             self._share(name)
 
@@ -299,24 +314,30 @@ class Runner:
 
     def _evaluator_lost(self, name: str, reason: str) -> None:
         work = self._evaluators.pop(name)
-        log.error("%s was lost: %s", name, reason)
+        log.warning("%s was lost: %s", name, reason)
+        reason = f"{reason} (see {self.store.directory.server_log(name)})"
         if (check := self._checking.pop(name, None)) is not None:
-            self._check_lost(check, name, reason)
-        elif work is not None:
-            state = self._cells[work]
+            self._check_lost(check, reason)
+        elif work is not None and (state := self._cells[work]).evaluator == name:  # else it was cancelling the cell
             state.losses += 1
             self._take_back(state)
             if state.losses >= LOSSES_MOST:
-                self._fail(state, f"its evaluator died {state.losses} times, last: {reason} (see logs/{name}.log)")
+                self._fail(state, f"its evaluator died {state.losses} times, last: {reason}")
+            self._share(state.cell.model.server)
         self._start_evaluator()
 
-    def _check_lost(self, check: ev.CheckTask | ev.CheckModel, name: str, reason: str) -> None:
-        """A check that kills its evaluator would kill the next one too."""
-        error = f"the process that loaded it died: {reason} (see logs/{name}.log)"
+    def _check_lost(self, check: ev.CheckTask | ev.CheckModel, reason: str) -> None:
+        """Once more, since memory may have been short for a moment; a check that kills every evaluator has failed."""
+        what = f"task {check.task.task}" if isinstance(check, ev.CheckTask) else f"model {check.model.name}"
+        self._check_losses[what] += 1
+        if (losses := self._check_losses[what]) < LOSSES_MOST:
+            self._checks.append(check)
+            return
+        error = f"load {what}: the process that did it died {losses} times, last: {reason}"
         if isinstance(check, ev.CheckTask):
-            self._checked(ev.Checked(task_name=check.task_name, error=f"task {check.task.task}: {error}"))
+            self._checked(ev.Checked(task_name=check.task_name, error=error))
         else:
-            self._checked(ev.Checked(model=check.model.name, error=f"model {check.model.name}: {error}"))
+            self._checked(ev.Checked(model=check.model.name, error=error))
 
     def _heard(self, name: str, said: ev.Event) -> None:
         match said:
@@ -397,6 +418,8 @@ class Runner:
         record = replace(record, files=tuple(str(folder / name) for name in sorted(files)))
         self.store.write_record(record, files)
         state.state, state.evaluator = ("done" if record.status is Status.DONE else "failed"), None
+        if record.status is Status.DONE:
+            self._servers[state.cell.model.server].losses = 0
         self.records[state.cell.key] = record
         self.tracker.cell(record)
         done = sum(r.status is Status.DONE for r in self.records.values())
@@ -422,10 +445,10 @@ class Runner:
         used = [self._servers[life.server].plan.gpus for life in self._lives.values() if not on_cpus[life.server]]
         cpu_lives = sum(on_cpus[life.server] for life in self._lives.values())
         unfinished = [c for c in self._cells.values() if c.unfinished]
-        running: dict[str, int] = {}
+        running: dict[str, int] = dict.fromkeys(self._servers, 0)
         for state in unfinished:
             if state.state == "running":
-                running[state.cell.model.server] = running.get(state.cell.model.server, 0) + 1
+                running[state.cell.model.server] += 1
         return View(
             servers=tuple(
                 ServerView(
@@ -436,7 +459,8 @@ class Runner:
                     unfinished_cells=sum(c.cell.model.server == name for c in unfinished),
                     wanted=any(c.cell.model.server == name and self._wants_server(c) for c in unfinished),
                 )
-                for name, server in self._servers.items()
+                # A lost server comes back before others begin: evaluators that wait for it are missing elsewhere.
+                for name, server in sorted(self._servers.items(), key=lambda item: not running[item[0]])
             ),
             waiting=tuple(
                 CellView(key=key, server=c.cell.model.server, can_start=self._can_start(c))
@@ -538,18 +562,25 @@ class Runner:
 def _signals() -> Iterator[list[int]]:
     """A list that gets the number of the first SIGINT or SIGTERM; a second one ends the process at once.
 
-    Set after Ray has started, which installs handlers of its own. Supervisors clean up behind a process that ends so.
+    Supervisors clean up behind a process that ends so.
     """
     got: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _listen(got)
+    try:
+        yield got
+    except SystemExit as exited:  # how Ray's own handler of SIGTERM ends us while Ray starts
+        raise SystemExit(128 + signal.SIGTERM) from exited
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
+
+def _listen(got: list[int]) -> None:
     def note(number: int, _frame: FrameType | None) -> None:
         if got:
             os._exit(128 + number)
         got.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield got
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)

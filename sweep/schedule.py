@@ -4,6 +4,7 @@ In this form it starts servers in the order of the plan as resources allow, give
 CELLS_PER_MODEL cells of a model at a time and retires servers that have nothing left to do.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 CELLS_PER_MODEL = 2
@@ -81,37 +82,35 @@ def _retirements(view: View) -> list[RetireServer]:
     ]
 
 
-def _starts(view: View) -> list[StartServer]:
-    free_gpus, free_slots = view.free_gpus, view.free_cpu_servers
-    started: dict[str, int] = {}
-    actions = []
+def _starts(view: View) -> Iterator[StartServer]:
+    wanted = [server for server in view.servers if server.wanted and server.unfinished_cells]
+    yield from _filled([server for server in wanted if server.gpus], view.free_gpus)
+    yield from _filled([server for server in wanted if not server.gpus], view.free_cpu_servers)
 
-    def start(server: ServerView, reason: str) -> None:
-        nonlocal free_gpus, free_slots
-        if server.gpus:
-            free_gpus -= server.gpus
-        else:
-            free_slots -= 1
-        started[server.name] = started.get(server.name, 0) + 1
-        actions.append(StartServer(server=server.name, reason=reason))
 
-    def fits(server: ServerView) -> bool:
-        # GPU fractions add up with rounding errors.
-        return free_gpus + 1e-6 >= server.gpus if server.gpus else free_slots >= 1
-
-    wanted = [s for s in view.servers if s.wanted and s.unfinished_cells]
+def _filled(wanted: Sequence[ServerView], free: float) -> Iterator[StartServer]:
+    """What to start of `wanted`, all of which need GPUs or all a CPU slot, while `free` of these are there."""
+    # GPU fractions add up with rounding errors.
+    free += 1e-6
     for server in wanted:
         if not server.lives:
-            if not fits(server):
+            if _cost(server) > free:
                 # The next one may be smaller, but overtaking would starve a large model for ever.
-                return actions
-            start(server, f"first server, {server.unfinished_cells} cells owed")
+                return
+            free -= _cost(server)
+            yield StartServer(server=server.name, reason=f"first server, {server.unfinished_cells} cells owed")
     for server in wanted:
         # More servers than cells that may run at a time would idle at the end of the model's work.
         most = server.replicas if server.replicas is not None else server.unfinished_cells
-        while len(server.lives) + started.get(server.name, 0) < most and fits(server):
-            start(server, f"replica, {server.unfinished_cells} cells owed")
-    return actions
+        for _ in range(most - max(1, len(server.lives))):
+            if _cost(server) > free:
+                break
+            free -= _cost(server)
+            yield StartServer(server=server.name, reason=f"replica, {server.unfinished_cells} cells owed")
+
+
+def _cost(server: ServerView) -> float:
+    return server.gpus or 1
 
 
 def _cells(view: View) -> list[RunCell]:

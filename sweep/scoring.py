@@ -1,10 +1,10 @@
 """Log-likelihood and generation requests -> calls to a server, with the fewest tokens that it must compute.
 
-The reference is stock lm-eval's `local-completions` with tokenized requests: each pair a prompt of its own, which comes
-back with the log-probabilities of all its tokens (`EchoCall`). Where continuations are one token, all those of a context
-become one request for the next token's log-probabilities instead (`NextTokenCall`): the few-shot prefix is computed
-once and stays in vLLM's prefix cache, which an echo request must ignore. preflight.py proves on the live server that
-both agree.
+The reference is stock lm-eval's `local-completions` with tokenized requests: each pair a prompt of its own, which
+comes back with the log-probabilities of all its tokens (`EchoCall`). Where continuations are one token, all those of a
+context become one request for the next token's log-probabilities instead (`NextTokenCall`): the few-shot prefix is
+computed once and stays in vLLM's prefix cache, which an echo request must ignore. preflight.py proves on the live
+server that both agree.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,11 +75,11 @@ class EchoCall:
         """One LogProb. Raises RequestError for a reply without log-probabilities."""
         got = _logprobs(reply, self.method)
         start, end = len(self.pair.context), len(self.pair.context) + len(self.pair.continuation)
-        tokens, best = got["token_logprobs"][start:end], got["top_logprobs"][start:end]
-        if len(tokens) != end - start or any(t is None for t in tokens) or any(not b for b in best):
+        tokens, best = ((got.get(name) or [])[start:end] for name in ("token_logprobs", "top_logprobs"))
+        if not len(tokens) == len(best) == end - start or None in tokens or not all(best):
             raise RequestError(
-                f"an echo reply lacks log-probabilities for tokens {start}–{end} of its prompt "
-                f"(got {len(got['token_logprobs'])}): does the server support `echo` with `logprobs`?"
+                f"an echo reply lacks log-probabilities for tokens {start} to {end - 1} of its prompt "
+                f"(got {tokens}): does the server support `echo` with `logprobs`?"
             )
         greedy = all(t >= max(b.values()) for t, b in zip(tokens, best, strict=True))
         yield LogProb(index=self.pair.index, logprob=sum(tokens), is_greedy=greedy)
@@ -114,9 +114,9 @@ class NextTokenCall:
 
     def logprobs(self, reply: Mapping[str, Any]) -> Iterator[LogProb]:
         """One LogProb for each index. Raises RequestError when a token that was asked for is missing."""
-        first = _logprobs(reply, self.method)["top_logprobs"][0]
+        first = next(iter(_logprobs(reply, self.method).get("top_logprobs") or ()), None) or {}
         # Besides the ids asked for, vLLM reports the sampled token: at temperature 0 the most likely one.
-        best = max(first.values())
+        best = max(first.values(), default=0.0)
         for token, indices in self.indices_by_token.items():
             logprob = first.get(f"token_id:{token}")
             if logprob is None:

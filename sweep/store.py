@@ -18,7 +18,8 @@ import fcntl
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,7 +78,8 @@ class RunDirectory:
         self.lock = root / "lock"
 
     def record(self, model: str, task: str) -> Path:
-        return self.records / f"{model}--{task}.json"
+        # No name holds a dot, so no two cells share a file.
+        return self.records / f"{model}.{task}.json"
 
     def cell_results(self, model: str, task: str) -> Path:
         """lm-eval's layout, one output folder a task: `<output_path>/<model>/results_*.json`."""
@@ -100,15 +102,26 @@ def read_records(directory: RunDirectory) -> dict[tuple[str, str], Record]:
     return records
 
 
+def read_commits(directory: RunDirectory) -> dict[str, str]:
+    """`Plan.commits` of the last launch, empty before the first. Raises StoreError."""
+    if not directory.plan.exists():
+        return {}
+    with boundary(StoreError, f"read {directory.plan}"):
+        return msgspec.convert(msgspec.json.decode(directory.plan.read_bytes())["commits"], dict[str, str])
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Replace `path` in one step; afterwards the content survives a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk should not be fuller for the attempt
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -117,9 +130,17 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def set_aside(directory: RunDirectory) -> Path | None:
-    """Move an old run directory out of the way; its new place, or None where there was none."""
+    """Move an old run directory out of the way; its new place, or None where there was none.
+
+    Raises StoreError when another driver works in it: that one would go on writing under the old name.
+    """
     if not directory.root.exists():
         return None
+    with boundary(StoreError, f"set {directory.root} aside"), _locked(directory):
+        return _renamed(directory)
+
+
+def _renamed(directory: RunDirectory) -> Path:
     stamp = datetime.fromtimestamp(directory.root.stat().st_mtime, UTC).strftime("%Y%m%dT%H%M%S")
     aside = directory.root.with_name(f"{directory.root.name}.{stamp}")
     number = 1
@@ -130,6 +151,24 @@ def set_aside(directory: RunDirectory) -> Path | None:
     return aside
 
 
+def _locked(directory: RunDirectory) -> TextIO:
+    """The directory's lock, held until it is closed or this process is gone."""
+    lock = directory.lock.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        lock.close()
+        raise StoreError(
+            f"{directory.root} is in use by {owner}: wait for it, stop it, or choose another name="
+        ) from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
+    lock.flush()
+    return lock
+
+
 class Store:
     """The open run directory. One at a time: a second driver on the same directory is refused.
 
@@ -138,46 +177,35 @@ class Store:
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
-        with boundary(StoreError, f"open the run directory {directory.root}"):
+        with boundary(StoreError, f"open the run directory {directory.root}"), ExitStack() as undone:
             directory.root.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
-            self._db = sqlite3.connect(directory.responses, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version not in (0, SCHEMA):
-                raise StoreError(
-                    f"{directory.responses} has format {version}, this lmsweep writes {SCHEMA}: "
-                    "use the version that wrote it, another name=, or fresh=true to set it aside"
-                )
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS responses ("
-                "key BLOB PRIMARY KEY, cell TEXT NOT NULL, method TEXT NOT NULL, answer BLOB NOT NULL) WITHOUT ROWID"
-            )
-            self._db.execute(f"PRAGMA user_version={SCHEMA}")
+            self._lock = undone.enter_context(_locked(directory))
+            self._db = undone.enter_context(closing(sqlite3.connect(directory.responses, isolation_level=None)))
+            self._prepare()
+            undone.pop_all()
 
-    def _take_lock(self) -> TextIO:
-        lock = self.directory.lock.open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            lock.close()
+    def _prepare(self) -> None:
+        # Before anything that writes: a file of another version stays as it is.
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, SCHEMA):
             raise StoreError(
-                f"{self.directory.root} is in use by {owner}: wait for it, stop it, or choose another name="
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-        lock.flush()
-        return lock
+                f"{self.directory.responses} has format {version}, this lmsweep writes {SCHEMA}: "
+                "use the version that wrote it, another name=, or fresh=true to set it aside"
+            )
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS responses ("
+            "key BLOB PRIMARY KEY, cell TEXT NOT NULL, method TEXT NOT NULL, answer BLOB NOT NULL) WITHOUT ROWID"
+        )
+        self._db.execute(f"PRAGMA user_version={SCHEMA}")
 
     def put(self, responses: Sequence[Response]) -> None:
         """Make a batch durable. An answer that is already there stays: the first one given is the one that counts."""
         with boundary(StoreError, f"write {len(responses)} responses to {self.directory.responses}"), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany(
-                "INSERT OR IGNORE INTO responses VALUES (?, ?, ?, ?)",
+                "INSERT INTO responses VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
                 [(r.key, r.cell, r.method, r.answer) for r in responses],
             )
 
@@ -193,13 +221,15 @@ class Store:
 
     def count(self) -> int:
         """Responses stored."""
-        (number,) = self._db.execute("SELECT count(*) FROM responses").fetchone()
+        with boundary(StoreError, f"read {self.directory.responses}"):
+            (number,) = self._db.execute("SELECT count(*) FROM responses").fetchone()
         return int(number)
 
     def write_record(self, record: Record, files: Mapping[str, bytes]) -> None:
         """Store a cell's outcome: its lm-eval files first, the record last. `files` is name -> content.
 
-        Files of an earlier outcome of this cell are removed once the new record stands.
+        Files of an earlier outcome are removed once the new record stands. A failed cell has none to put in their
+        place and leaves them.
         """
         with boundary(StoreError, f"write the record of {record.model}/{record.task}"):
             folder = self.directory.cell_results(record.model, record.task)
@@ -207,12 +237,8 @@ class Store:
                 write_file(folder / name, content)
             path = self.directory.record(record.model, record.task)
             write_file(path, msgspec.json.format(msgspec.json.encode(record), indent=1))
-            if files:
-                self._remove(p for p in folder.glob("*") if p.name not in files)
-
-    def _remove(self, paths: Iterable[Path]) -> None:
-        for path in paths:
-            path.unlink()
+            for old in [file for file in folder.glob("*") if files and file.name not in files]:
+                old.unlink()
 
     def close(self) -> None:
         self._db.close()

@@ -15,7 +15,8 @@ more wait, and the metrics say so). The rest is accepted and has no effect.
 
 Options of its own, each as `--stand-in-NAME VALUE` or as the environment variable `STAND_IN_NAME` in capitals (`env:`
 of a model gives it to one server); see `Options` for what they mean:
-    start_delay_s latency_s die_after die_mark refuse null_logprobs end_every vocabulary tree ignore_term requests_log
+    start_delay_s latency_s die_after die_mark refuse lose_port null_logprobs end_every vocabulary tree ignore_term
+    requests_log
 """
 
 import argparse
@@ -54,6 +55,8 @@ class Options:
     """A file that is written when `die_after` strikes; while it is there no server dies: one death in a whole sweep."""
     refuse: str = ""
     """Print this to stderr and exit with code 1 instead of starting; `\\n` makes lines."""
+    lose_port: str = ""
+    """A file that is written when a server finds that a stranger has its port; while it is there no server does."""
     null_logprobs: int = 0
     """1 answers `logprobs: null` to every completion, as some servers do."""
     end_every: int = 16
@@ -407,7 +410,12 @@ def main() -> None:
     # Bound before anything slow and listened on after it, as vLLM does.
     bound = socket.socket()
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((found.host, found.port))
+    with socket.socket() as stranger:
+        if options.lose_port and not Path(options.lose_port).is_file():
+            Path(options.lose_port).touch()
+            stranger.bind((found.host, found.port))
+            stranger.listen()
+        bound.bind((found.host, found.port))
     child = subprocess.Popen([sys.executable, "-S", "-E", "-c", SLEEPER, SLEEPER]) if options.tree else None
     if options.ignore_term:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,242 @@
+"""Doubles that several test files share: a tokenizer, the stand-in server, and a store that lives in memory."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from sys import executable
+from typing import Any
+
+from sweep import demo
+from sweep.config import Model
+from sweep.plan import ServerPlan
+from sweep.preflight import Facts
+from sweep.scoring import Method
+from sweep.server import Endpoint, Server
+from sweep.store import Response
+
+KEY = "a-key-for-tests-0123456789"
+STAND_IN = [executable, str(Path(__file__).with_name("stand_in_server.py"))]
+
+
+def make_tokenizer(folder: Path, **settings: Any) -> Path:
+    """A folder with a small Qwen2 tokenizer; `settings` change its tokenizer_config.json, None removes one."""
+    folder.mkdir(parents=True)
+    demo._save_tokenizer(demo._train_tokenizer(demo._general_text(), 600), folder, end=demo.END_OF_TEXT)
+    path = folder / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), **settings}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return folder
+
+
+@contextmanager
+def stand_in(log: Path, *, api_key: str = KEY, max_model_len: int = 2048, **options: Any) -> Iterator[Endpoint]:
+    """A running stand-in that serves `m`; `options` are those of tests/stand_in_server.py."""
+    model = Model(
+        path="org/m",
+        max_model_len=max_model_len,
+        env={f"STAND_IN_{name.upper()}": str(value) for name, value in options.items()},
+        startup_timeout_s=60.0,
+    )
+    plan = ServerPlan(name="m", model=model, revision=None, adapters={"m": None}, gpus=0.0, replicas=1)
+    server = Server(plan, name="m-0", api_key=api_key, gpu_ids=(), log_path=log, executable=STAND_IN)
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@dataclass
+class RequestsLog:
+    """What reached a stand-in that was started with `requests_log`."""
+
+    path: Path
+    _read: int = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The bodies since the last look."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        bodies = [json.loads(line)["body"] for line in lines[self._read :]]
+        self._read = len(lines)
+        return bodies
+
+
+def facts(*, max_model_len: int = 2048, methods: Sequence[Method] = (Method.ECHO, Method.NEXT_TOKEN)) -> Facts:
+    return Facts(max_model_len=max_model_len, engine_version="0.32.0", methods=tuple(methods))
+
+
+@dataclass
+class Memory:
+    """lm.Channel over a dictionary. Without `known_facts` nobody may ask for them."""
+
+    known_facts: Facts | None = None
+    answers: dict[bytes, bytes] = field(default_factory=dict)
+    fresh: list[Response] = field(default_factory=list)
+    announced: list[int] = field(default_factory=list)
+
+    def facts(self) -> Facts:
+        assert self.known_facts is not None, "nothing about the server is needed here"
+        return self.known_facts
+
+    def known(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
+        assert len(set(keys)) == len(keys)
+        return {key: self.answers[key] for key in keys if key in self.answers}
+
+    def owed(self, requests: int) -> None:
+        self.announced.append(requests)
+
+    def answered(self, response: Response) -> None:
+        assert response.key not in self.answers
+        self.answers[response.key] = response.answer
+        self.fresh.append(response)
+
+    def progress(self, *, done: int, total: int, reused: int) -> None:
+        assert done <= total
+        assert reused <= done
+
+
+def make_tasks(folder: Path) -> Path:
+    """A folder with one small lm-eval task of each request kind, a group of two, and tasks that misbehave.
+
+    A question's right answer is the number in it, modulo 4.
+    """
+    folder.mkdir(parents=True)
+
+    def write(name: str, settings: Mapping[str, Any]) -> None:
+        # JSON is YAML, but for lm-eval's tag.
+        text = "\n".join(
+            f"{key}: {value if isinstance(value, str) and value.startswith('!') else json.dumps(value)}"
+            for key, value in settings.items()
+        )
+        (folder / f"{name}.yaml").write_text(text + "\n")
+
+    questions = [
+        {"question": f"Which is number {n}?", "choices": [f"the {w}" for w in ("one", "other one", "town", "river")]}
+        | {"answer": n % 4, "text": f"In the town number {n} there is a river. " * 12}
+        for n in range(24)
+    ]
+    for split, some in (("train", questions[:8]), ("test", questions[8:])):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("train", "test")}},
+        "training_split": "train",
+        "fewshot_split": "train",
+        "test_split": "test",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "answer",
+    }
+    letters = data | {
+        "output_type": "multiple_choice",
+        "doc_to_choice": ["A", "B", "C", "D"],
+        "metric_list": [{"metric": "acc"}],
+        "metadata": {"version": 1.5},
+    }
+    phrases = letters | {"doc_to_choice": "choices", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
+    writing = data | {
+        "output_type": "generate_until",
+        "num_fewshot": 1,
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+        "filter_list": [
+            {"name": "strict", "filter": [{"function": "take_first"}]},
+            {"name": "first", "filter": [{"function": "regex", "regex_pattern": "(\\d+)"}, {"function": "take_first"}]},
+        ],
+        "metric_list": [{"metric": "exact_match"}],
+        "metadata": {"version": 2},
+    }
+    write("letters", {"task": "letters", **letters, "num_fewshot": 3})
+    write("phrases", {"task": "phrases", **phrases})
+    write("pinned", {"task": "pinned", **letters, "num_fewshot": 0})
+    write("writing", {"task": "writing", **writing})
+    sampled = {"until": ["\n"], "max_gen_toks": 4, "do_sample": True, "temperature": 0.8}
+    write("sampled", {"task": "sampled", **writing, "generation_kwargs": sampled, "repeats": 3})
+    story = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+    write("story", {"task": "story", **data, **story, "metric_list": [{"metric": "bits_per_byte"}]})
+    family = {"group": "family", "task": ["letters", "phrases"], "metadata": {"version": 3}}
+    write("family", family | {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]})
+    nowhere = {"data_files": {"test": str(folder / "nowhere.jsonl")}}
+    write("lost", {"task": "lost", **data, "dataset_kwargs": nowhere, "output_type": "generate_until"})
+
+    (folder / "utils.py").write_text(MISBEHAVING)
+    scored = writing | {"filter_list": None, "metric_list": [{"metric": "score", "aggregation": "mean"}]}
+    for name in ("timed", "exits", "forks", "undefined"):
+        write(name, {"task": name, **scored, "process_results": f"!function utils.{name}"})
+    write("code", {"task": "code", **scored, "process_results": "!function utils.code", "unsafe_code": True})
+    made = {"custom_dataset": "!function utils.made", "training_split": None, "fewshot_split": None}
+    write("made", {"task": "made", **{k: v for k, v in letters.items() if k not in ("dataset_path",)}, **made})
+    return folder
+
+
+MISBEHAVING = '''
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+import datasets
+
+
+def timed(doc, results):
+    """1 where a time limit by SIGALRM works, as in minerva_math: everywhere else than in the main thread it is 0."""
+
+    def ring(*_):
+        raise TimeoutError
+
+    try:
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        try:
+            time.sleep(10)
+        except TimeoutError:
+            return {"score": 1}
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    except Exception:
+        return {"score": 0}
+
+
+def exits(doc, results):
+    sys.exit("a task that wants to leave")
+
+
+def forks(doc, results):
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
+    time.sleep(600)
+
+
+def undefined(doc, results):
+    return {"score": float("nan")}
+
+
+def code(doc, results):
+    return {"score": int(os.environ.get("HF_ALLOW_CODE_EVAL", "0"))}
+
+
+def made(pretrained, tokenizer, number=4, **_):
+    docs = [{"question": f"{pretrained} {tokenizer}", "answer": n % 4} for n in range(number)]
+    return {"test": datasets.Dataset.from_list(docs)}
+'''
+
+
+def make_gpqa(folder: Path) -> Path:
+    """A folder with two tasks over a data set in GPQA's shape, under lm-eval's own settings and processing of it."""
+    import lm_eval.tasks
+
+    folder.mkdir(parents=True)
+    rows = [
+        {"Question": f"What is the {n}th?", "Correct Answer": f"right {n} [title] x"}
+        | {f"Incorrect Answer {i}": f"wrong  {n}-{i}" for i in (1, 2, 3)}
+        for n in range(24)
+    ]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = Path(lm_eval.tasks.__file__).parent / "gpqa" / "n_shot" / "_gpqa_n_shot_yaml"
+    for name in ("gpqa_like", "gpqa_like_too"):
+        (folder / f"{name}.yaml").write_text(
+            f"include: {own}\ntask: {name}\ndataset_path: json\n"
+            f"dataset_kwargs: {{data_files: {{train: {folder / 'train.jsonl'}}}}}\n"
+        )
+    return folder

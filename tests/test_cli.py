@@ -1,0 +1,411 @@
+"""The command line: what each mistake costs and says, and what a launch leaves behind."""
+
+import json
+import logging
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sweep.cli import Arguments, main, parse
+from sweep.plan import Cell, Plan
+from sweep.record import Record, Score, Status
+from sweep.store import RunDirectory, Store, read_commits, read_records
+
+LAUNCH = Path(__file__).parent.parent / "launch.py"
+KEY = "key-from-the-environment-0123456789"
+
+SMALL = """
+models:
+  first: {path: ./checkpoint, device: cpu}
+  second: {path: ./checkpoint, device: cpu, dtype: float16}
+tasks:
+  gsm8k: {num_fewshot: 5, limit: 3}
+  arc_easy:
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with conf/small.yaml and its checkpoint; no GPU, no hub, no cluster, no secret of ours."""
+    for folder in ("conf", "checkpoint"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "conf" / "small.yaml").write_text(SMALL)
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("RAY_ADDRESS", "LMSWEEP_ENGINE", "HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+# Mistakes
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+    cpu_s: float
+
+
+def launch(*arguments: str) -> Said:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, str(LAUNCH), *arguments], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Said(done.returncode, done.stdout, done.stderr, cpu_s)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["conf=nonsense"], r"conf: no sweep 'nonsense' in .*; known: .*\bsmall\b"),
+        (["conf=smal"], r"conf: no sweep 'smal'.*; did you mean 'small'\?"),
+        (["conf=conf/gone.yaml"], r"conf: no file '.*/conf/gone.yaml'"),
+        (["conf=small", "models.typo.x=1"], r"command line: models\.typo: no such model .*first, second"),
+        (["conf=small", "models.frist.chat=true"], r"models\.frist: no such model .*did you mean 'first'\?"),
+        (["conf=small", "models.first.x=1"], r"models\.first\.x: unknown key"),
+        (["conf=small", "tasks.gsm9k={}"], r"tasks\.gsm9k: unknown task 'gsm9k'; did you mean 'gsm8k'\?"),
+        (["conf=small", "limt=3"], r"limt: unknown key; did you mean 'limit'\?"),
+        (["plan", "conf=small", "only=first/gsm9k"], r"only=first/gsm9k: no such cell.*'first/gsm8k'"),
+        (["conf=small", "samples=1"], r"samples= belongs to `plan`"),
+        (["plan", "conf=small", "samples=many"], r"samples=many: 1 shows"),
+        (["conf=small", "fresh=1"], r"fresh=1: true or false"),
+        (["conf=small", "plan"], r"'plan' is not of the form key=value"),
+        (["plan"], r"which sweep\? conf=NAME is missing; there are .*\bsmall\b"),
+        (["plam", "conf=small"], r"unknown command 'plam'; did you mean 'plan'\?"),
+        (["small"], r"unknown command 'small'; did you mean 'conf=small'\?"),
+        (["conf=small", "models.first.server.port=1"], r"models\.first\.server\.port: not set here"),
+        (["conf=small", "models.first.device=gpu"], r"not enough GPUs: first needs 1 GPU on one node; there is none"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_costs_one_line_exit_code_2_and_less_than_two_seconds(
+    place: Path, arguments: list[str], words: str
+) -> None:
+    said = launch(*arguments)
+    assert said.cpu_s < 2
+    assert said.code == 2
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(words, line), line
+    assert not (place / "runs").exists()
+
+
+def test_a_machine_without_gpus_says_at_once_which_models_need_how_many(place: Path) -> None:
+    said = launch("conf=qwen_sweep")
+    assert said.code == 2
+    (line,) = said.err.splitlines()
+    names = ["3b", "7b-instruct", "7b-instruct-awq", "14b-instruct", "14b-instruct-awq", "32b-instruct-awq"]
+    for name in names:
+        assert f"qwen2-5-{name} needs 1 GPU on one node" in line
+    assert said.cpu_s < 4
+    said = launch("conf=qwen_sweep", "models.qwen2-5-3b.tensor_parallel=4", "only=qwen2-5-3b/*")
+    assert "not enough GPUs: qwen2-5-3b needs 4 GPUs on one node; there is none here" in said.err
+
+
+def test_no_argument_is_usage_and_exit_code_2() -> None:
+    said = launch()
+    assert (said.code, said.err) == (2, "")
+    assert "conf=NAME" in said.out
+    assert re.search(r"sweeps here +.*\bqwen_sweep\b.*\bsmall\b", said.out)
+    assert said.cpu_s < 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"], ["plan", "--help"], ["conf=small", "-h"]])
+def test_help_is_usage_and_exit_code_0(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    assert "only=M/T" in capsys.readouterr().out
+
+
+def test_tasks_are_searched_in_less_than_two_seconds() -> None:
+    said = launch("tasks", "gsm8k")
+    assert said.code == 0
+    assert re.search(r"^gsm8k +task", said.out, flags=re.MULTILINE)
+    assert said.cpu_s < 3  # a scan of 14,000 files
+
+
+@pytest.mark.parametrize("command", ["tasks", "plan conf=small"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(command: str) -> None:
+    piped = f"{shlex.quote(sys.executable)} {shlex.quote(str(LAUNCH))} {command} | :"
+    assert subprocess.run(piped, shell=True, capture_output=True, check=True).stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("conf=a limit=3", Arguments(command="run", words=(), conf="a", overrides=("limit=3",))),
+        ("run conf=a only=m/t fresh=true", Arguments(command="run", words=(), conf="a", only="m/t", fresh=True)),
+        ("plan conf=a samples=1", Arguments(command="plan", words=(), conf="a", samples=True)),
+        ("plan samples=0 x=a=b conf=a", Arguments(command="plan", words=(), conf="a", overrides=("x=a=b",))),
+        ("tasks gsm math", Arguments(command="tasks", words=("gsm", "math"))),
+    ],
+)
+def test_arguments_are_read_in_any_order_behind_the_command(arguments: str, expected: Arguments) -> None:
+    assert parse(arguments.split()) == expected
+
+
+def test_an_interrupt_before_anything_runs_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sweep.cli._run", interrupt)
+    assert main(["conf=small"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# What a launch leaves behind; the runner is a double
+
+
+class Runner:
+    """Stands for sweep.runner: ends the cells as the test says and remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.fails: set[str] = set()
+        self.leaves: set[str] = set()
+        """Cells that it never comes to."""
+        self.signal = 0
+        self.ran: list[list[str]] = []
+        self.keys: list[str] = []
+
+    def carry_out(
+        self, config: Any, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str]
+    ) -> SimpleNamespace:
+        self.ran.append([cell.key for cell in plan.owed])
+        self.keys.append(api_key)
+        logging.getLogger("sweep.runner").info("the key is %s", api_key)
+        for cell in plan.owed:
+            if cell.key not in self.leaves:
+                store.write_record(self.record(cell), {})
+        wandb = SimpleNamespace(mode="disabled", why="the test says so", overview_url=None, publish=None, errors=())
+        return SimpleNamespace(records={}, signal=self.signal, wandb=wandb)
+
+    def record(self, cell: Cell) -> Record:
+        known = Record(model=cell.model.name, task=cell.task_name, fingerprint=cell.fingerprint, status=Status.DONE)
+        if cell.key in self.fails:
+            return replace(known, status=Status.FAILED, error="its server did not start: out of memory")
+        score = Score(
+            task=cell.task_name,
+            version="1",
+            filter="none",
+            num_fewshot=0,
+            metric="acc",
+            value=0.5,
+            stderr=None,
+            higher_is_better=True,
+            samples=3,
+        )
+        return replace(known, scores=(score,))
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
+    double = Runner()
+    monkeypatch.setitem(sys.modules, "sweep.runner", double)  # type: ignore[arg-type]
+    monkeypatch.setattr("sweep.machine.prepare_local_ray", lambda: None)
+    return double
+
+
+@pytest.fixture
+def directory(place: Path) -> RunDirectory:
+    return RunDirectory(place / "runs" / "small")
+
+
+Output = Callable[[], str]
+
+
+@pytest.fixture
+def output(capsys: pytest.CaptureFixture[str]) -> Output:
+    return lambda: "".join(capsys.readouterr())
+
+
+def test_a_finished_sweep_leaves_config_plan_records_and_tables(
+    runner: Runner, directory: RunDirectory, output: Output
+) -> None:
+    assert main(["conf=small"]) == 0
+    assert runner.ran == [["first/gsm8k", "first/arc_easy", "second/gsm8k", "second/arc_easy"]]
+    shown = output()
+    assert "|gsm8k" in shown
+    assert "W&B      disabled (the test says so)" in shown
+    assert "limit: 3" in directory.config.read_text()
+    assert directory.report.exists()
+    assert directory.csv.exists()
+    plan = json.loads(directory.plan.read_text())
+    assert list(plan["models"]) == ["first", "second"]
+    assert "--dtype float16" in " ".join(plan["servers"]["second"]["command"])
+    records = read_records(directory)
+    assert {key: cell["fingerprint"] for key, cell in plan["cells"].items()} == {
+        f"{model}/{task}": record.fingerprint for (model, task), record in records.items()
+    }
+    assert not any(cell["done"] for cell in plan["cells"].values())
+    assert read_commits(directory) == {}
+
+
+def test_the_same_command_again_runs_nothing_and_shows_the_tables(runner: Runner, output: Output) -> None:
+    main(["conf=small"])
+    output()
+    assert main(["conf=small"]) == 0
+    assert len(runner.ran) == 1
+    shown = output()
+    assert "all 4 cells are done" in shown
+    assert "|gsm8k" in shown
+
+
+def test_only_what_is_owed_runs_and_the_plan_says_so(runner: Runner, directory: RunDirectory, output: Output) -> None:
+    runner.fails = {"second/gsm8k"}
+    assert main(["conf=small"]) == 1
+    assert re.search(r"second/gsm8k.*out of memory", output())
+    runner.fails = set()
+    assert main(["conf=small"]) == 0
+    assert runner.ran[1:] == [["second/gsm8k"]]
+    plan = json.loads(directory.plan.read_text())
+    assert [key for key, cell in plan["cells"].items() if not cell["done"]] == ["second/gsm8k"]
+    assert list(plan["servers"]) == ["second"]
+
+
+def test_only_runs_a_done_cell_again_and_the_tables_stay_whole(runner: Runner, output: Output) -> None:
+    runner.fails = {"second/gsm8k"}
+    main(["conf=small"])
+    output()
+    assert main(["conf=small", "only=first/arc_easy"]) == 0  # what failed before is not its business
+    assert runner.ran[1:] == [["first/arc_easy"]]
+    shown = output()
+    assert "|gsm8k" in shown
+    assert "|arc_easy" in shown
+
+
+def test_results_of_other_settings_are_never_shown_as_these(
+    runner: Runner, directory: RunDirectory, output: Output
+) -> None:
+    main(["conf=small"])
+    output()
+    runner.leaves, runner.signal = {"first/gsm8k", "second/gsm8k"}, 2
+    assert main(["conf=small", "tasks.gsm8k.limit=200"]) == 130
+    shown = output()
+    assert "2 cells are left out of the tables" in shown
+    assert "|gsm8k" not in shown
+    assert "gsm8k" not in directory.csv.read_text()
+    assert "|arc_easy" in shown
+    assert "stopped by signal 2" in shown
+
+
+def test_fresh_sets_the_old_directory_aside(runner: Runner, directory: RunDirectory, output: Output) -> None:
+    main(["conf=small"])
+    assert main(["conf=small", "fresh=true"]) == 0
+    assert len(runner.ran[1]) == 4
+    (aside,) = (path for path in directory.root.parent.iterdir() if path != directory.root)
+    assert f"the old run directory is now {aside}" in output()
+    assert len(read_records(RunDirectory(aside))) == 4
+
+
+@pytest.mark.parametrize("fresh", ["false", "true"])
+def test_a_directory_in_use_is_exit_code_2_and_untouched(
+    runner: Runner, directory: RunDirectory, output: Output, fresh: str
+) -> None:
+    store = Store(directory)
+    before = sorted(path.name for path in directory.root.iterdir())
+    assert main(["conf=small", f"fresh={fresh}"]) == 2
+    assert f"in use by process {os.getpid()}" in output()
+    assert sorted(path.name for path in directory.root.iterdir()) == before
+    assert runner.ran == []
+    store.close()
+
+
+@pytest.mark.parametrize("fresh", ["false", "true"])
+def test_a_server_option_that_is_not_set_there_stops_the_launch_before_it_begins(
+    runner: Runner, directory: RunDirectory, output: Output, fresh: str
+) -> None:
+    main(["conf=small"])
+    before = directory.plan.read_bytes()
+    assert main(["conf=small", "models.second.server.served_model_name=x", "limit=9", f"fresh={fresh}"]) == 2
+    assert "models.second.server.served_model_name: not set here" in output()
+    assert directory.plan.read_bytes() == before
+    assert len(runner.ran) == 1
+
+
+def test_every_launch_has_a_key_of_its_own_and_no_file_shows_it(runner: Runner, directory: RunDirectory) -> None:
+    main(["conf=small"])
+    main(["conf=small", "only=*"])
+    assert len(set(runner.keys)) == 2
+    assert min(map(len, runner.keys)) > 30
+    assert "the key is ***" in directory.driver_log.read_text()
+
+
+def test_a_secret_of_the_environment_is_in_no_file(
+    runner: Runner, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, output: Output
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    arguments = ["api_key=${oc.env:OPENAI_API_KEY}", "models.first.server.chat_template=${oc.env:OPENAI_API_KEY}"]
+    assert main(["conf=small", *arguments]) == 0
+    assert runner.keys == [KEY]
+    files = [path for path in directory.root.rglob("*") if path.is_file()]
+    assert {"config.yaml", "plan.json", "driver.log"} <= {path.name for path in files}
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+    assert KEY not in output()
+
+
+def test_a_broken_record_is_exit_code_2(runner: Runner, directory: RunDirectory, output: Output) -> None:
+    directory.records.mkdir(parents=True)
+    (directory.records / "first.gsm8k.json").write_text("{")
+    assert main(["conf=small"]) == 2
+    assert main(["plan", "conf=small"]) == 2
+    assert str(directory.records / "first.gsm8k.json") in output()
+
+
+# The plan
+
+
+def test_a_plan_shows_what_the_last_launch_left_owed_and_starts_nothing(
+    runner: Runner, directory: RunDirectory, output: Output
+) -> None:
+    runner.fails = {"second/arc_easy"}
+    main(["conf=small"])
+    output()
+    before = {path: path.stat().st_mtime_ns for path in directory.root.rglob("*")}
+    assert main(["plan", "conf=small"]) == 0
+    shown = output()
+    assert "2 models × 2 tasks, 4 cells" in shown
+    assert "3 cells done, 1 owed" in shown
+    assert re.search(r"^  first +x gsm8k  x arc_easy$", shown, flags=re.MULTILINE)
+    assert re.search(r"^  second +x gsm8k  o arc_easy$", shown, flags=re.MULTILINE)
+    assert "first: CPU, concurrency auto, nothing owed: not started" in shown
+    assert "--served-model-name second" in shown
+    assert {path: path.stat().st_mtime_ns for path in directory.root.rglob("*")} == before
+    assert main(["plan", "conf=small", "fresh=true"]) == 0
+    assert "0 cells done, 4 owed" in output()
+
+
+def test_a_plan_knows_the_commits_of_the_last_launch(
+    runner: Runner, directory: RunDirectory, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["conf=small", "models.first.path=org/m", "only=first/*"]
+    monkeypatch.setattr("sweep.plan.resolve_revision", lambda *_, ask_hub, earlier: "c0ffee" if ask_hub else earlier)
+    main(arguments)
+    assert read_commits(directory) == {"org/m@main": "c0ffee"}
+    output()
+    assert main(["plan", *arguments[:2]]) == 0
+    shown = output()
+    assert "2 cells done, 2 owed" in shown
+    assert "--revision c0ffee" in shown
+
+
+def test_the_command_line_itself_is_quick_to_import() -> None:
+    code = "import sys, sweep.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"torch", "vllm", "ray", "lm_eval", "transformers", "datasets", "wandb", "omegaconf", "aiohttp", "yaml"}
+    assert heavy.isdisjoint(loaded)

@@ -1,0 +1,405 @@
+"""The client against stand-in servers: every call answered once, whatever the servers and the scheduler do."""
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from aiohttp import web
+from conftest import KEY, StandIn
+
+from sweep import client as module
+from sweep.client import ATTEMPTS, Cancelled, Client, Pool
+from sweep.errors import RequestError
+from sweep.server import Endpoint
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One token after a prompt that no other call has."""
+
+    number: int
+    tokens: int = 2
+
+    def body(self) -> dict[str, Any]:
+        return {"prompt": [1 + self.number // 900, 1 + self.number % 900], "max_tokens": 1, "temperature": 0}
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "PAUSE_MOST_S", 0.1)
+
+
+def asked(count: int) -> list[Ask]:
+    return [Ask(number) for number in range(count)]
+
+
+def run(pool: Pool, calls: list[Ask]) -> Counter[int]:
+    """How often each call was answered."""
+    found: Counter[int] = Counter()
+    Client(model="m", pool=pool).run(calls, lambda call, _: found.update([call.number]))
+    return found
+
+
+def pool_of(*shares: tuple[Endpoint, int]) -> Pool:
+    pool = Pool()
+    pool.update(shares)
+    return pool
+
+
+@contextmanager
+def later(step: Callable[[], object]) -> Iterator[None]:
+    """Do it in another thread meanwhile; what it raises there fails the test, as pytest's warnings are errors."""
+    thread = threading.Thread(target=step)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(30)
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+class Scripted:
+    """A server that answers each request by a function of its number, counted from 0; runs in a thread."""
+
+    def __init__(self, answer: Callable[[int], web.Response]) -> None:
+        self.answer = answer
+        self.requests: list[Any] = []
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._thread.start()
+        assert self._ready.wait(20)
+
+    def endpoint(self, name: str = "m-0") -> Endpoint:
+        return Endpoint(server=name, url=self.url, api_key=KEY, max_model_len=2048, engine_version="0")
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(20)
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        app = web.Application()
+        app.router.add_post("/v1/completions", self._complete)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._ready.set()
+        await self._stop.wait()
+        await runner.cleanup()
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        number = len(self.requests)
+        self.requests.append(await request.json())
+        return self.answer(number)
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[[Callable[[int], web.Response]], Scripted]]:
+    servers: list[Scripted] = []
+
+    def start(answer: Callable[[int], web.Response]) -> Scripted:
+        servers.append(Scripted(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def fine(_: int = 0) -> web.Response:
+    return web.json_response({"choices": []})
+
+
+# Many calls, few connections
+
+
+def test_every_call_is_answered_once_and_under_the_served_name(stand_in: Callable[..., StandIn]) -> None:
+    server = stand_in()
+    assert run(pool_of((server.endpoint, 16)), asked(300)) == Counter(range(300))
+    assert len(server.bodies()) == 300
+    assert {body["model"] for body in server.bodies()} == {"m"}
+
+
+def test_the_traffic_says_how_long_requests_were_on_the_wire(stand_in: Callable[..., StandIn]) -> None:
+    client = Client(model="m", pool=pool_of((stand_in(latency_s=0.2).endpoint, 4)))
+    assert client.traffic.request_s == 0.0
+    client.run(asked(8), lambda *_: None)
+    assert client.traffic.requests == 8
+    assert client.traffic.retries == 0
+    assert 0.4 <= client.traffic.request_s < 10
+
+
+def test_no_call_is_no_work(stand_in: Callable[..., StandIn]) -> None:
+    assert run(Pool(), []) == Counter()
+
+
+class Gauge:
+    """How many requests each endpoint had in flight at most, seen where they are sent."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.tasks = 0
+        real = Client._post
+
+        async def watched(client: Client, session: Any, endpoint: Endpoint, call: Any) -> Mapping[str, Any]:
+            self.now[endpoint.server] += 1
+            self.most |= self.now
+            self.tasks = max(self.tasks, len(asyncio.all_tasks()))
+            try:
+                return await real(client, session, endpoint, call)
+            finally:
+                self.now[endpoint.server] -= 1
+
+        monkeypatch.setattr(Client, "_post", watched)
+
+
+def test_no_endpoint_has_more_in_flight_than_its_share(
+    stand_in: Callable[..., StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauge = Gauge(monkeypatch)
+    first, second = stand_in(latency_s=0.01), stand_in(latency_s=0.01)
+    assert run(pool_of((first.endpoint, 3), (second.endpoint, 7)), asked(200)) == Counter(range(200))
+    assert gauge.most == {"m-0": 3, "m-1": 7}
+    # Each got work in proportion to its share.
+    assert len(second.bodies()) > 1.5 * len(first.bodies())
+
+
+def test_a_share_that_shrinks_grows_or_comes_back_is_kept_to(
+    stand_in: Callable[..., StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauge = Gauge(monkeypatch)
+    server = stand_in(latency_s=0.3)
+    pool = pool_of((server.endpoint, 8))
+
+    def leave_and_come_back() -> None:
+        until(lambda: gauge.now["m-0"] == 8)
+        pool.update([])
+        pool.update([(server.endpoint, 8)])
+        until(lambda: len(server.bodies()) > 8)
+        pool.update([(server.endpoint, 2)])
+        until(lambda: gauge.now["m-0"] <= 2)
+        gauge.most.clear()
+        until(lambda: len(server.bodies()) >= 24)
+        assert gauge.most["m-0"] == 2
+        pool.update([(server.endpoint, 8)])
+
+    with later(leave_and_come_back):
+        assert run(pool, asked(60)) == Counter(range(60))
+    assert gauge.most["m-0"] == 8
+
+
+def test_twenty_thousand_queued_calls_need_no_more_tasks_than_may_be_in_flight(
+    scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauge = Gauge(monkeypatch)
+    pool = pool_of((scripted(fine).endpoint(), 20))
+    answered = 0
+
+    def stop_early(*_: object) -> None:
+        nonlocal answered
+        answered += 1
+        if answered == 500:
+            pool.cancel("seen enough")
+
+    with pytest.raises(Cancelled, match="seen enough"):
+        Client(model="m", pool=pool).run(asked(20_000), stop_early)
+    assert gauge.most == {"m-0": 20}
+    # Ours, the main one, and what aiohttp needs for a connection that is being made.
+    assert gauge.tasks < 50
+
+
+# Servers that go
+
+
+def test_a_server_that_dies_loses_no_call_and_another_takes_over(stand_in: Callable[..., StandIn]) -> None:
+    dying, other = stand_in(die_after=40, latency_s=0.01), stand_in(latency_s=0.01)
+    assert run(pool_of((dying.endpoint, 8), (other.endpoint, 8)), asked(200)) == Counter(range(200))
+    assert dying.process.wait(10) == 1
+    assert len(dying.bodies()) == 40
+    assert len(other.bodies()) >= 200 - 40
+
+
+def test_calls_wait_while_there_is_no_server_and_go_on_when_one_comes(stand_in: Callable[..., StandIn]) -> None:
+    dying, other = stand_in(die_after=10), stand_in()
+    pool = Pool()
+
+    def serve() -> None:
+        pool.update([(dying.endpoint, 4)])
+        assert dying.process.wait(20) == 1
+        pool.update([])
+        pool.update([(other.endpoint, 4)])
+
+    with later(serve):
+        assert run(pool, asked(50)) == Counter(range(50))
+
+
+def test_an_endpoint_that_left_may_still_answer_what_it_has(stand_in: Callable[..., StandIn]) -> None:
+    first, second = stand_in(latency_s=0.5), stand_in()
+    pool = pool_of((first.endpoint, 4))
+
+    def replace() -> None:
+        until(lambda: len(first.bodies()) == 4)
+        pool.update([(second.endpoint, 4)])
+
+    with later(replace):
+        assert run(pool, asked(20)) == Counter(range(20))
+    assert len(first.bodies()) == 4
+    assert len(second.bodies()) == 16
+
+
+def test_a_dead_endpoint_may_stay_in_the_pool_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exponent of a doubled pause once grew with each request that was lost, until it was no float any more."""
+    monkeypatch.setattr(module, "PAUSE_S", 1e-5)
+    monkeypatch.setattr(module, "PAUSE_MOST_S", 1e-5)
+    nowhere = Endpoint(server="m-0", url="http://127.0.0.1:9", api_key=KEY, max_model_len=1, engine_version="0")
+    pool = pool_of((nowhere, 64))
+    client = Client(model="m", pool=pool)
+
+    def stop() -> None:
+        until(lambda: client.traffic.retries > 1500)
+        pool.cancel("enough")
+
+    with later(stop), pytest.raises(Cancelled):
+        client.run(asked(64), lambda *_: None)
+
+
+def test_requests_that_fail_together_pause_a_server_once(
+    scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0.3)
+    monkeypatch.setattr(module, "PAUSE_MOST_S", 60.0)
+    server = scripted(lambda number: fine() if number >= 16 else web.Response(status=503))
+    started = time.monotonic()
+    assert run(pool_of((server.endpoint(), 16)), asked(16)) == Counter(range(16))
+    assert time.monotonic() - started < 5
+    assert len(caplog.records) == 1
+
+
+# The scheduler takes the cell back
+
+
+def test_a_cancelled_run_ends_within_a_second_though_requests_are_in_flight(stand_in: Callable[..., StandIn]) -> None:
+    server = stand_in(latency_s=60)
+    pool = pool_of((server.endpoint, 4))
+    cancelled_at = 0.0
+
+    def cancel() -> None:
+        nonlocal cancelled_at
+        until(lambda: len(server.bodies()) == 4)
+        cancelled_at = time.monotonic()
+        pool.cancel("its turn is over")
+
+    with later(cancel), pytest.raises(Cancelled, match="its turn is over"):
+        run(pool, asked(10))
+    assert time.monotonic() - cancelled_at < 1
+
+
+def test_a_cancelled_run_ends_though_there_is_no_server() -> None:
+    pool = Pool()
+    with later(lambda: pool.cancel("why")), pytest.raises(Cancelled, match="why"):
+        run(pool, asked(1))
+    with pytest.raises(Cancelled):
+        run(pool, asked(1))
+
+
+def test_a_pool_may_change_at_any_time_around_a_run(stand_in: Callable[..., StandIn]) -> None:
+    server = stand_in()
+    pool = pool_of((server.endpoint, 4))
+    over = threading.Event()
+
+    def change() -> None:
+        while not over.is_set():
+            pool.update([(server.endpoint, 4)])
+
+    with later(change):
+        try:
+            for _ in range(20):
+                assert run(pool, asked(4)) == Counter(range(4))
+        finally:
+            over.set()
+
+
+# Servers that refuse
+
+
+def test_a_refused_request_fails_at_once_with_the_server_s_words(stand_in: Callable[..., StandIn]) -> None:
+    server = stand_in("--max-model-len", "2")
+    with pytest.raises(RequestError, match=r"m-0 refused a request of model m \(400\): .*maximum model length of 2"):
+        run(pool_of((server.endpoint, 1)), asked(5))
+    assert len(server.bodies()) == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_passing_fault_is_asked_again_and_forgotten(scripted: Callable[..., Scripted], status: int) -> None:
+    server = scripted(lambda number: fine() if number % 3 == 2 else web.Response(status=status))
+    client = Client(model="m", pool=pool_of((server.endpoint(), 1)))
+    answered: list[int] = []
+    client.run(asked(5), lambda call, _: answered.append(call.number))
+    assert answered == [0, 1, 2, 3, 4]
+    assert client.traffic.retries == 10
+    assert len(server.requests) == client.traffic.requests == 15
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda: web.Response(status=500, text="engine is dead"), r"m-0 answered 500: engine is dead"),
+        (lambda: web.Response(status=429, text="slow down"), r"m-0 answered 429: slow down"),
+        (lambda: web.Response(text="<html>"), r"m-0 sent a broken answer"),
+        (lambda: web.Response(text="[1]"), r"m-0 sent a broken answer"),
+    ],
+)
+def test_a_fault_that_does_not_pass_fails_after_so_many_tries(
+    scripted: Callable[..., Scripted], answer: Callable[[], web.Response], words: str
+) -> None:
+    server = scripted(lambda _: answer())
+    with pytest.raises(RequestError, match=f"failed {ATTEMPTS} times, last at m-0: {words}"):
+        run(pool_of((server.endpoint(), 1)), asked(3))
+    assert len(server.requests) == ATTEMPTS
+
+
+def test_a_request_that_is_not_answered_in_time_counts_as_a_try(
+    stand_in: Callable[..., StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DEADLINE_S", 0.1)
+    monkeypatch.setattr(module, "DEADLINE_PER_TOKEN_S", 0.0)
+    server = stand_in(latency_s=30)
+    with pytest.raises(RequestError, match=f"failed {ATTEMPTS} times, last at m-0: m-0 did not answer within 0 s"):
+        run(pool_of((server.endpoint, 1)), asked(1))
+
+
+def test_the_key_is_never_repeated(scripted: Callable[..., Scripted], caplog: pytest.LogCaptureFixture) -> None:
+    faults = [web.Response(status=503, text=f"no {KEY} no"), web.Response(status=401, text=f"what is {KEY}?")]
+    server = scripted(lambda number: faults[number])
+    with pytest.raises(RequestError) as caught:
+        run(pool_of((server.endpoint(), 1)), asked(1))
+    assert "what is ***?" in str(caught.value)
+    assert "no *** no" in caplog.text
+    assert KEY not in str(caught.value) + caplog.text + repr(server.endpoint())
+
+
+def test_what_a_reply_s_reader_raises_ends_the_run(stand_in: Callable[..., StandIn]) -> None:
+    server = stand_in()
+
+    def read(*_: object) -> None:
+        raise RequestError("no log-probabilities")
+
+    with pytest.raises(RequestError, match="no log-probabilities"):
+        Client(model="m", pool=pool_of((server.endpoint, 4))).run(asked(100), read)
+    assert len(server.bodies()) < 100

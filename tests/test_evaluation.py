@@ -1,0 +1,368 @@
+"""Cells against stock lm-eval on the same stand-in; documents made once; what a record says; previews and checks."""
+
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from doubles import KEY, Memory, RequestsLog, facts, make_gpqa, make_tasks, make_tokenizer, stand_in
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sweep.client import Pool
+from sweep.config import Model, Overflow, Seeds, Task
+from sweep.errors import TaskError
+from sweep.evaluation import Evaluated, _seeded, check_task, evaluate, load_tokenizer, preview
+from sweep.plan import Cell, ModelPlan
+from sweep.preflight import Facts
+from sweep.record import Record, Status
+from sweep.server import Endpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _data_sets_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "plain")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tasks(tmp_path_factory.mktemp("tasks") / "own")
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> RequestsLog:
+    return RequestsLog(tmp_path_factory.mktemp("requests") / "log.jsonl")
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory, log: RequestsLog) -> Iterator[Endpoint]:
+    with stand_in(tmp_path_factory.mktemp("server") / "log", requests_log=log.path) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def model(folder: Path) -> ModelPlan:
+    return ModelPlan(name="m", model=Model(path=str(folder)), revision=None, fingerprint="f", server="m")
+
+
+@pytest.fixture
+def cell(model: ModelPlan, tasks: Path) -> Callable[..., Cell]:
+    def make(
+        task: str, *, model: ModelPlan = model, seeds: Seeds | None = None, folder: Path = tasks, **settings: Any
+    ) -> Cell:
+        asked = Task(task=task, include_path=str(folder), **settings)
+        return Cell(model=model, task_name=task, task=asked, seeds=seeds or Seeds(), fingerprint="c")
+
+    return make
+
+
+@pytest.fixture
+def run(endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Evaluated]:
+    def run(cell: Cell, channel: Memory | None = None) -> Evaluated:
+        pool = Pool()
+        pool.update([(endpoint, 8)])
+        return evaluate(cell, tokenizer=tokenizer, pool=pool, channel=channel or Memory(facts()))
+
+    return run
+
+
+@pytest.fixture
+def stock(endpoint: Endpoint, folder: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+
+    def run(task: str, **settings: Any) -> dict[str, Any]:
+        found = simple_evaluate(
+            model="local-completions",
+            model_args={
+                "base_url": f"{endpoint.url}/v1/completions",
+                "model": "m",
+                "tokenizer": str(folder),
+                "tokenizer_backend": "huggingface",
+                "num_concurrent": 4,
+            },
+            tasks=[task],
+            task_manager=manager,
+            **settings,
+        )
+        assert found is not None
+        return found
+
+    return run
+
+
+def results_of(done: Evaluated) -> dict[str, Any]:
+    (content,) = (content for name, content in done.files.items() if name.startswith("results_"))
+    return json.loads(content)
+
+
+def samples_of(done: Evaluated, task: str) -> list[dict[str, Any]]:
+    (content,) = (content for name, content in done.files.items() if name.startswith(f"samples_{task}_"))
+    return [json.loads(line) for line in content.splitlines()]
+
+
+# The same results as stock
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("letters", {}),
+        ("letters", {"num_fewshot": 5, "limit": 7}),
+        ("phrases", {"num_fewshot": 1}),
+        ("phrases", {"limit": 0.25}),
+        ("writing", {"gen_kwargs": {"max_gen_toks": 3, "until": ["\n\n"]}}),
+        ("story", {}),
+        ("family", {"limit": 5}),
+    ],
+)
+def test_a_cell_scores_what_stock_scores(task: str, settings: dict[str, Any], cell: Any, run: Any, stock: Any) -> None:
+    expected = stock(task, **settings)
+    done = run(cell(task, **settings))
+    results = results_of(done)
+    for part in ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better", "group_subtasks"):
+        assert results.get(part, {}) == json.loads(json.dumps(expected.get(part, {}))), part
+    for name, samples in expected["samples"].items():
+        ours = samples_of(done, name)
+        for key in ("doc_id", "doc_hash", "prompt_hash", "target_hash", "filter"):
+            assert [s[key] for s in ours] == [s[key] for s in samples], key
+        assert [s["resps"] for s in ours] == json.loads(json.dumps([_as_written(s["resps"]) for s in samples]))
+
+
+def _as_written(value: Any) -> Any:
+    """lm-eval writes what a model answered as text."""
+    return [_as_written(v) for v in value] if isinstance(value, list | tuple) else str(value)
+
+
+def test_other_seeds_choose_other_examples_as_in_stock(cell: Any, run: Any, stock: Any) -> None:
+    expected = stock("letters", fewshot_random_seed=7)
+    done = run(cell("letters", seeds=Seeds(fewshot=7)))
+    hashes = [s["prompt_hash"] for s in samples_of(done, "letters")]
+    assert hashes == [s["prompt_hash"] for s in expected["samples"]["letters"]]
+    assert hashes != [s["prompt_hash"] for s in samples_of(run(cell("letters")), "letters")]
+
+
+# What a record and its files say
+
+
+def test_a_record_says_what_was_asked_and_what_took_effect(cell: Any, run: Any, folder: Path) -> None:
+    record = run(cell("writing", num_fewshot=2, limit=6)).record
+    assert record.status is Status.DONE
+    assert [(s.task, s.version, s.filter, s.num_fewshot, s.metric, s.samples, s.depth) for s in record.scores] == [
+        ("writing", "2", "strict", 2, "exact_match", 6, 0),
+        ("writing", "2", "first", 2, "exact_match", 6, 0),
+    ]
+    assert (record.counts.requests, record.counts.asked, record.counts.reused) == (6, 6, 0)
+    assert record.counts.length_stopped + record.counts.empty > 0
+    assert record.settings["num_fewshot"] == {"writing": 2}
+    assert record.settings["samples"] == {"writing": 6}
+    assert record.settings["methods"] == {"generate": 6}
+    assert record.settings["path"] == str(folder)
+    assert record.settings["seeds"] == {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+    assert record.settings["first_prompt"].count("Question: ") == 3
+    assert record.settings["first_prompt"].endswith("Question: Which is number 8?\nAnswer:")
+    assert record.versions["lm_eval"] == "0.4.13"
+    assert record.versions["vllm"] == "0.32.0"
+    assert msgspec.json.decode(msgspec.json.encode(record), type=Record) == record
+
+
+def test_a_group_comes_before_its_subtasks(cell: Any, run: Any) -> None:
+    scores = run(cell("family", limit=4)).record.scores
+    assert [(s.task, s.metric, s.depth, s.num_fewshot, s.samples) for s in scores] == [
+        ("family", "acc", 0, None, None),
+        ("letters", "acc", 1, 3, 4),
+        ("phrases", "acc", 1, 0, 4),
+        ("phrases", "acc_norm", 1, 0, 4),
+    ]
+    assert all(s.higher_is_better and s.stderr is not None for s in scores)
+
+
+def test_the_files_are_lm_evals_own(cell: Any, run: Any) -> None:
+    done = run(cell("family", limit=4))
+    kinds = sorted(re.sub(r"_2\d{3}-.*", "", name) for name in done.files)
+    assert kinds == ["results", "samples_letters", "samples_phrases"]
+    table = make_table(results_of(done))
+    assert re.search(r"^\|family +\|", table, flags=re.MULTILINE)
+    assert results_of(done)["model_name"] == "m"
+    for sample in samples_of(done, "letters"):
+        assert {"doc_id", "doc", "target", "arguments", "resps", "doc_hash", "prompt_hash", "target_hash"} <= set(
+            sample
+        )
+
+
+def test_repeats_with_seeds_of_their_own_are_said(cell: Any, run: Any, log: RequestsLog) -> None:
+    log.new()
+    done = run(cell("sampled", limit=2))
+    assert sorted(body["seed"] for body in log.new()) == [1234, 1234, 1235, 1235, 1236, 1236]
+    assert any("4 repeats of sampled requests have a seed of their own" in w for w in done.record.warnings)
+    assert not any("repeats" in w for w in run(cell("writing", limit=2)).record.warnings)
+
+
+def test_cut_contexts_are_in_the_record(cell: Any, run: Any) -> None:
+    channel = Memory(facts(max_model_len=40))
+    with pytest.raises(TaskError, match=r"m/letters: .* requests exceed the server"):
+        run(cell("letters", limit=2), channel)
+    assert channel.fresh == []
+    for _ in range(2):  # asked, then replayed
+        record = run(cell("letters", limit=2, on_overflow=Overflow.TRUNCATE), channel).record
+        assert record.counts.truncated == record.counts.requests == 8
+    assert record.counts.asked == 0
+
+
+def test_a_metric_that_is_no_number_is_said_and_left_out(cell: Any, run: Any) -> None:
+    record = run(cell("undefined", limit=3)).record
+    assert record.scores == ()
+    assert "undefined: score (none) is nan and left out of the scores" in record.warnings
+    assert msgspec.json.decode(msgspec.json.encode(record), type=Record) == record
+
+
+def test_one_document_has_a_score_without_an_error_bar(cell: Any, run: Any) -> None:
+    (score,) = run(cell("letters", limit=1)).record.scores
+    assert score.samples == 1
+    assert score.stderr is None
+
+
+def test_the_wait_for_a_server_is_not_counted_as_time_of_the_cell(
+    cell: Any, endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    pool = Pool()
+
+    class Late(Memory):
+        waited = False
+
+        def facts(self) -> Facts:
+            if not self.waited:
+                self.waited = True
+                time.sleep(1)
+                threading.Timer(1, pool.update, [[(endpoint, 8)]]).start()
+            return super().facts()
+
+    start = time.monotonic()
+    record = evaluate(cell("story", limit=2), tokenizer=tokenizer, pool=pool, channel=Late(facts())).record
+    assert time.monotonic() - start - record.wall_s > 1.9
+    assert 0 < record.request_s < record.wall_s
+
+
+def test_shots_that_a_task_pins_away_are_refused(cell: Any, run: Any) -> None:
+    with pytest.raises(TaskError, match="m/pinned: num_fewshot 5 was asked for, but pinned ran with 0"):
+        run(cell("pinned", num_fewshot=5, limit=2))
+    assert run(cell("pinned", limit=2)).record.scores[0].num_fewshot == 0
+
+
+# Documents are made once
+
+
+def test_prompts_of_gpqa_are_the_same_each_time_and_never_hold_the_question(
+    cell: Any, run: Any, tmp_path: Path
+) -> None:
+    gpqa = make_gpqa(tmp_path / "tasks")
+
+    def asked(task: str) -> list[str]:
+        done = run(cell(task, num_fewshot=5, folder=gpqa))
+        return [s["arguments"]["gen_args_0"]["arg_0"] for s in samples_of(done, task)]
+
+    first = asked("gpqa_like")
+    check_task(Task(task="gpqa_like", include_path=str(gpqa)), Seeds())
+    run(cell("letters", limit=2))
+    assert asked("gpqa_like_too") == first
+    assert asked("gpqa_like") == first
+    assert len(first) == 24
+    for prompt in first:
+        *examples, question = re.findall(r"Question: (.*)\n", prompt)
+        assert len(set(examples)) == 5
+        assert question not in examples
+
+
+def test_random_states_are_as_before_after_documents_were_made() -> None:
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    made = _seeded(lambda: (random.random(), np.random.random()), Seeds())
+    assert made == _seeded(lambda: (random.random(), np.random.random()), Seeds())
+    assert made != _seeded(lambda: (random.random(), np.random.random()), Seeds(random=1, numpy=1))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states
+
+
+# Checks and previews
+
+
+def test_a_task_whose_data_is_missing_is_said_with_the_cause(tasks: Path) -> None:
+    check_task(Task(task="letters", include_path=str(tasks)), Seeds())
+    with pytest.raises(TaskError, match=r"load task lost: FileNotFoundError: .*nowhere\.jsonl"):
+        check_task(Task(task="lost", include_path=str(tasks)), Seeds())
+
+
+def test_a_task_that_looks_at_the_model_gets_it(cell: Any, run: Any, tasks: Path, folder: Path) -> None:
+    task = Task(task="made", include_path=str(tasks), metadata={"number": 3})
+    check_task(task, Seeds(), Model(path="org/m"))
+    with pytest.raises(TaskError, match="missing 2 required positional arguments: 'pretrained' and 'tokenizer'"):
+        check_task(task, Seeds())
+    done = run(cell("made", metadata={"number": 3}))
+    assert done.record.settings["first_prompt"] == f"Question: {folder} {folder}\nAnswer:"
+    assert done.record.settings["samples"] == {"made": 3}
+
+
+def test_code_is_executed_only_where_the_config_confirms_it(cell: Any, run: Any) -> None:
+    with pytest.raises(TaskError, match="marked as unsafe"):
+        run(cell("code", limit=1))
+    (score,) = run(cell("code", limit=1, unsafe_code=True)).record.scores
+    assert score.value == 1
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_said_with_the_model(model: ModelPlan, tmp_path: Path) -> None:
+    lost = replace(model, model=replace(model.model, path=str(tmp_path / "nowhere")))
+    with pytest.raises(TaskError, match=r"load the tokenizer of model m from .*nowhere"):
+        load_tokenizer(lost)
+
+
+def test_a_chat_model_without_a_template_is_refused(model: ModelPlan, tmp_path: Path) -> None:
+    bare = str(make_tokenizer(tmp_path / "bare", chat_template=None))
+    plain = replace(model, model=replace(model.model, path=bare))
+    load_tokenizer(plain)
+    with pytest.raises(
+        TaskError, match=r"model m has `chat: true`, but the tokenizer in .*bare brings no chat template"
+    ):
+        load_tokenizer(replace(plain, model=replace(plain.model, chat=True)))
+    load_tokenizer(replace(plain, model=replace(plain.model, chat=True, tokenizer=model.model.path)))
+
+
+def test_a_preview_is_the_first_request(cell: Any, tokenizer: PreTrainedTokenizerBase, model: ModelPlan) -> None:
+    seen = preview(cell("family"), tokenizer)
+    assert (seen.kind, seen.continuation, seen.requests) == ("loglikelihood", " A", 4)
+    assert seen.prompt.endswith("Question: Which is number 8?\nAnswer:")
+    assert seen.prompt_tokens == len(tokenizer(seen.prompt).input_ids)
+    chat = replace(model, model=replace(model.model, chat=True, system_instruction="Be brief."))
+    seen = preview(cell("writing", model=chat, num_fewshot=2), tokenizer)
+    assert seen.arguments == {
+        "max_tokens": 8,
+        "temperature": 0,
+        "stop": ["\n", "<|endoftext|>"],
+        "seed": 1234,
+    }
+    assert seen.prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert seen.prompt.count("<|im_start|>assistant") == 3
+    single = preview(cell("writing", model=chat, num_fewshot=2, fewshot_as_multiturn=False), tokenizer)
+    assert single.prompt.count("<|im_start|>assistant") == 1
+    assert preview(cell("story"), tokenizer).kind == "loglikelihood_rolling"

@@ -1,0 +1,136 @@
+"""What `plan` prints and plan.json holds."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sweep.config import CellOverride, Device, Model, SweepConfig, Task
+from sweep.errors import ConfigError
+from sweep.overview import describe, document, rendered
+from sweep.plan import Plan, make_plan
+from sweep.store import RunDirectory
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("HF_TOKEN", "LMSWEEP_ENGINE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def sweep(**changes: object) -> SweepConfig:
+    known = {
+        "name": "s",
+        "models": {
+            "base": Model(path="org/base", revision=COMMIT, tensor_parallel=2, replicas="auto", concurrency=8),
+            "tiny-awq": Model(path="org/tiny", device=Device.AUTO, tasks=("gsm8k",)),
+        },
+        "tasks": {
+            "gsm8k": Task(task="gsm8k", num_fewshot=5, limit=20, gen_kwargs={"temperature": 0.7}),
+            "gpqa": Task(task="gpqa_main_n_shot"),
+        },
+    }
+    return SweepConfig(**{**known, **changes})  # type: ignore[arg-type]
+
+
+def planned(config: SweepConfig) -> Plan:
+    return make_plan(config, {}, ask_hub=False)
+
+
+def lines(config: SweepConfig) -> list[str]:
+    return describe(config, planned(config), RunDirectory(Path("/runs/s"))).splitlines()
+
+
+def test_a_plan_is_cells_tasks_and_servers_with_their_commands() -> None:
+    assert lines(sweep()) == [
+        "sweep s: 2 models × 2 tasks, 3 cells",
+        "run directory /runs/s: 0 cells done, 3 owed",
+        "",
+        "tasks",
+        '  gsm8k: lm-eval\'s gsm8k, 5-shot, limit 20, gen_kwargs {"temperature": 0.7}',
+        "  gpqa: lm-eval's gpqa_main_n_shot, its own shots, all documents",
+        "    gated, needs accepted terms and HF_TOKEN (which is not set): Idavidrein/gpqa (gpqa_main)",
+        "",
+        "cells (x done, o owed)",
+        "  base      o gsm8k  o gpqa",
+        "  tiny-awq  o gsm8k  - gpqa",
+        "",
+        "servers",
+        "  base: 2 GPUs, auto replicas, concurrency 8",
+        "    python -m vllm.entrypoints.openai.api_server --model org/base --revision " + COMMIT + " "
+        "--served-model-name base --host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm "
+        "--disable-uvicorn-access-log --tensor-parallel-size 2 --distributed-executor-backend mp",
+        "  tiny-awq: 1 GPU where there are any, else CPU, concurrency auto",
+        "    the commit of org/tiny is not known here; it is asked for when the sweep runs",
+        "    python -m vllm.entrypoints.openai.api_server --model org/tiny --served-model-name tiny-awq "
+        "--host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm --disable-uvicorn-access-log",
+    ]
+
+
+def test_a_cell_with_settings_of_its_own_says_them() -> None:
+    cells = {"base/gsm8k": CellOverride(num_fewshot=0, limit=3), "*/gpqa": CellOverride(skip=True)}
+    shown = lines(sweep(cells=cells))
+    assert '  base/gsm8k: lm-eval\'s gsm8k, 0-shot, limit 3, gen_kwargs {"temperature": 0.7}' in shown
+    assert not any("gpqa" in line for line in shown)
+
+
+def test_a_token_that_is_there_is_said_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    shown = "\n".join(lines(sweep()))
+    assert "HF_TOKEN (which is set)" in shown
+    assert "very_secret" not in shown
+
+
+def test_the_saved_plan_is_json_with_what_a_later_launch_needs() -> None:
+    plan = planned(sweep())
+    saved = json.loads(json.dumps(document(plan)))
+    assert list(saved) == ["models", "servers", "cells", "commits"]
+    assert saved["models"]["base"] == {
+        "path": "org/base",
+        "revision": COMMIT,
+        "commit": COMMIT,
+        "fingerprint": plan.models["base"].fingerprint,
+        "server": "base",
+    }
+    assert saved["cells"]["base/gpqa"] == {"fingerprint": plan.cells[1].fingerprint, "done": False}
+    assert saved["servers"]["base"]["gpus"] == 2
+    assert "--tensor-parallel-size" in saved["servers"]["base"]["command"]
+    assert saved["commits"] == {f"org/base@{COMMIT}": COMMIT}
+
+
+def test_an_option_that_is_not_set_there_is_refused() -> None:
+    config = sweep(models={"m": Model(path="org/m", server={"api_key": "k"})})
+    with pytest.raises(ConfigError, match=r"models\.m\.server\.api_key: not set here"):
+        document(planned(config))
+
+
+@pytest.mark.slow
+def test_the_rendered_prompt_of_a_cell_is_what_its_server_would_get(tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "data.json").write_text(json.dumps([{"q": "one?", "a": "uno"}, {"q": "two?", "a": "dos"}]))
+    (folder / "numbers.yaml").write_text(f"""
+task: numbers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/data.json}}}}
+output_type: generate_until
+test_split: test
+fewshot_split: test
+num_fewshot: 1
+doc_to_text: "Q: {{{{q}}}}\\nA:"
+doc_to_target: "{{{{a}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 7}}
+metric_list: [{{metric: exact_match}}]
+""")
+    config = sweep(
+        models={"m": Model(path=str(tiny_model))}, tasks={"numbers": Task(task="numbers", include_path=str(folder))}
+    )
+    (cell,) = planned(config).cells
+    shown = rendered(cell)
+    assert shown.startswith("m/numbers: generate_until, ")
+    assert "  prompt\n  | Q: two?\n  | A: dos\n  | \n  | Q: one?\n  | A:\n" in shown
+    assert r"  stop       '\n'" in shown
+    assert '"max_tokens": 7' in shown

@@ -1,0 +1,522 @@
+"""What a sweep comes to: cells, servers, what is done, and fingerprints that change with the numbers alone."""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+from sweep.config import CellOverride, Device, Model, Overflow, Seeds, SweepConfig, Task
+from sweep.errors import ConfigError
+from sweep.plan import Plan, ServerPlan, make_plan, on_cpu, resolve_revision
+from sweep.record import Record, Status
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OTHER_COMMIT = "f" * 40
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "Hub":
+    """An empty cache, and a hub that says what the test tells it to; nobody asks the real one."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    double = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda _, path, **asked: double.answer(path, **asked))
+    return double
+
+
+class Hub:
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.commits: dict[tuple[str, str], str] = {}
+        self.error: Exception | None = None
+        self.asked: list[tuple[str, str]] = []
+
+    def answer(self, path: str, *, revision: str, timeout: float) -> Any:
+        self.asked.append((path, revision))
+        assert timeout <= 10
+        if self.error is not None:
+            raise self.error
+        return huggingface_hub.hf_api.ModelInfo(id=path, sha=self.commits[path, revision])
+
+    def caches(self, path: str, branch: str, commit: str) -> None:
+        folder = self.cache / f"models--{path.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / branch).write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name, text in {
+        "config.json": "{}",
+        "tokenizer.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "model.safetensors": "weights",
+        "original.pth": "weights",
+    }.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def sweep(models: dict[str, Model] | None = None, tasks: dict[str, Task] | None = None, **more: Any) -> SweepConfig:
+    return SweepConfig(
+        name="s",
+        models=models or {"m": Model(path="org/m")},
+        tasks=tasks or {"gsm8k": Task(task="gsm8k")},
+        **more,
+    )
+
+
+def planned(config: SweepConfig, *records: Record, only: str | None = None, **more: Any) -> Plan:
+    by_cell = {(record.model, record.task): record for record in records}
+    return make_plan(config, by_cell, only=only, **{"ask_hub": False, **more})
+
+
+def keys(plan: Plan) -> list[str]:
+    return [cell.key for cell in plan.cells]
+
+
+# Fingerprints of models
+
+NUMBERS: list[dict[str, Any]] = [
+    {"dtype": "float16"},
+    {"quantization": "awq"},
+    {"generation_config": "auto"},
+    {"trust_remote_code": True},
+    {"tokenizer": "org/t"},
+    {"adapter": "org/a"},
+    {"revision": "v1"},
+    {"server": {"hf_overrides": {"rope_theta": 1}}},
+    {"server": {"load_format": "dummy"}},
+    {"server": {"kv_cache_dtype": "fp8"}},
+    {"server": {"some_option_of_tomorrow": 1}},
+    {"env": {"VLLM_ATTENTION_BACKEND": "FLASHINFER"}},
+]
+SPEED: list[dict[str, Any]] = [
+    {"tensor_parallel": 2},
+    {"gpus": 0.5},
+    {"replicas": 3},
+    {"concurrency": 7},
+    {"startup_timeout_s": 1.0},
+    {"device": Device.CPU},
+    {"server": {"max_num_seqs": 7}},
+    {"server": {"enable_prefix_caching": False, "gpu_memory_utilization": 0.5, "enforce_eager": True}},
+    {"env": {"HF_TOKEN": "t", "CUDA_VISIBLE_DEVICES": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}},
+    {"tasks": ("gsm8k",)},
+]
+
+
+def fingerprint(model: Model, name: str = "m", **more: Any) -> str:
+    return planned(sweep({name: model}), **more).models[name].fingerprint
+
+
+def ids(changes: dict[str, Any]) -> str:
+    return re.sub(r"[^a-z_A-Z]+", "-", str(changes)).strip("-")
+
+
+@pytest.mark.parametrize("changes", NUMBERS, ids=ids)
+def test_what_changes_numbers_changes_the_fingerprint(hub: Hub, changes: dict[str, Any]) -> None:
+    hub.caches("org/m", "main", COMMIT)
+    hub.caches("org/m", "v1", OTHER_COMMIT)
+    model = Model(path="org/m")
+    assert fingerprint(replace(model, **changes)) != fingerprint(model)
+
+
+@pytest.mark.parametrize("changes", SPEED, ids=ids)
+def test_what_changes_speed_alone_does_not(changes: dict[str, Any]) -> None:
+    model = Model(path="org/m")
+    assert fingerprint(replace(model, **changes)) == fingerprint(model)
+
+
+@pytest.mark.parametrize("changes", [{"chat": True}, {"system_instruction": "be brief"}, {"max_model_len": 99}])
+def test_what_is_in_the_prompt_is_the_cell_s_business_not_the_model_s(changes: dict[str, Any]) -> None:
+    """So that a chat variant, or a longer limit after prompts did not fit, reuses what is the same."""
+    before, after = (planned(sweep({"m": model})) for model in (Model(path="p/m"), Model(path="p/m", **changes)))
+    assert before.models["m"].fingerprint == after.models["m"].fingerprint
+    assert before.cells[0].fingerprint != after.cells[0].fingerprint
+
+
+def test_the_name_of_a_model_is_not_part_of_it(checkpoint: Path) -> None:
+    assert fingerprint(Model(path=str(checkpoint)), "a") == fingerprint(Model(path=str(checkpoint)), "b")
+
+
+def _touch(path: Path) -> None:
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "config.json").write_text("{ }"),
+        lambda folder: (folder / "tokenizer.json").write_text("[]"),
+        lambda folder: (folder / "chat_template.jinja").write_text(""),
+        lambda folder: (folder / "generation_config.json").write_text("{}"),
+        lambda folder: _touch(folder / "model.safetensors"),
+        lambda folder: _touch(folder / "original.pth"),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-2.safetensors"),
+    ],
+    ids=["config", "tokenizer", "template", "a new file", "newer weights", "other weights", "gone", "renamed"],
+)
+@pytest.mark.parametrize("place", ["path", "tokenizer", "adapter"])
+def test_a_checkpoint_that_is_overwritten_in_place_is_another_one(
+    checkpoint: Path, change: Callable[[Path], object], place: str
+) -> None:
+    model = Model(**{"path": "org/m", place: str(checkpoint)})
+    before = fingerprint(model)
+    assert fingerprint(model) == before
+    change(checkpoint)
+    assert fingerprint(model) != before
+
+
+def test_what_is_no_part_of_a_checkpoint_does_not_count(checkpoint: Path) -> None:
+    model = Model(path=str(checkpoint))
+    before = fingerprint(model)
+    _touch(checkpoint / "config.json")
+    (checkpoint / ".lock").touch()
+    (checkpoint / "gone.safetensors").symlink_to("nowhere")
+    (checkpoint / "logs").mkdir()
+    assert fingerprint(model) == before
+
+
+def test_two_checkpoints_that_are_single_files_differ(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_text(name)
+    assert fingerprint(Model(path=str(tmp_path / "a.gguf"))) != fingerprint(Model(path=str(tmp_path / "b.gguf")))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"models.m: read {tmp_path}/gone: FileNotFoundError"):
+        fingerprint(Model(path=str(tmp_path / "gone")))
+
+
+# Fingerprints of cells
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_fewshot": 3},
+        {"limit": 5},
+        {"limit": 0.5},
+        {"gen_kwargs": {"temperature": 1}},
+        {"fewshot_as_multiturn": True},
+        {"metadata": {"a": 1}},
+        {"on_overflow": Overflow.TRUNCATE},
+    ],
+    ids=ids,
+)
+def test_a_setting_of_its_task_changes_the_cell_and_not_the_model(changes: dict[str, Any]) -> None:
+    before, after = (planned(sweep(tasks={"t": task})) for task in (Task(task="gsm8k"), Task(task="gsm8k", **changes)))
+    assert before.cells[0].fingerprint != after.cells[0].fingerprint
+    assert before.models["m"].fingerprint == after.models["m"].fingerprint
+
+
+@pytest.mark.parametrize("seed", ["random", "numpy", "torch", "fewshot"])
+def test_each_seed_changes_the_cell(seed: str) -> None:
+    before, after = planned(sweep()), planned(sweep(seeds=Seeds(**{seed: 7})))
+    assert before.cells[0].fingerprint != after.cells[0].fingerprint
+
+
+def test_the_version_of_lm_eval_changes_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = planned(sweep()).cells[0].fingerprint
+    monkeypatch.setattr("sweep.plan.version", lambda _: "9.9")
+    assert planned(sweep()).cells[0].fingerprint != before
+
+
+def test_the_user_s_own_task_files_change_its_cells_and_no_others(tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "own.yaml").write_text("task: own\ndataset_path: json\noutput_type: generate_until\n")
+    tasks = {"own": Task(task="own", include_path=str(folder)), "gsm8k": Task(task="gsm8k")}
+
+    def prints() -> list[str]:
+        return [cell.fingerprint for cell in planned(sweep(tasks=tasks)).cells]
+
+    before = prints()
+    (folder / ".hidden").touch()
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "code.pyc").touch()
+    assert prints() == before
+    (folder / "data").mkdir()
+    (folder / "data" / "test.jsonl").write_text("{}")
+    assert prints()[0] != before[0]
+    assert prints()[1] == before[1]
+
+
+# Done and owed
+
+
+@pytest.fixture
+def grid() -> SweepConfig:
+    return sweep(
+        {"a": Model(path="org/a"), "b": Model(path="org/b")},
+        {"gsm8k": Task(task="gsm8k"), "arc_easy": Task(task="arc_easy")},
+    )
+
+
+def record(plan: Plan, key: str, **changes: Any) -> Record:
+    cell = next(cell for cell in plan.cells if cell.key == key)
+    known = Record(model=cell.model.name, task=cell.task_name, fingerprint=cell.fingerprint, status=Status.DONE)
+    return replace(known, **changes)
+
+
+def test_cells_are_models_times_tasks_in_the_order_of_the_config(grid: SweepConfig) -> None:
+    assert keys(planned(grid)) == ["a/gsm8k", "a/arc_easy", "b/gsm8k", "b/arc_easy"]
+
+
+def test_done_is_what_has_a_finished_record_of_the_same_fingerprint(grid: SweepConfig) -> None:
+    fresh = planned(grid)
+    plan = planned(
+        grid,
+        record(fresh, "a/gsm8k"),
+        record(fresh, "a/arc_easy", fingerprint="of other settings"),
+        record(fresh, "b/gsm8k", status=Status.FAILED),
+        record(fresh, "b/gsm8k", model="removed"),
+    )
+    assert list(plan.done) == ["a/gsm8k"]
+    assert [cell.key for cell in plan.owed] == ["a/arc_easy", "b/gsm8k", "b/arc_easy"]
+
+
+def test_servers_of_finished_models_are_not_owed(grid: SweepConfig) -> None:
+    fresh = planned(grid)
+    plan = planned(grid, record(fresh, "a/gsm8k"), record(fresh, "a/arc_easy"))
+    assert list(plan.servers) == ["a", "b"]
+    assert list(plan.owed_servers) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("only", "expected"),
+    [
+        ("a/gsm8k", ["a/gsm8k"]),
+        ("*/gsm8k", ["a/gsm8k", "b/gsm8k"]),
+        ("b/*", ["b/gsm8k", "b/arc_easy"]),
+    ],
+)
+def test_only_runs_its_cells_again_though_they_are_done(grid: SweepConfig, only: str, expected: list[str]) -> None:
+    fresh = planned(grid)
+    plan = planned(grid, *(record(fresh, key) for key in keys(fresh)), only=only)
+    assert keys(plan) == expected
+    assert plan.done == {}
+    assert [cell.key for cell in plan.owed] == expected
+
+
+@pytest.mark.parametrize("only", ["a/gsm9k", "a", "A/gsm8k", ""])
+def test_only_with_an_unknown_cell_names_the_nearest(grid: SweepConfig, only: str) -> None:
+    with pytest.raises(ConfigError, match=f"^only={only}: no such cell") as caught:
+        planned(grid, only=only)
+    assert ("'a/gsm8k'" in str(caught.value)) == ("gsm" in only)
+
+
+def test_a_sweep_whose_cells_are_all_skipped_is_refused(grid: SweepConfig) -> None:
+    with pytest.raises(ConfigError, match="sweep 's' has no cells"):
+        planned(replace(grid, cells={"*": CellOverride(skip=True)}))
+
+
+# Which tasks a model runs, and how
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ((), ["gsm8k", "arc_easy", "boolq"]),
+        (("boolq", "gsm8k"), ["gsm8k", "boolq"]),
+        (("!gsm8k",), ["arc_easy", "boolq"]),
+        (("!gsm8k", "!boolq"), ["arc_easy"]),
+    ],
+)
+def test_a_model_runs_all_or_these_or_all_but_these_tasks(chosen: tuple[str, ...], expected: list[str]) -> None:
+    tasks = {name: Task(task=name) for name in ("gsm8k", "arc_easy", "boolq")}
+    plan = planned(sweep({"m": Model(path="org/m", tasks=chosen)}, tasks))
+    assert [cell.task_name for cell in plan.cells] == expected
+
+
+def test_a_cell_may_be_skipped_or_changed_by_a_pattern_and_later_patterns_win(grid: SweepConfig) -> None:
+    overrides = {
+        "*/gsm8k": CellOverride(limit=5, num_fewshot=1),
+        "a/*": CellOverride(limit=9, on_overflow=Overflow.TRUNCATE),
+        "b/arc_easy": CellOverride(skip=True),
+    }
+    plan = planned(replace(grid, cells=overrides))
+    tasks = {cell.key: cell.task for cell in plan.cells}
+    assert tasks == {
+        "a/gsm8k": Task(task="gsm8k", limit=9, num_fewshot=1, on_overflow=Overflow.TRUNCATE),
+        "a/arc_easy": Task(task="arc_easy", limit=9, on_overflow=Overflow.TRUNCATE),
+        "b/gsm8k": Task(task="gsm8k", limit=5, num_fewshot=1),
+    }
+
+
+def test_tasks_of_a_grid_are_cells_of_their_own() -> None:
+    tasks = {f"gsm8k-{shots}shot": Task(task="gsm8k", num_fewshot=shots) for shots in (0, 5)}
+    plan = planned(sweep(tasks=tasks))
+    assert keys(plan) == ["m/gsm8k-0shot", "m/gsm8k-5shot"]
+    assert len({cell.fingerprint for cell in plan.cells}) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "cells", "words"),
+    [
+        (Task(task="gsm9k"), {}, r"^tasks\.t: unknown task 'gsm9k'; did you mean 'gsm8k'"),
+        (Task(task="humaneval"), {}, r"^tasks\.t: code that the model writes would be executed"),
+        (Task(task="truthfulqa_mc1", num_fewshot=5), {}, r"^tasks\.t: num_fewshot: 5 would be ignored by lm-eval"),
+        (
+            Task(task="truthfulqa_mc1"),
+            {"m/*": CellOverride(num_fewshot=5)},
+            r"^cells\.m/\*: num_fewshot: 5 would be ignored by lm-eval",
+        ),
+    ],
+    ids=["unknown", "executes code", "pinned shots", "pinned shots of a cell"],
+)
+def test_what_lm_eval_would_refuse_or_ignore_is_refused_with_its_key(
+    task: Task, cells: dict[str, CellOverride], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        planned(sweep(tasks={"t": task}, cells=cells))
+    assert "\n" not in str(caught.value)
+
+
+# Servers
+
+
+def test_adapters_of_one_base_share_a_server() -> None:
+    base = Model(path="org/m", entry="m", tensor_parallel=2)
+    plan = planned(sweep({"m": base, "m-y": replace(base, adapter="org/y"), "n": Model(path="org/n")}))
+    assert list(plan.servers) == ["m", "n"]
+    assert plan.servers["m"] == ServerPlan(
+        name="m", model=base, revision=None, adapters={"m": None, "m-y": "org/y"}, gpus=2.0, replicas=1
+    )
+    assert plan.models["m"].fingerprint != plan.models["m-y"].fingerprint
+    assert [cell.model.server for cell in plan.cells] == ["m", "m", "n"]
+
+
+@pytest.mark.parametrize(
+    ("device", "cluster_gpus", "cpu"),
+    [
+        (Device.CPU, 8, True),
+        (Device.GPU, 0, False),
+        (Device.AUTO, 0, True),
+        (Device.AUTO, 1, False),
+    ],
+)
+def test_auto_means_the_cpu_only_where_there_is_no_gpu(device: Device, cluster_gpus: float, cpu: bool) -> None:
+    plan = planned(sweep({"m": Model(path="org/m", device=device)}))
+    assert on_cpu(plan.servers["m"], cluster_gpus=cluster_gpus) is cpu
+
+
+# Commits
+
+
+def test_the_hub_s_word_comes_before_the_local_copy(hub: Hub) -> None:
+    hub.caches("org/m", "main", OTHER_COMMIT)
+    hub.commits["org/m", "main"] = COMMIT
+    assert resolve_revision("org/m", None, ask_hub=True, earlier=OTHER_COMMIT) == COMMIT
+    assert hub.asked == [("org/m", "main")]
+
+
+def test_a_plan_asks_nobody(hub: Hub) -> None:
+    hub.caches("org/m", "v1", COMMIT)
+    assert resolve_revision("org/m", "v1", ask_hub=False) == COMMIT
+    assert resolve_revision("org/m", "v2", ask_hub=False) is None
+    assert resolve_revision("org/m", None, ask_hub=False) is None
+    assert hub.asked == []
+
+
+def test_the_offline_switch_is_honoured(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.caches("org/m", "main", COMMIT)
+    assert resolve_revision("org/m", None, ask_hub=True) == COMMIT
+    assert hub.asked == []
+
+
+def test_a_commit_stands_for_itself(hub: Hub) -> None:
+    assert resolve_revision("org/m", COMMIT, ask_hub=True) == COMMIT
+    assert hub.asked == []
+    assert planned(sweep({"m": Model(path="org/m", revision=COMMIT)})).models["m"].revision == COMMIT
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.HTTPError("404 Client Error.\nRepository Not Found"),
+        errors.OfflineModeIsEnabled("offline"),
+        errors.HFValidationError("Repo id must be in the form 'repo_name' or 'namespace/repo_name'"),
+        TimeoutError("timed out"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_hub_that_does_not_answer_is_said_in_one_line_and_costs_nothing_else(
+    hub: Hub, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.error = error
+    assert resolve_revision("org/m", None, ask_hub=True) is None
+    assert resolve_revision("org/m", None, ask_hub=True, earlier=COMMIT) == COMMIT
+    hub.caches("org/m", "main", OTHER_COMMIT)
+    assert resolve_revision("org/m", None, ask_hub=True) == OTHER_COMMIT
+    assert "org/m@main" in caplog.messages[0]
+    assert "\n" not in caplog.messages[0]
+
+
+def test_the_commit_is_part_of_the_fingerprint_and_is_what_is_served(hub: Hub) -> None:
+    config = sweep()
+    unknown = planned(config)
+    hub.commits["org/m", "main"] = COMMIT
+    known = planned(config, ask_hub=True)
+    hub.commits["org/m", "main"] = OTHER_COMMIT
+    moved = planned(config, ask_hub=True)
+    assert len({plan.models["m"].fingerprint for plan in (unknown, known, moved)}) == 3
+    assert [plan.servers["m"].revision for plan in (unknown, known, moved)] == [None, COMMIT, OTHER_COMMIT]
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "adapter"])
+def test_a_tokenizer_or_adapter_that_moves_on_the_hub_is_another_one(hub: Hub, place: str) -> None:
+    config = sweep({"m": Model(**{"path": "org/m", place: "org/other"})})
+    prints = []
+    for commit in (COMMIT, OTHER_COMMIT):
+        hub.commits = {("org/m", "main"): COMMIT, ("org/other", "main"): commit}
+        prints.append(planned(config, ask_hub=True).models["m"].fingerprint)
+    assert prints[0] != prints[1]
+
+
+def test_a_launch_that_cannot_ask_goes_on_with_the_commits_of_the_last_one(hub: Hub) -> None:
+    """vLLM fetches by commit, which leaves no branch name in the cache: only the run directory knows."""
+    config = sweep({"m": Model(path="org/m"), "n": Model(path="org/m", revision="v1")})
+    hub.commits = {("org/m", "main"): COMMIT, ("org/m", "v1"): OTHER_COMMIT}
+    first = planned(config, ask_hub=True)
+    assert first.commits == {"org/m@main": COMMIT, "org/m@v1": OTHER_COMMIT}
+    records = [record(first, key) for key in keys(first)]
+    for second in (
+        planned(config, *records, commits=first.commits),
+        planned(config, *records, commits=first.commits, ask_hub=True),
+    ):
+        assert not second.owed
+        assert second.commits == first.commits
+        hub.error = TimeoutError()
+
+
+def test_commits_of_what_is_no_longer_asked_for_are_kept(hub: Hub) -> None:
+    hub.commits["org/m", "main"] = COMMIT
+    plan = planned(sweep(), ask_hub=True, commits={"org/gone@main": OTHER_COMMIT, "org/m@main": OTHER_COMMIT})
+    assert plan.commits == {"org/gone@main": OTHER_COMMIT, "org/m@main": COMMIT}
+
+
+def test_models_of_one_repository_ask_for_it_once(hub: Hub) -> None:
+    hub.commits["org/m", "main"] = COMMIT
+    planned(sweep({name: Model(path="org/m", chat=name == "b") for name in "ab"}), ask_hub=True)
+    assert hub.asked == [("org/m", "main")]
+
+
+def test_a_local_checkpoint_asks_nobody(hub: Hub, checkpoint: Path) -> None:
+    plan = planned(sweep({"m": Model(path=str(checkpoint), tokenizer=str(checkpoint))}), ask_hub=True)
+    assert plan.models["m"].revision is None
+    assert plan.commits == {}
+    assert hub.asked == []

@@ -1,0 +1,1104 @@
+"""The loop on a scripted cluster, and whole sweeps as a user starts them: on real Ray and lm-eval, without a model."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+import yaml
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from sweep import evaluator as ev
+from sweep.cluster import (
+    ClusterEvent,
+    EvaluatorLost,
+    EvaluatorSaid,
+    ServerFailed,
+    ServerLost,
+    ServerReady,
+    ServerStopped,
+)
+from sweep.config import Device, Model, Seeds, Task
+from sweep.errors import StoreError
+from sweep.machine import Capacity
+from sweep.plan import Cell, ModelPlan, Plan, ServerPlan
+from sweep.preflight import Facts
+from sweep.progress import Terminal
+from sweep.record import Record, Status
+from sweep.runner import LOSSES_MOST, Runner
+from sweep.scoring import Method
+from sweep.server import Endpoint
+from sweep.store import Response, RunDirectory, Store, read_records, response_key
+
+ROOT = Path(__file__).parent.parent
+
+# The loop on a scripted cluster
+
+
+FACTS = Facts(max_model_len=2048, engine_version="1", methods=(Method.ECHO,))
+
+
+class ScriptedCluster:
+    """What the runner asks of a cluster, noted; what happens there is written by the test."""
+
+    def __init__(self, script: "Script", *, evaluators: int, cpu_servers: int) -> None:
+        self.capacity = Capacity(gpus=0, largest_node_gpus=0, cpu_servers=cpu_servers, evaluators=evaluators)
+        self.evaluators: list[str] = []
+        self.sent: dict[str, list[Any]] = {}
+        """Evaluator -> its messages that the test has not taken yet."""
+        self.started: list[str] = []
+        """Lives of servers."""
+        self.stopped: list[str] = []
+        self._script = script(self)
+        self._settling = False
+
+    def start_evaluator(self, name: str, log_path: Path) -> None:
+        self.evaluators.append(name)
+        self.sent[name] = []
+
+    def start_server(self, plan: ServerPlan, life: str, log_path: Path) -> None:
+        self.started.append(life)
+
+    def stop_server(self, life: str) -> None:
+        self.stopped.append(life)
+
+    def send(self, evaluator: str, message: Any) -> None:
+        self.sent[evaluator].append(message)
+
+    def events(self, timeout_s: float) -> list[ClusterEvent]:
+        # Two rounds for each step of a script: a server that is started in one round gets cells in the next.
+        self._settling = not self._settling
+        if self._settling:
+            return []
+        try:
+            return next(self._script)
+        except StopIteration:
+            raise AssertionError(f"the script is over and cells are not: {self.sent}, {self.started}") from None
+
+    # For scripts.
+
+    def taken(self, kind: type[Any]) -> list[tuple[str, Any]]:
+        """(evaluator, message) of all messages of a kind, which are then gone."""
+        found = [(name, m) for name, messages in self.sent.items() for m in messages if isinstance(m, kind)]
+        for name in self.sent:
+            self.sent[name] = [m for m in self.sent[name] if not isinstance(m, kind)]
+        return found
+
+    def checks_pass(self) -> Iterator[list[ClusterEvent]]:
+        yield []
+        while work := self.taken(ev.CheckTask) + self.taken(ev.CheckModel):
+            yield [said(name, passed(check)) for name, check in work]
+
+    def running(self) -> dict[str, tuple[str, ev.RunCell]]:
+        """Cell -> its evaluator and order, of the cells begun since the last time."""
+        return {run.cell.key: (name, run) for name, run in self.taken(ev.RunCell)}
+
+    def ready(self, life: str) -> ServerReady:
+        endpoint = Endpoint(server=life, url="http://x", api_key="k", max_model_len=2048, engine_version="1")
+        return ServerReady(life=life, endpoint=endpoint, facts=FACTS)
+
+
+Script = Callable[[ScriptedCluster], Iterator[list[ClusterEvent]]]
+
+
+def said(evaluator: str, event: ev.Event) -> EvaluatorSaid:
+    return EvaluatorSaid(evaluator=evaluator, event=event)
+
+
+def passed(check: ev.CheckTask | ev.CheckModel) -> ev.Checked:
+    if isinstance(check, ev.CheckTask):
+        return ev.Checked(task_name=check.task_name)
+    return ev.Checked(model=check.model.name)
+
+
+def done(evaluator: str, run: ev.RunCell) -> EvaluatorSaid:
+    record = Record(
+        model=run.cell.model.name, task=run.cell.task_name, fingerprint=run.cell.fingerprint, status=Status.DONE
+    )
+    return said(evaluator, ev.CellDone(cell=run.cell.key, attempt=run.attempt, record=record, files={}))
+
+
+def cancelled(evaluator: str, run: ev.RunCell) -> EvaluatorSaid:
+    return said(evaluator, ev.CellFailed(cell=run.cell.key, attempt=run.attempt, error=None))
+
+
+def asks(evaluator: str, run: ev.RunCell) -> EvaluatorSaid:
+    return said(evaluator, ev.NeedServer(cell=run.cell.key, attempt=run.attempt, requests=3))
+
+
+def a_plan(models: list[str], tasks: list[str], **settings: Any) -> Plan:
+    planned = {
+        name: ModelPlan(
+            name=name,
+            model=Model(path="/m", device=Device.CPU, **settings),
+            revision=None,
+            fingerprint=f"of {name}",
+            server=name,
+        )
+        for name in models
+    }
+    servers = {
+        name: ServerPlan(
+            name=name,
+            model=model.model,
+            revision=None,
+            adapters={name: None},
+            gpus=1,
+            replicas=model.model.replicas,
+        )
+        for name, model in planned.items()
+    }
+    cells = tuple(
+        Cell(model=model, task_name=task, task=Task(task=task), seeds=Seeds(), fingerprint=f"{name} {task}")
+        for name, model in planned.items()
+        for task in tasks
+    )
+    return Plan(models=planned, servers=servers, cells=cells, done={})
+
+
+@dataclass
+class Loop:
+    """Runs a plan on a script; `records` is what came of it, by cell key."""
+
+    folder: Path
+    screen: io.StringIO = field(default_factory=io.StringIO)
+
+    def __call__(
+        self, plan: Plan, script: Script, *, evaluators: int = 1, cpu_servers: int = 1, known: tuple[str, ...] = ()
+    ) -> dict[str, Record]:
+        """`known` are the servers whose facts an earlier launch has stored."""
+        store = Store(RunDirectory(self.folder))
+        for name in known:
+            path = store.directory.facts(name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(msgspec.json.encode({"of": [[f"of {name}"], None], "facts": FACTS}))
+        terminal = Terminal(
+            models=list(plan.models),
+            cells=[cell.key for cell in plan.cells],
+            console=Console(file=self.screen, width=200),
+        )
+        nobody: Any = SimpleNamespace(cell=lambda record: None, progress=lambda model, figures: None)
+        cluster: Any = ScriptedCluster(script, evaluators=evaluators, cpu_servers=cpu_servers)
+        records: dict[str, Record] = {}
+        try:
+            Runner(plan=plan, store=store, cluster=cluster, terminal=terminal, tracker=nobody, records=records).run()
+        finally:
+            store.close()
+        stored = {f"{model}/{task}": r for (model, task), r in read_records(RunDirectory(self.folder)).items()}
+        assert stored == records
+        return records
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Loop:
+    return Loop(tmp_path / "run")
+
+
+def statuses(records: Mapping[str, Record]) -> dict[str, str]:
+    return {key: record.status.value for key, record in records.items()}
+
+
+def test_a_server_starts_when_all_checks_have_passed_and_is_stopped_when_its_cells_are_done(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        while work := cluster.taken(ev.CheckTask) + cluster.taken(ev.CheckModel):
+            assert not cluster.started
+            yield [said(name, passed(check)) for name, check in work]
+        assert cluster.started == ["a-0"]  # one slot, two models
+        name, run = cluster.running()["a/t"]
+        assert run.facts is None
+        yield [cluster.ready("a-0")]
+        ((_, told),) = [(n, m) for n, m in cluster.taken(ev.PoolChanged) if m.shares]
+        assert [endpoint.server for endpoint, _ in told.shares] == ["a-0"]
+        assert told.facts == FACTS
+        yield [done(name, run)]
+        assert cluster.stopped == ["a-0"]
+        assert cluster.started == ["a-0"]  # its slot is taken until it is gone
+        yield [ServerStopped(life="a-0")]
+        assert cluster.started == ["a-0", "b-0"]
+        yield [cluster.ready("b-0")]
+        yield [done(*cluster.running()["b/t"])]
+
+    assert statuses(loop(a_plan(["a", "b"], ["t"]), script)) == {"a/t": "done", "b/t": "done"}
+
+
+def test_a_failed_check_costs_its_own_cells_before_any_server_is_started(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        while work := cluster.taken(ev.CheckTask) + cluster.taken(ev.CheckModel):
+            for name, check in work:
+                match passed(check):
+                    case ev.Checked(task_name="bad"):
+                        yield [said(name, ev.Checked(task_name="bad", error="no data"))]
+                    case ev.Checked(model="b"):
+                        yield [said(name, ev.Checked(model="b", error="no template"))]
+                    case fine:
+                        yield [said(name, fine)]
+        assert cluster.started == ["a-0"]
+        yield [cluster.ready("a-0")]
+        yield [done(*cluster.running()["a/good"])]
+
+    records = loop(a_plan(["a", "b"], ["good", "bad"]), script)
+    assert {key: record.error for key, record in records.items()} == {
+        "a/good": None,
+        "a/bad": "no data",
+        "b/good": "no template",
+        "b/bad": "no data",
+    }
+
+
+def test_a_check_is_tried_again_when_its_evaluator_dies_and_fails_when_that_goes_on(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        lost = 0
+        while work := cluster.taken(ev.CheckTask) + cluster.taken(ev.CheckModel):
+            ((name, check),) = work
+            if getattr(check, "task_name", None) == "deadly" or not lost:
+                lost += 1
+                yield [EvaluatorLost(evaluator=name, reason="killed")]
+            else:
+                yield [said(name, passed(check))]
+        assert lost == 1 + LOSSES_MOST
+        yield [cluster.ready("a-0")]
+        yield [done(*cluster.running()["a/harmless"])]
+
+    records = loop(a_plan(["a"], ["harmless", "deadly"]), script)
+    assert statuses(records) == {"a/harmless": "done", "a/deadly": "failed"}
+    assert re.match(
+        rf"load task deadly: the process that did it died {LOSSES_MOST} times, last: killed \(see .*evaluator-\d",
+        str(records["a/deadly"].error),
+    )
+
+
+def test_a_model_whose_server_does_not_start_fails_alone_and_its_evaluator_comes_back(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        yield [ServerFailed(life="a-0", error="a-0 did not start: bad option")]
+        assert [name for name, _ in cluster.taken(ev.CancelCell)] == [name]
+        assert cluster.started == ["a-0", "b-0"]
+        yield [cluster.ready("b-0")]
+        assert not cluster.running()  # its only evaluator is still busy with a cell that has failed
+        late = ev.WantAnswers(cell=run.cell.key, attempt=run.attempt, keys=[])
+        yield [said(name, late), asks(name, run), cancelled(name, run)]
+        # A word of the old cell after the new one has begun, as a batch that was on its way would be.
+        now = cluster.running()["b/t"]
+        stale = ev.CellFailed(cell="a/t", attempt=1, error="too late")
+        yield [said(name, stale), said(name, ev.CellProgress(cell="a/t", attempt=1, done=1, total=2, reused=0))]
+        yield [done(*now)]
+
+    records = loop(a_plan(["a", "b"], ["t"]), script)
+    assert statuses(records) == {"a/t": "failed", "b/t": "done"}
+    assert records["a/t"].error == "a-0 did not start: bad option"
+
+
+def test_a_cell_that_has_failed_stays_failed_when_its_evaluator_dies_before_it_comes_back(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, _ = cluster.running()["a/t"]
+        yield [ServerFailed(life="a-0", error="no"), EvaluatorLost(evaluator=name, reason="killed")]
+        assert cluster.started == ["a-0", "b-0"]
+        assert cluster.evaluators == ["evaluator-0", "evaluator-1"]
+        yield [cluster.ready("b-0")]
+        yield [done(*cluster.running()["b/t"])]
+
+    assert statuses(loop(a_plan(["a", "b"], ["t"]), script)) == {"a/t": "failed", "b/t": "done"}
+
+
+def test_a_cell_goes_to_another_evaluator_when_its_own_dies_and_fails_when_that_goes_on(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        for attempt in range(1, LOSSES_MOST + 1):
+            name, run = cluster.running()["a/deadly"]
+            assert run.attempt == attempt
+            assert run.facts == (FACTS if attempt > 1 else None)
+            yield [EvaluatorLost(evaluator=name, reason="killed")]
+        yield [done(*cluster.running()["a/harmless"])]
+
+    records = loop(a_plan(["a"], ["deadly", "harmless"]), script)
+    assert statuses(records) == {"a/deadly": "failed", "a/harmless": "done"}
+    assert re.match(
+        r"its evaluator died 3 times, last: killed \(see .*evaluator-2\.log\)", str(records["a/deadly"].error)
+    )
+
+
+def test_a_lost_server_is_replaced_and_its_model_fails_when_that_goes_on_with_nothing_finished(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        first = cluster.running()["a/first"]
+        yield [asks(*first), ServerLost(life="a-0", reason="exited with code 1")]
+        assert cluster.taken(ev.PoolChanged)[-1][1].shares == ()
+        yield [cluster.ready("a-1")]
+        assert [e.server for e, _ in cluster.taken(ev.PoolChanged)[-1][1].shares] == ["a-1"]
+        yield [done(*first)]  # from here the count of losses begins anew
+        second = cluster.running()["a/second"]
+        yield [asks(*second), ServerLost(life="a-1", reason="exited with code 1")]
+        for life in ("a-2", "a-3"):
+            yield [cluster.ready(life), ServerLost(life=life, reason="exited with code 1")]
+        assert cluster.started == ["a-0", "a-1", "a-2", "a-3", "b-0"]
+        yield [cancelled(*second)]
+        yield [cluster.ready("b-0")]
+        yield [done(*cluster.running()["b/first"])]
+        yield [done(*cluster.running()["b/second"])]
+
+    records = loop(a_plan(["a", "b"], ["first", "second"]), script)
+    assert statuses(records) == {"a/first": "done", "a/second": "failed", "b/first": "done", "b/second": "done"}
+    assert re.match(
+        r"its server was lost 3 times, last: a-3 exited with code 1 \(see .*a-3\.log\)", str(records["a/second"].error)
+    )
+
+
+def test_a_replica_that_does_not_start_leaves_its_model_with_the_servers_that_it_has(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        assert cluster.started == ["a-0", "a-1"]
+        yield [cluster.ready("a-0"), ServerFailed(life="a-1", error="out of memory")]
+        yield []
+        assert cluster.started == ["a-0", "a-1"]
+        yield [done(*cluster.running()["a/t"])]
+        yield []
+
+    assert statuses(loop(a_plan(["a"], ["t"], replicas=2), script, cpu_servers=2)) == {"a/t": "done"}
+    assert "replica a-1 did not start: out of memory" in loop.screen.getvalue()
+
+
+def test_stored_answers_are_looked_at_without_a_server_which_comes_when_they_do_not_suffice(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        assert not cluster.started
+        cells = cluster.running()
+        assert all(run.facts == FACTS for _, run in cells.values())
+        name, run = cells["a/new"]
+        yield [done(*cells["a/replay"]), asks(name, run)]
+        assert [name for name, _ in cluster.taken(ev.CancelCell)] == [name]
+        yield [cancelled(name, run)]
+        assert cluster.started == ["a-0"]
+        name, run = cluster.running()["a/new"]
+        assert run.attempt == 2
+        yield [cluster.ready("a-0"), done(name, run)]
+
+    records = loop(a_plan(["a"], ["replay", "new"]), script, evaluators=2, known=("a",))
+    assert statuses(records) == {"a/replay": "done", "a/new": "done"}
+
+
+def test_a_lost_server_comes_back_before_another_model_takes_its_place_and_waits_for_its_evaluators(loop: Loop) -> None:
+    """Both models would wait for ever: the one for a server slot, the other for an evaluator."""
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        assert cluster.started == ["b-0"]  # what `a` needs is not known yet
+        name, run = cluster.running()["a/t"]
+        yield [asks(name, run), cluster.ready("b-0")]
+        yield [cancelled(name, run)]
+        holder = cluster.running()["b/t"]
+        yield [asks(*holder), ServerLost(life="b-0", reason="died")]
+        assert cluster.started == ["b-0", "b-1"]
+        yield [cluster.ready("b-1")]
+        yield [done(*holder)]
+        yield [ServerStopped(life="b-1")]
+        yield [cluster.ready("a-0")]
+        yield [done(*cluster.running()["a/t"])]
+
+    records = loop(a_plan(["a", "b"], ["t"]), script, known=("a",))
+    assert statuses(records) == {"a/t": "done", "b/t": "done"}
+
+
+def test_answers_are_durable_whatever_became_of_the_attempt_that_asked(loop: Loop) -> None:
+    answer = Response(key=b"k", cell="a/t", method="echo", answer=b"1")
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        yield [ServerFailed(life="a-0", error="no")]
+        yield [said(name, ev.Answered(cell="a/t", attempt=1, responses=[answer])), cancelled(name, run)]
+        yield [cluster.ready("b-0")]
+        yield [done(*cluster.running()["b/t"])]
+
+    loop(a_plan(["a", "b"], ["t"]), script)
+    store = Store(RunDirectory(loop.folder))
+    assert store.answers([b"k"]) == {b"k": b"1"}
+    store.close()
+
+
+def test_the_shares_of_a_server_follow_the_cells_that_run_on_it(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cells = cluster.running()
+        assert len(cells) == 2
+
+        def told() -> dict[str, int]:
+            changes = dict(cluster.taken(ev.PoolChanged))
+            return {name: sum(share for _, share in change.shares) for name, change in changes.items()}
+
+        assert sorted(told().values()) == [4, 4]
+        name, _ = cells["a/one"]
+        yield [EvaluatorLost(evaluator=name, reason="killed")]
+        assert told()[cells["a/two"][0]] in (4, 8)  # alone until the cell runs again
+        again = cluster.running()["a/one"]
+        yield [done(*again)]
+        assert told()[cells["a/two"][0]] == 8
+        yield [done(*cells["a/two"])]
+
+    loop(a_plan(["a"], ["one", "two"], concurrency=8), script, evaluators=2)
+
+
+def test_a_store_that_cannot_be_written_ends_the_loop(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Store, responses: object) -> None:
+        raise StoreError("write 1 responses: disk full")
+
+    monkeypatch.setattr(Store, "put", full)
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, _ = cluster.running()["a/t"]
+        yield [said(name, ev.Answered(cell="a/t", attempt=1, responses=[]))]
+
+    with pytest.raises(StoreError, match="disk full"):
+        loop(a_plan(["a"], ["t"]), script)
+
+
+# Whole sweeps
+
+
+STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in_server.py"))]
+LAUNCH_S = 150.0
+GONE_S = 15.0
+"""What a killed driver leaves behind is gone by then."""
+
+PAIRS, EXPORTS, STORIES, LATER = 20, 80, 3, 5
+"""Documents of each task."""
+
+
+def task_yaml(name: str, data: Path, kind: str, **more: Any) -> dict[str, Any]:
+    metric = {"multiple_choice": "acc", "generate_until": "exact_match", "loglikelihood_rolling": "byte_perplexity"}
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": kind,
+        "num_fewshot": 0,
+        "metric_list": [{"metric": metric[kind]}],
+        **more,
+        "metadata": {"version": 1.0},
+    }
+
+
+def write_tasks(folder: Path, data: Path) -> None:
+    """One task of each kind, and `missing`, whose data is not there: `write_missing` makes it."""
+    folder.mkdir()
+    data.mkdir()
+    write_rows(data / "exports.jsonl", [{"q": export(i)} for i in range(EXPORTS)])
+    write_rows(data / "pairs.jsonl", [question("river", i) for i in range(PAIRS)])
+    write_rows(data / "stories.jsonl", [{"text": f"Once upon a time {i} foxes met. " * 30} for i in range(STORIES)])
+    asked = {"doc_to_text": "Question: {{q}}\nAnswer:"}
+    choice = {**asked, "doc_to_choice": "{{options}}", "doc_to_target": 0}
+    until = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    tasks = [
+        task_yaml(
+            "exports",
+            data / "exports.jsonl",
+            "generate_until",
+            **asked,
+            doc_to_target="{{q}}",
+            generation_kwargs=until,
+        ),
+        task_yaml("pairs", data / "pairs.jsonl", "multiple_choice", **choice),
+        task_yaml("stories", data / "stories.jsonl", "loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}"),
+        task_yaml("missing", data / "missing.jsonl", "multiple_choice", **choice),
+    ]
+    for task in tasks:
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
+
+
+def write_missing(data: Path) -> None:
+    write_rows(data / "missing.jsonl", [question("lake", i) for i in range(LATER)])
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def export(number: int) -> str:
+    return f"What does land {number} sell?"
+
+
+def question(what: str, number: int) -> dict[str, Any]:
+    """Options of several tokens, so that each is a request of its own."""
+    return {
+        "q": f"Which town lies on {what} {number}?",
+        "options": [f"North {number} town", "the old one", f"{number} or more"],
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """One launch that is over."""
+
+    code: int
+    output: str
+    log: str
+    """What this launch wrote to driver.log."""
+    asked: list[dict[str, Any]]
+    """Bodies of the completion requests that servers got, without preflight's."""
+    wall_s: float
+
+
+@dataclass
+class Bench:
+    """One sweep's file and run directory, launched as often as a test wants."""
+
+    folder: Path
+    settings: dict[str, Any]
+    """Of the sweep file; changed between launches."""
+    environment: dict[str, str]
+    """Added to the launch's; reaches every process that it starts."""
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+        self.mark = uuid.uuid4().hex
+        self.directory = RunDirectory(self.folder / "runs" / "sweep")
+        self.requests = self.folder / "requests.jsonl"
+
+    def start(self, *arguments: str) -> "Launch":
+        path = self.folder / "sweep.yaml"
+        path.write_text(yaml.safe_dump({"name": "sweep", "runs_dir": str(self.folder / "runs"), **self.settings}))
+        return Launch(self, [f"conf={path}", *arguments])
+
+    def run(self, *arguments: str) -> Ended:
+        return self.start(*arguments).end()
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that launches of this bench have started and that is still there, drivers and Ray included."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get("SWEEP_TEST") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def evaluator(self, name: str) -> psutil.Process | None:
+        """The child process behind an evaluator, known by the log that it writes to."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error, OSError):
+                if "sweep.evaluator" in process.cmdline() and os.path.samefile(
+                    f"/proc/{process.pid}/fd/1", self.directory.server_log(name)
+                ):
+                    return process
+        return None
+
+    def server(self, name: str) -> psutil.Process | None:
+        """The engine process that serves a model, not its supervisor."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                line = process.cmdline()
+                if line[1:2] == STAND_IN[1:] and line[line.index("--served-model-name") + 1] == name:
+                    return process
+        return None
+
+    def stored(self) -> int:
+        """Responses that are durable now."""
+        if not self.directory.responses.exists():
+            return 0
+        with contextlib.closing(sqlite3.connect(f"file:{self.directory.responses}?mode=ro", uri=True)) as database:
+            try:
+                (count,) = database.execute("SELECT count(*) FROM responses").fetchone()
+            except sqlite3.OperationalError:
+                return 0  # the table is being made
+        return int(count)
+
+    def records(self) -> dict[str, Record]:
+        return {f"{model}/{task}": record for (model, task), record in read_records(self.directory).items()}
+
+    def scores(self) -> dict[str, list[tuple[str, str, float]]]:
+        return {key: [(s.metric, s.filter, s.value) for s in r.scores] for key, r in self.records().items()}
+
+    def nothing_is_left(self, within_s: float = GONE_S) -> None:
+        until(lambda: not self.processes(), within_s, lambda: f"still there: {[p.cmdline() for p in self.processes()]}")
+
+    def bodies(self) -> list[dict[str, Any]]:
+        if not self.requests.exists():
+            return []
+        bodies = [json.loads(line)["body"] for line in self.requests.read_text().splitlines()]
+        # Preflight's prompts count upwards, which no text does.
+        return [b for b in bodies if b["prompt"][:8] != list(range(b["prompt"][0], b["prompt"][0] + 8))]
+
+
+class Launch:
+    """`python launch.py` while it runs, in a process group of its own as from a shell."""
+
+    def __init__(self, bench: Bench, arguments: list[str]) -> None:
+        self._bench = bench
+        self._asked_before = len(bench.bodies())
+        self._log_before = self._log_size()
+        self._output = (bench.folder / "output.txt").open("w+")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_", "STAND_IN_"))}
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "launch.py", *arguments],
+            cwd=ROOT,
+            env={
+                **kept,
+                "LMSWEEP_ENGINE": shlex.join(STAND_IN),
+                "STAND_IN_REQUESTS_LOG": str(bench.requests),
+                "SWEEP_TEST": bench.mark,
+                "HF_HUB_OFFLINE": "1",
+                **bench.environment,
+            },
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _log_size(self) -> int:
+        path = self._bench.directory.driver_log
+        return path.stat().st_size if path.exists() else 0
+
+    def log(self) -> str:
+        path = self._bench.directory.driver_log
+        return path.read_text()[self._log_before :] if path.exists() else ""
+
+    def output(self) -> str:
+        return (self._bench.folder / "output.txt").read_text()
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Wait for something in the middle of the sweep."""
+
+        def true_or_over() -> object:
+            return condition() or self.process.poll() is not None
+
+        until(true_or_over, LAUNCH_S, lambda: f"{what} did not happen\n{self.output()}\n{self.log()}")
+        assert self.process.poll() is None, f"it ended before {what}\n{self.output()}\n{self.log()}"
+
+    def end(self) -> Ended:
+        code = self.process.wait(LAUNCH_S)
+        wall_s = time.monotonic() - self.started
+        self._output.close()
+        return Ended(
+            code=code,
+            output=self.output(),
+            log=self.log(),
+            asked=self._bench.bodies()[self._asked_before :],
+            wall_s=wall_s,
+        )
+
+
+def until(condition: Callable[[], object], timeout_s: float, what: Callable[[], str]) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(what())
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What sweeps need, made once."""
+
+    folder: Path
+
+    @property
+    def tasks(self) -> Path:
+        return self.folder / "tasks"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def first(self) -> Path:
+        return self.folder / "first"
+
+    def model(self, name: str, *, chat: bool = True) -> str:
+        """A checkpoint with weights of its own, as the sweep sees it; models of equal weights share answers."""
+        path = self.folder / name
+        if not path.exists():
+            shutil.copytree(self.first, path)
+            (path / "name.txt").write_text(name)
+            if not chat:
+                settings = json.loads((path / "tokenizer_config.json").read_text())
+                settings.pop("chat_template", None)
+                (path / "tokenizer_config.json").write_text(json.dumps(settings))
+                (path / "chat_template.jinja").unlink(missing_ok=True)
+        return str(path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    made = Made(tmp_path_factory.mktemp("made"))
+    code = "import sys; from pathlib import Path; from sweep.demo import untrained; untrained(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(made.first)], cwd=ROOT, check=True)
+    write_tasks(made.tasks, made.data)
+    return made
+
+
+OpenBench = Callable[..., Bench]
+
+
+@pytest.fixture(scope="module")
+def benches(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenBench]:
+    opened: list[Bench] = []
+
+    def open_bench(models: dict[str, Any], tasks: list[str], **environment: str) -> Bench:
+        settings = {
+            "defaults": {"model": {"device": "cpu", "max_model_len": 512, "concurrency": 4}},
+            "models": models,
+            "tasks": {name: {"include_path": str(made.tasks)} for name in tasks},
+            "wandb": {"mode": "disabled"},
+            "ray": {"evaluators": 1, "cpu_servers": 1},
+        }
+        opened.append(Bench(tmp_path_factory.mktemp("bench") / "b", settings, environment))
+        return opened[-1]
+
+    yield open_bench
+    for bench in opened:
+        for process in bench.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """A sweep in which something of each kind is wrong, and what came of it after that was put right."""
+
+    bench: Bench
+    wrong: Ended
+    after_wrong: dict[str, Record]
+    right: Ended
+
+
+@pytest.fixture(scope="module")
+def mixed(made: Made, benches: OpenBench, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    mark = tmp_path_factory.mktemp("marks") / "port-lost"
+    bench = benches(
+        {
+            "alpha": {"path": made.model("alpha"), "env": {"STAND_IN_LOSE_PORT": str(mark)}},
+            "base": {"path": made.model("base"), "adapters": {"one": made.model("one")}},
+            "refuser": {"path": made.model("refuser"), "env": {"STAND_IN_REFUSE": "RuntimeError: CUDA out of memory"}},
+            "chatty": {"path": made.model("chatty", chat=False), "chat": True},
+        },
+        ["exports", "pairs", "stories", "missing"],
+    )
+    wrong = bench.run()
+    after_wrong = bench.records()
+    del bench.settings["models"]["refuser"]["env"]
+    del bench.settings["models"]["chatty"]["chat"]
+    write_missing(made.data)
+    return Mixed(bench=bench, wrong=wrong, after_wrong=after_wrong, right=bench.run())
+
+
+MODELS = ("alpha", "base", "base-one", "refuser", "chatty")
+TASKS = ("exports", "pairs", "stories", "missing")
+
+
+@pytest.mark.ray
+def test_what_is_wrong_costs_its_own_cells_and_the_others_are_done(mixed: Mixed) -> None:
+    assert mixed.wrong.code == 1, mixed.wrong.output
+    expected = {
+        f"{model}/{task}": (
+            "load task missing: FileNotFoundError: Unable to find"
+            if task == "missing"
+            else {
+                "refuser": "refuser-0 did not start: out of memory while loading",
+                "chatty": "model chatty has `chat: true`, but the tokenizer in",
+            }.get(model)
+        )
+        for model in MODELS
+        for task in TASKS
+    }
+    if expected["chatty/missing"]:  # which of its two faults is met first is open
+        expected["chatty/missing"] = ""
+    assert mixed.after_wrong.keys() == expected.keys()
+    for key, begins in expected.items():
+        record = mixed.after_wrong[key]
+        assert (record.status is Status.DONE) == (begins is None), (key, record.error)
+        assert (record.error or "").startswith(begins or ""), (key, record.error)
+        # Said once while it ran and once in the list at the end.
+        assert mixed.wrong.output.count(f"FAILED {key}: ") == (begins is not None), mixed.wrong.output
+
+
+@pytest.mark.ray
+def test_all_checks_come_before_the_first_server(mixed: Mixed) -> None:
+    found = mixed.wrong.log.index("alpha/missing failed")
+    template = mixed.wrong.log.index("chatty/exports failed")
+    assert max(found, template) < mixed.wrong.log.index("start server ")
+
+
+@pytest.mark.ray
+def test_more_models_than_server_slots_take_turns(mixed: Mixed) -> None:
+    lives = re.findall(r"runner: (start|stop) server (\S+):", mixed.wrong.log)
+    assert lives == [
+        ("start", "alpha-0"),
+        ("stop", "alpha-0"),
+        ("start", "base-0"),  # with its adapter
+        ("stop", "base-0"),
+        ("start", "refuser-0"),
+    ]
+    assert set(re.findall(r"runner: run \S+ on (\S+),", mixed.wrong.log)) == {"evaluator-0"}
+
+
+@pytest.mark.ray
+def test_an_adapter_is_served_beside_its_base_and_scores_on_its_own(mixed: Mixed) -> None:
+    scores = mixed.bench.scores()
+    assert scores["base/stories"] != scores["base-one/stories"]
+
+
+@pytest.mark.ray
+def test_a_port_taken_by_a_stranger_costs_a_second_attempt_only(mixed: Mixed) -> None:
+    tries = re.findall(r"^\$ .*--port (\d+)", mixed.bench.directory.server_log("alpha-0").read_text(), re.MULTILINE)
+    assert len(tries) >= 2
+    assert tries[0] != tries[1]
+
+
+@pytest.mark.ray
+def test_the_same_command_does_only_what_is_owed(mixed: Mixed) -> None:
+    assert mixed.right.code == 0, mixed.right.output
+    records = mixed.bench.records()
+    assert {record.status for record in records.values()} == {Status.DONE}
+    kept = {key: record for key, record in mixed.after_wrong.items() if record.status is Status.DONE}
+    assert len(kept) == 9
+    assert {key: records[key] for key in kept} == kept
+    asked = Counter(body["model"] for body in mixed.right.asked)
+    everything = EXPORTS + 3 * PAIRS + records["refuser/stories"].counts.requests + 3 * LATER
+    assert asked == {
+        "alpha": 3 * LATER,
+        "base": 3 * LATER,
+        "base-one": 3 * LATER,
+        "refuser": everything,
+        "chatty": everything,
+    }
+
+
+@pytest.mark.ray
+def test_a_finished_sweep_launched_again_starts_nothing(mixed: Mixed, tmp_path: Path) -> None:
+    mixed.bench.environment["RAY_TMPDIR"] = str(tmp_path / "ray")
+    ended = mixed.bench.run()
+    del mixed.bench.environment["RAY_TMPDIR"]
+    assert ended.code == 0, ended.output
+    assert "all 20 cells are done" in ended.output
+    assert "|alpha" in ended.output.replace(" ", "")
+    assert not ended.log
+    assert not (tmp_path / "ray").exists()
+    assert ended.wall_s < 10  # 2 s where nothing else runs
+
+
+@pytest.mark.ray
+def test_one_cell_runs_again_from_its_stored_answers_without_a_server(mixed: Mixed) -> None:
+    before = mixed.bench.records()["alpha/pairs"]
+    ended = mixed.bench.run("only=alpha/pairs")
+    assert ended.code == 0, ended.output
+    assert not ended.asked
+    assert "start server" not in ended.log
+    after = mixed.bench.records()["alpha/pairs"]
+    assert after.scores == before.scores
+    assert (after.counts.asked, after.counts.reused) == (0, 3 * PAIRS)
+    assert after.started_at > before.started_at
+    mixed.bench.nothing_is_left()
+
+
+# Interruptions
+
+
+IN_FLIGHT = 4
+SENT_S = 1.0
+"""Longest way of an answer from the server to the disk: half a second until it leaves the evaluator, and the loop's."""
+
+LATENCY_S = 0.5
+ASKED_TWICE_MOST = round(IN_FLIGHT + IN_FLIGHT * SENT_S / LATENCY_S)
+"""At an interruption: what is in flight, and what has been answered and is not durable yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopped:
+    """A launch that was ended in the middle of a cell."""
+
+    ended: Ended
+    stored_before: int
+    """Responses that were durable when it began."""
+    known_before: set[bytes]
+    """Their keys."""
+    stored_after: int
+    port: int
+    """Of the server that was up."""
+    was_up: set[str]
+    """What ran beside the driver."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interrupted:
+    bench: Bench
+    stops: dict[str, Stopped]
+    last: Stopped
+    """Comes to its end, although its server and its evaluator are killed, and another model's server dies always."""
+
+
+def keys(bench: Bench) -> set[bytes]:
+    if not bench.directory.responses.exists():
+        return set()
+    with contextlib.closing(sqlite3.connect(bench.directory.responses)) as database:
+        return {key for (key,) in database.execute("SELECT key FROM responses")}
+
+
+def stop_in_the_middle(bench: Bench, stop: Callable[[Launch], None], *, after: int = 8) -> Stopped:
+    """Launch, wait until so many more answers are durable, `stop` it and see that nothing is left."""
+    known = keys(bench)
+    launch = bench.start()
+    launch.until(lambda: bench.stored() >= len(known) + after, "some answers were stored")
+    was_up = {kind for process in bench.processes() if (kind := kind_of(process))}
+    stop(launch)
+    ended = launch.end()
+    bench.nothing_is_left()
+    return Stopped(
+        ended=ended,
+        stored_before=len(known),
+        known_before=known,
+        stored_after=bench.stored(),
+        port=int(re.findall(r"is ready at http://127\.0\.0\.1:(\d+)", ended.log)[-1]),
+        was_up=was_up,
+    )
+
+
+def kind_of(process: psutil.Process) -> str | None:
+    with contextlib.suppress(psutil.Error):
+        line = shlex.join(process.cmdline())
+        for kind, sign in {
+            "raylet": "raylet/raylet",
+            "evaluator": "sweep.evaluator",
+            "supervisor": "supervisor.py",
+            "server": STAND_IN[1],
+            "tracking": "sweep.tracking",
+        }.items():
+            if sign in line:
+                return kind
+    return None
+
+
+@pytest.fixture(scope="module")
+def interrupted(made: Made, benches: OpenBench) -> Interrupted:
+    bench = benches({"alpha": {"path": made.model("alpha")}}, ["exports", "pairs"], STAND_IN_LATENCY_S=str(LATENCY_S))
+    stops = {"SIGKILL": stop_in_the_middle(bench, lambda launch: launch.process.kill())}
+    bench.settings["wandb"] = {"mode": "offline"}
+    stops["SIGTERM"] = stop_in_the_middle(bench, lambda launch: launch.process.terminate())
+    stops["SIGINT"] = stop_in_the_middle(bench, lambda launch: os.killpg(launch.process.pid, signal.SIGINT))
+    bench.settings["wandb"] = {"mode": "disabled"}
+    bench.settings["models"]["doomed"] = {"path": made.model("doomed"), "env": {"STAND_IN_DIE_AFTER": "45"}}
+    bench.settings["ray"] = {"evaluators": 2, "cpu_servers": 2}
+
+    def kill_a_server_and_an_evaluator(launch: Launch) -> None:
+        kill(bench.server("alpha"))
+        launch.until(lambda: "server alpha-1 is ready" in launch.log(), "the server was replaced")
+        stored = bench.stored()
+        launch.until(lambda: bench.stored() >= stored + 8, "more answers were stored")
+        busy = re.findall(r"run alpha/\S+ on (\S+), attempt", launch.log())[-1]
+        kill(bench.evaluator(busy))
+
+    return Interrupted(bench=bench, stops=stops, last=stop_in_the_middle(bench, kill_a_server_and_an_evaluator))
+
+
+def kill(process: psutil.Process | None) -> None:
+    assert process is not None
+    process.kill()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_stopped_launch_keeps_its_answers_and_leaves_nothing_running(
+    interrupted: Interrupted, name: str, code: int
+) -> None:
+    stopped = interrupted.stops[name]
+    assert stopped.was_up >= {"raylet", "evaluator", "supervisor", "server"}
+    assert ("tracking" in stopped.was_up) == (name != "SIGKILL")
+    assert stopped.ended.code == code, stopped.ended.output
+    assert "Traceback" not in stopped.ended.output
+    assert stopped.stored_after >= stopped.stored_before + 8
+    assert f"{stopped.stored_before} responses stored" in stopped.ended.log
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", stopped.port)) != 0
+    if name != "SIGKILL":
+        assert "the same command goes on where it stopped" in stopped.ended.output
+
+
+@pytest.mark.ray
+def test_nothing_durable_is_asked_again(interrupted: Interrupted, made: Made) -> None:
+    """By key: the generation requests of each launch against what was durable when it began."""
+    tokenizer = Tokenizer.from_file(str(made.first / "tokenizer.json"))
+    prompts = [f"Question: {export(i)}\nAnswer:" for i in range(EXPORTS)]
+    text_by_ids = {tuple(tokenizer.encode(text, add_special_tokens=False).ids): text for text in prompts}
+    fingerprint = json.loads((interrupted.bench.directory.servers / "alpha.json").read_text())["of"][0][0]
+
+    def key(body: Mapping[str, Any]) -> bytes:
+        parameters = {name: value for name, value in body.items() if name not in ("model", "prompt")}
+        return response_key(fingerprint, "generate", [text_by_ids[tuple(body["prompt"])], parameters])
+
+    launches = [*interrupted.stops.values(), interrupted.last]
+    seen = 0
+    for launch in launches:
+        mine = [body for body in launch.ended.asked if body["model"] == "alpha" and "stop" in body]
+        assert not {key(body) for body in mine} & launch.known_before
+        seen += len(mine)
+    assert {key(body) for launch in launches for body in launch.ended.asked if "stop" in body} <= keys(
+        interrupted.bench
+    )
+    # Three ended drivers, a server and an evaluator.
+    assert EXPORTS <= seen <= EXPORTS + 5 * ASKED_TWICE_MOST
+
+
+@pytest.mark.ray
+def test_the_metrics_are_those_of_an_undisturbed_run(interrupted: Interrupted, mixed: Mixed) -> None:
+    mine, undisturbed = interrupted.bench.scores(), mixed.bench.scores()
+    for cell in ("alpha/exports", "alpha/pairs"):
+        assert mine[cell]
+        assert mine[cell] == undisturbed[cell]
+    record = interrupted.bench.records()["alpha/exports"]
+    assert record.counts.requests == EXPORTS == record.counts.asked + record.counts.reused
+
+
+@pytest.mark.ray
+def test_a_killed_server_is_replaced_and_a_killed_evaluators_cell_is_finished_by_another(
+    interrupted: Interrupted,
+) -> None:
+    log = interrupted.last.ended.log
+    assert "server alpha-0 was lost: was killed by SIGKILL" in log
+    assert re.search(r"evaluator-\d was lost: its process ended", log)
+    attempts = re.findall(r"run (alpha/\S+) on (\S+), attempt (\d)", log)
+    twice = [cell for cell, _, attempt in attempts if attempt == "2"]
+    assert twice
+    assert {r.status for key, r in interrupted.bench.records().items() if key.startswith("alpha/")} == {Status.DONE}
+
+
+@pytest.mark.ray
+def test_a_model_whose_server_dies_always_fails_alone_with_the_reason(interrupted: Interrupted) -> None:
+    ended = interrupted.last.ended
+    assert ended.code == 1, ended.output
+    assert [life for life in re.findall(r"start server (\S+):", ended.log) if "doomed" in life] == [
+        f"doomed-{i}" for i in range(LOSSES_MOST)
+    ]
+    for task in ("exports", "pairs"):
+        record = interrupted.bench.records()[f"doomed/{task}"]
+        assert record.status is Status.FAILED
+        assert re.match(
+            r"its server was lost 3 times, last: doomed-2 exited with code 1 \(see .*doomed-2\.log\)", str(record.error)
+        )

@@ -1,0 +1,323 @@
+"""The run directory: what is durable, who may write, what a reader sees."""
+
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sweep import store as module
+from sweep.errors import StoreError
+from sweep.record import Counts, Record, Score, Status
+from sweep.store import (
+    Response,
+    RunDirectory,
+    Store,
+    read_commits,
+    read_records,
+    response_key,
+    set_aside,
+    write_file,
+)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "runs" / "s")
+
+
+def response(number: int, answer: bytes = b"1") -> Response:
+    return Response(key=response_key("f", "generate", number), cell="m/t", method="generate", answer=answer)
+
+
+def record(model: str = "m", task: str = "t", **changes: object) -> Record:
+    known: dict[str, object] = {"model": model, "task": task, "fingerprint": "f", "status": Status.DONE}
+    return Record(**{**known, **changes})  # type: ignore[arg-type]
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "request_"),
+    [
+        ("other", "generate", {"prompt": "p", "parameters": {"a": 1, "b": [1, 2]}}),
+        ("f", "window", {"prompt": "p", "parameters": {"a": 1, "b": [1, 2]}}),
+        ("f", "generate", {"prompt": "p ", "parameters": {"a": 1, "b": [1, 2]}}),
+        ("f", "generate", {"prompt": "p", "parameters": {"a": 2, "b": [1, 2]}}),
+        ("f", "generate", {"prompt": "p", "parameters": {"a": 1, "b": [2, 1]}}),
+        ("f", "generate", {"prompt": "p", "parameters": {"a": 1, "b": [1, 2], "c": None}}),
+        ("f", "generate", {"prompt": "p", "parameters": {"a": "1", "b": [1, 2]}}),
+        ("f", "generate", {"prompt": "p", "parameters": [["a", 1], ["b", [1, 2]]]}),
+    ],
+)
+def test_a_key_differs_with_the_model_the_kind_and_every_field(model: str, kind: str, request_: object) -> None:
+    known = response_key("f", "generate", {"prompt": "p", "parameters": {"a": 1, "b": [1, 2]}})
+    assert len(known) == 32
+    assert response_key(model, kind, request_) != known
+
+
+def test_a_key_cannot_be_made_by_moving_text_between_model_and_kind() -> None:
+    assert response_key("ab", "c", 1) != response_key("a", "bc", 1)
+
+
+def test_a_key_does_not_depend_on_the_order_of_a_mapping() -> None:
+    assert response_key("f", "k", {"a": 1, "b": {"c": 2, "d": 3}}) == response_key(
+        "f", "k", {"b": {"d": 3, "c": 2}, "a": 1}
+    )
+
+
+# Responses
+
+
+def test_an_answer_survives_a_kill_right_after_it_was_put(directory: RunDirectory) -> None:
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from sweep.store import Response, RunDirectory, Store
+        store = Store(RunDirectory(Path({str(directory.root)!r})))
+        store.put([Response(key=b"k", cell="m/t", method="echo", answer=b"42")])
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    store = Store(directory)
+    assert store.answers([b"k"]) == {b"k": b"42"}
+    assert store.count() == 1
+    store.close()
+
+
+def test_the_first_answer_to_a_request_is_the_one_that_counts(directory: RunDirectory) -> None:
+    store = Store(directory)
+    store.put([response(1, b"first"), response(2, b"two")])
+    store.put([response(1, b"second"), response(3, b"three")])
+    assert sorted(store.answers([response(n).key for n in (1, 2, 3)]).values()) == [b"first", b"three", b"two"]
+    store.close()
+
+
+def test_thousands_of_keys_are_looked_up_at_once_and_only_the_stored_ones_come_back(directory: RunDirectory) -> None:
+    store = Store(directory)
+    stored = [response(n, str(n).encode()) for n in range(0, 2600, 2)]
+    store.put(stored)
+    assert store.answers([response(n).key for n in range(2600)]) == {r.key: r.answer for r in stored}
+    assert store.answers([]) == {}
+    store.close()
+
+
+def test_a_batch_that_cannot_be_written_is_written_not_even_in_part(directory: RunDirectory) -> None:
+    store = Store(directory)
+    broken = Response(key=b"k", cell="m/t", method="echo", answer=None)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match=r"write 2 responses to .*responses\.db.*NOT NULL"):
+        store.put([response(1), broken])
+    assert store.count() == 0
+    store.put([response(1)])
+    assert store.count() == 1
+    store.close()
+
+
+# Who may write
+
+
+def test_a_second_driver_on_a_directory_is_refused_and_told_who_is_there(directory: RunDirectory) -> None:
+    store = Store(directory)
+    with pytest.raises(StoreError, match=f"in use by process {os.getpid()} on {re.escape(os.uname().nodename)}"):
+        Store(directory)
+    store.close()
+    Store(directory).close()
+
+
+def test_a_directory_in_use_is_not_set_aside(directory: RunDirectory) -> None:
+    store = Store(directory)
+    with pytest.raises(StoreError, match="in use by process"):
+        set_aside(directory)
+    store.put([response(1)])
+    assert store.count() == 1
+    store.close()
+
+
+def test_a_driver_that_was_killed_holds_nobody_up(directory: RunDirectory) -> None:
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from sweep.store import RunDirectory, Store
+        store = Store(RunDirectory(Path({str(directory.root)!r})))
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    subprocess.run([sys.executable, "-c", code], check=False)
+    Store(directory).close()
+
+
+def test_a_file_of_another_version_is_refused_and_stays_as_it_is(directory: RunDirectory) -> None:
+    directory.root.mkdir(parents=True)
+    foreign = sqlite3.connect(directory.responses)
+    foreign.execute("CREATE TABLE answers (a)")
+    foreign.execute("PRAGMA user_version=7")
+    foreign.commit()
+    foreign.close()
+    before = directory.responses.read_bytes()
+    for _ in range(2):  # the first refusal leaves no lock behind
+        with pytest.raises(StoreError, match=r"format 7, this lmsweep writes 1: .*fresh=true"):
+            Store(directory)
+    assert directory.responses.read_bytes() == before
+    assert {path.name for path in directory.root.iterdir()} == {"responses.db", "lock"}
+
+
+def test_a_file_that_is_no_database_is_refused_with_its_folder(directory: RunDirectory) -> None:
+    directory.root.mkdir(parents=True)
+    directory.responses.write_bytes(b"no database at all, " * 100)
+    with pytest.raises(StoreError, match=f"open the run directory {re.escape(str(directory.root))}"):
+        Store(directory)
+    assert directory.responses.read_bytes() == b"no database at all, " * 100
+
+
+def test_a_place_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="open the run directory"):
+        Store(RunDirectory(tmp_path / "file" / "s"))
+
+
+# Records and files
+
+
+def test_a_record_comes_back_as_it_was(directory: RunDirectory) -> None:
+    score = Score(
+        task="t",
+        version="1.0",
+        filter="none",
+        num_fewshot=None,
+        metric="acc",
+        value=0.1,
+        stderr=None,
+        higher_is_better=True,
+        samples=3,
+    )
+    written = record(scores=(score,), counts=Counts(asked=2), warnings=("w",), settings={"a": [1, None]}, files=("f",))
+    store = Store(directory)
+    store.write_record(written, {})
+    store.close()
+    assert read_records(directory) == {("m", "t"): written}
+
+
+def test_cells_whose_names_run_together_keep_records_of_their_own(directory: RunDirectory) -> None:
+    store = Store(directory)
+    for model, task in (("a--b", "c"), ("a", "b--c"), ("a-", "-b--c")):
+        store.write_record(record(model, task), {})
+    store.close()
+    assert len(read_records(directory)) == 3
+
+
+def test_a_record_is_written_after_its_files_and_old_files_go_only_then(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(directory)
+    folder = directory.cell_results("m", "t")
+    store.write_record(record(), {"results_1.json": b"{}", "samples_1.jsonl": b"1"})
+    seen: list[tuple[str, set[str]]] = []
+    real = write_file
+
+    def watched(path: Path, content: bytes | str) -> None:
+        seen.append((path.name, {file.name for file in folder.iterdir()}))
+        real(path, content)
+
+    monkeypatch.setattr(module, "write_file", watched)
+    store.write_record(record(), {"results_2.json": b"{}", "samples_2.jsonl": b"2"})
+    old = {"results_1.json", "samples_1.jsonl"}
+    assert seen == [
+        ("results_2.json", old),
+        ("samples_2.jsonl", old | {"results_2.json"}),
+        ("m.t.json", old | {"results_2.json", "samples_2.jsonl"}),
+    ]
+    assert {file.name for file in folder.iterdir()} == {"results_2.json", "samples_2.jsonl"}
+    store.close()
+
+
+def test_a_failed_cell_leaves_the_files_of_an_earlier_outcome(directory: RunDirectory) -> None:
+    store = Store(directory)
+    store.write_record(record(), {"results_1.json": b"{}"})
+    store.write_record(record(status=Status.FAILED, error="e"), {})
+    store.close()
+    assert read_records(directory)["m", "t"].status is Status.FAILED
+    assert [file.name for file in directory.cell_results("m", "t").iterdir()] == ["results_1.json"]
+
+
+def test_a_record_stays_when_its_files_cannot_be_replaced(directory: RunDirectory) -> None:
+    store = Store(directory)
+    store.write_record(record(fingerprint="old"), {"results_1.json": b"{}"})
+    (directory.cell_results("m", "t") / "results_2.json").mkdir()  # nothing can be renamed onto a folder
+    with pytest.raises(StoreError, match="write the record of m/t"):
+        store.write_record(record(fingerprint="new"), {"results_2.json": b"{}"})
+    store.close()
+    assert read_records(directory)["m", "t"].fingerprint == "old"
+    assert (directory.cell_results("m", "t") / "results_1.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"model": "m"}', b'{"model": 1, "task": "t", "fingerprint": "f", "status": "done"}']
+)
+def test_a_record_that_cannot_be_read_is_named(directory: RunDirectory, content: bytes) -> None:
+    path = directory.record("m", "t")
+    write_file(path, content)
+    with pytest.raises(StoreError, match=re.escape(str(path))):
+        read_records(directory)
+
+
+def test_half_a_record_of_a_writer_that_was_killed_is_never_read(directory: RunDirectory) -> None:
+    store = Store(directory)
+    store.write_record(record(), {})
+    store.close()
+    path = directory.record("m", "t")
+    path.with_name(f".{path.name}.123.tmp").write_bytes(b'{"model": "m", "ta')
+    assert list(read_records(directory)) == [("m", "t")]
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "file"
+    write_file(path, "old")
+
+    def full(_: int) -> None:
+        assert path.read_text() == "old"
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            write_file(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+    write_file(path, "é")
+    assert path.read_bytes() == "é".encode()
+
+
+def test_no_records_are_no_error(directory: RunDirectory) -> None:
+    assert read_records(directory) == {}
+
+
+def test_the_commits_of_the_last_launch_come_back(directory: RunDirectory) -> None:
+    assert read_commits(directory) == {}
+    write_file(directory.plan, '{"commits": {"org/m@main": "abc"}, "cells": {}}')
+    assert read_commits(directory) == {"org/m@main": "abc"}
+    for broken in ("{", "{}", '{"commits": {"a": 1}}'):
+        write_file(directory.plan, broken)
+        with pytest.raises(StoreError, match=re.escape(str(directory.plan))):
+            read_commits(directory)
+
+
+# Setting aside
+
+
+def test_an_old_directory_is_set_aside_whole_and_never_over_another(directory: RunDirectory) -> None:
+    assert set_aside(directory) is None
+    moved = []
+    for content in ("one", "two", "three"):
+        write_file(directory.report, content)
+        directory.lock.touch()
+        os.utime(directory.root, (0, 0))
+        aside = set_aside(directory)
+        assert aside is not None
+        moved.append(aside)
+        assert not directory.root.exists()
+    assert [(path / "report.md").read_text() for path in moved] == ["one", "two", "three"]
+    assert [path.name for path in moved] == [f"s.19700101T000000{number}" for number in ("", "-2", "-3")]
