@@ -166,11 +166,11 @@ def _run(arguments: Arguments) -> int:
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     before, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
     plan = make_plan(config, before, only=arguments.only, ask_hub=True, commits=commits)
-    if not plan.owed:
+    if not plan.owed and not plan.refused:
         print(f"all {len(plan.cells)} cells are done; `only=model/task` runs one again, `fresh=true` all of them")
-        return _conclude(config, plan, plan, directory, before)
+        return _conclude(config, plan, plan.done, directory, before)
     planned = document(plan)
-    if starts_local(config.ray):
+    if plan.owed and starts_local(config.ray):
         require(plan.owed_servers, local_capacity(config.ray))
         prepare_local_ray()
     if arguments.fresh and (aside := set_aside(directory)) is not None:
@@ -182,15 +182,22 @@ def _run(arguments: Arguments) -> int:
         with boundary(StoreError, f"write to {directory.root}"):
             write_file(directory.config, configuration.dump(config))
             write_file(directory.plan, _masked(json.dumps(planned, indent=1), hidden))
-        with _logged_to(directory.driver_log, hidden):
-            from sweep.runner import carry_out
+        for record in plan.refused.values():
+            store.write_record(record, {})
+        carried = None
+        if plan.owed:
+            with _logged_to(directory.driver_log, hidden):
+                from sweep.runner import carry_out
 
-            carried = carry_out(config, plan, store, api_key=api_key, secrets=hidden)
+                carried = carry_out(config, plan, store, api_key=api_key, secrets=hidden)
     finally:
         store.close()
     records = read_records(directory)
     whole = plan if arguments.only is None else make_plan(config, records, ask_hub=False, commits=plan.commits)
-    code = _conclude(config, plan, whole, directory, records)
+    ended = {**plan.refused, **(carried.records if carried else {})}
+    code = _conclude(config, whole, ended, directory, records)
+    if carried is None:
+        return code
     print(_said_of_wandb(carried.wandb))
     if carried.signal:
         print(f"stopped by signal {carried.signal}; the same command goes on where it stopped")
@@ -200,12 +207,12 @@ def _run(arguments: Arguments) -> int:
 
 def _conclude(
     config: "SweepConfig",
-    plan: "Plan",
     whole: "Plan",
+    ended: "Mapping[str, Record]",
     directory: "RunDirectory",
     records: "Mapping[tuple[str, str], Record]",
 ) -> int:
-    """Write and print the tables of the `whole` sweep; the exit code, which is about the `plan` of this launch."""
+    """Write and print the tables of the `whole` sweep; the exit code, which is about the cells that have `ended`."""
     from sweep.record import Status
     from sweep.report import csv_text, failures, markdown
     from sweep.store import write_file
@@ -220,8 +227,7 @@ def _conclude(
     write_file(directory.csv, csv_text(shown, list(config.models)))
     print(f"\n{markdown(shown, list(config.models), subtasks=False)}")
     print(f"tables   {directory.report}, {directory.csv}\nsamples  {directory.results}")
-    keys = {(cell.model.name, cell.task_name) for cell in plan.cells}
-    failed = [r for r in shown if r.status is Status.FAILED and (r.model, r.task) in keys]
+    failed = [record for record in ended.values() if record.status is Status.FAILED]
     if failed:
         print(f"\n{failures(failed)}")
     return FAILED if failed else DONE

@@ -12,9 +12,12 @@ AHEAD = 1.25
 """A quarter more than one batch in flight, so that the server never waits for the next request."""
 
 
-def automatic_limit(*, max_num_seqs: int | None, on_cpu: bool) -> int:
-    """Requests in flight at one server for `concurrency: auto`: one batch of it and a quarter more."""
-    return int((max_num_seqs or (CPU_BATCH if on_cpu else GPU_BATCH)) * AHEAD)
+def automatic_limit(*, max_num_seqs: int | str | None, on_cpu: bool) -> int:
+    """Requests in flight at one server for `concurrency: auto`: one batch of it and a quarter more.
+
+    `max_num_seqs` is vLLM's option as the config has it, which may be quoted.
+    """
+    return int(int(max_num_seqs or (CPU_BATCH if on_cpu else GPU_BATCH)) * AHEAD)
 
 
 def shares(limit: int, demands: Sequence[int]) -> list[int]:

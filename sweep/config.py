@@ -22,7 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sweep.errors import ConfigError, nearest
+from sweep.errors import ConfigError, nearest, nearest_file
 
 
 class Device(StrEnum):
@@ -249,7 +249,7 @@ def _find(conf: str, folders: Sequence[Path]) -> Path:
     """The sweep file that `conf` means."""
     if "/" in conf or conf.endswith((".yaml", ".yml")):
         if not (path := Path(conf).expanduser()).is_file():
-            raise ConfigError(f"command line: conf: no file {str(path.absolute())!r}{_near_file(path)}")
+            raise ConfigError(f"command line: conf: no file {str(path.absolute())!r}{nearest_file(path)}")
         return path
     for folder in folders:
         if (path := folder / f"{conf}.yaml").is_file():
@@ -270,7 +270,7 @@ def _chain(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
             ring = " -> ".join(_label(file) for file in (*above, path, below))
             raise ConfigError(f"{source.label}: extends: a cycle, {ring}")
         if not below.is_file():
-            raise ConfigError(f"{source.label}: extends: no file {str(below)!r}{_near_file(below)}")
+            raise ConfigError(f"{source.label}: extends: no file {str(below)!r}{nearest_file(below)}")
         chain += _chain(below, (*above, path))
     return [*chain, source]
 
@@ -629,11 +629,10 @@ def _spread(name: str, draft: _Draft) -> Iterator[tuple[str, _Draft]]:
                 raise draft.mistake("checkpoints", f"{folders[base]} and {folder} would both be called {base!r}")
             folders[base] = folder
     for base, folder in folders.items():
-        own = settings | {"path": _local(folder, draft, "path"), "entry": base}
+        own = settings | {"path": _local(folder), "entry": base}
         yield base, _Draft(own, draft.places)
         for adapter, path in adapters.items():
-            inside = _Draft(own, tuple((*place, "adapters") for place in draft.places))
-            yield f"{base}-{adapter}", _Draft(own | {"adapter": _local(path, inside, adapter)}, draft.places)
+            yield f"{base}-{adapter}", _Draft(own | {"adapter": _local(path)}, draft.places)
 
 
 def _checkpoints(pattern: str, draft: _Draft) -> list[tuple[str, str]]:
@@ -641,7 +640,7 @@ def _checkpoints(pattern: str, draft: _Draft) -> list[tuple[str, str]]:
     pattern = _absolute(pattern)
     if not glob.has_magic(pattern):
         if not os.path.isdir(pattern):
-            raise draft.mistake("checkpoints", f"no folder {pattern!r}{_near_file(Path(pattern))}")
+            raise draft.mistake("checkpoints", f"no folder {pattern!r}{nearest_file(Path(pattern))}")
         return [(os.path.basename(pattern), pattern)]
     parts = pattern.split("/")
     fixed = "/".join(parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
@@ -671,7 +670,7 @@ def _model(draft: _Draft, grids: Mapping[str, list[str]]) -> Model:
     """The model of a draft; a grid in its `tasks` stands for all tasks of the grid."""
     settings = dict(draft.settings)
     if settings.get("tokenizer") is not None:
-        settings["tokenizer"] = _local(settings["tokenizer"], draft, "tokenizer")
+        settings["tokenizer"] = _local(settings["tokenizer"])
     settings["env"] = {name: str(value) for name, value in settings.get("env", {}).items()}
     chosen = []
     for choice in settings.get("tasks", ()):
@@ -685,20 +684,19 @@ def _task(draft: _Draft, limit: float | None) -> Task:
     if settings.get("include_path") is not None:
         folder = settings["include_path"] = _absolute(settings["include_path"])
         if not os.path.isdir(folder):
-            raise draft.mistake("include_path", f"no folder {folder!r}{_near_file(Path(folder))}")
+            raise draft.mistake("include_path", f"no folder {folder!r}{nearest_file(Path(folder))}")
     if settings.get("limit") is None:
         settings["limit"] = limit
     return Task(**settings)
 
 
-def _local(text: str, draft: _Draft, name: str) -> str:
-    """An absolute path that exists where `text` looks like a local one, otherwise `text`, a hub id."""
-    if not (text.startswith((".", "/", "~")) or text.count("/") > 1 or os.path.isdir(text)):
-        return text
-    path = _absolute(text)
-    if not os.path.exists(path):
-        raise draft.mistake(name, f"no file or folder {path!r}{_near_file(Path(path))}")
-    return path
+def _local(text: str) -> str:
+    """An absolute path where `text` looks like a local one, otherwise `text`, a hub id.
+
+    Whether it exists is plan's to say: a checkpoint that is missing costs its own cells, not the sweep.
+    """
+    local = text.startswith((".", "/", "~")) or text.count("/") > 1 or os.path.isdir(text)
+    return _absolute(text) if local else text
 
 
 def _absolute(text: str) -> str:
@@ -787,11 +785,6 @@ def _near(name: str, known: Iterable[str]) -> str:
     """The nearest known names, or all of them when none is near."""
     known = list(known)
     return nearest(name, known) or f"; known: {_listed(known)}"
-
-
-def _near_file(path: Path) -> str:
-    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    return nearest(path.name, siblings)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ Only the runner decides what happens next. Messages say what failed with its val
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class SweepError(Exception):
@@ -61,3 +62,8 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """`"; did you mean 'a' or 'b'?"` with the known names closest to `name`, or an empty string when none is close."""
     close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def nearest_file(path: Path) -> str:
+    """The same for a path that does not exist, among what lies in its folder."""
+    return nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])

@@ -46,7 +46,7 @@ def load_tokenizer(plan: ModelPlan) -> Any:
     from transformers import AutoTokenizer
 
     model = plan.model
-    source, revision = (model.tokenizer, None) if model.tokenizer else (model.path, plan.revision)
+    source, revision = (model.tokenizer, None) if model.tokenizer else (model.path, plan.revision or model.revision)
     with boundary(TaskError, f"load the tokenizer of model {plan.name} from {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=model.trust_remote_code)
     if model.chat:
@@ -60,7 +60,7 @@ def load_tokenizer(plan: ModelPlan) -> Any:
     return tokenizer
 
 
-def check_task(task: Task, seeds: Seeds, model: Model | None = None) -> None:
+def check_task(task: Task, seeds: Seeds, model: Model) -> None:
     """Load a task with its data; raises TaskError with the cause. Finds gated, missing and broken data sets early.
 
     `model` is one that runs the task: some tasks make their documents with its tokenizer.
@@ -209,12 +209,12 @@ def _confirmed_code(task: Task) -> Iterator[None]:
         os.environ.pop("HF_ALLOW_CODE_EVAL", None)
 
 
-def _manager(task: Task, model: Model | None) -> Any:
+def _manager(task: Task, model: Model) -> Any:
     """lm-eval's TaskManager with this task's folder and metadata; its index is kept for the process."""
     from lm_eval.tasks._factory import TaskFactory
 
     # What lm-eval's own command hands to tasks that look at the model, RULER for one.
-    of_model = {"pretrained": model.path, "tokenizer": model.tokenizer or model.path} if model else {}
+    of_model = {"pretrained": model.path, "tokenizer": model.tokenizer or model.path}
     manager = _indexed_manager(task.task, task.include_path)
     manager.metadata = {**of_model, **task.metadata}
     manager._factory = TaskFactory(meta=manager.metadata)
@@ -346,7 +346,7 @@ def _scores(results: Mapping[str, Any]) -> tuple[tuple[Score, ...], tuple[str, .
                     task=name,
                     version=str(results["versions"].get(name, "N/A")),
                     filter=filter_name,
-                    num_fewshot=results["n-shot"].get(name) if name in results["configs"] else None,
+                    num_fewshot=results["n-shot"].get(name),
                     metric=metric,
                     value=float(value),
                     stderr=float(stderr) if known else None,

@@ -55,7 +55,7 @@ class CheckTask:
     task_name: str
     task: Task
     seeds: Seeds
-    model: Model | None = None
+    model: Model
     """One that runs the task: some tasks make their documents with its tokenizer."""
 
 

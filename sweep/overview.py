@@ -58,15 +58,18 @@ def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator
         yield f"  {name}: {_settings(config.tasks[name])}"
         yield from _gated(config.tasks[name])
     yield ""
-    yield "cells (x done, o owed)"
+    yield "cells (x done, o owed, ! cannot run)" if plan.refused else "cells (x done, o owed)"
     width = max(len(name) for name in plan.models)
-    marks = {cell.key: "x" if cell.key in plan.done else "o" for cell in plan.cells}
+    marks = dict.fromkeys((cell.key for cell in plan.cells), "o")
+    marks |= dict.fromkeys(plan.done, "x") | dict.fromkeys(plan.refused, "!")
     for name in plan.models:
         row = "  ".join(f"{marks.get(f'{name}/{task}', '-')} {task}" for task in tasks)
         yield f"  {name:<{width}}  {row}"
     for cell in plan.cells:
         if cell.task != config.tasks[cell.task_name]:
             yield f"  {cell.key}: {_settings(cell.task)}"
+    for problem in dict.fromkeys(record.error for record in plan.refused.values()):
+        yield f"  ! {problem}"
     owed = {cell.model.server for cell in plan.owed}
     yield ""
     yield "servers"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 
 from sweep.config import Device, Model, Seeds, SweepConfig, Task
-from sweep.errors import ConfigError, boundary, nearest
+from sweep.errors import ConfigError, boundary, nearest, nearest_file
 from sweep.record import Record, Status
 from sweep.tasks import Catalog, catalog
 
@@ -93,6 +94,8 @@ class ModelPlan:
     """Hex; of all that changes the model's answers. The first part of every response's key."""
     server: str
     """Name of the server that serves it (ServerPlan.name)."""
+    problem: str | None = None
+    """Why it cannot be served at all; its cells fail, the others go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,18 +136,32 @@ class Plan:
     """In the order of the config: models first, then tasks."""
     done: dict[str, Record]
     """Finished records that still fit their cell, by cell key."""
+    refused: dict[str, Record] = field(default_factory=dict)
+    """Cells that cannot run whatever the cluster does, as the failures that they are."""
     commits: dict[str, str] = field(default_factory=dict)
     """What this launch and earlier ones into the same run directory took hub names for: `name@branch` -> commit."""
 
     @property
     def owed(self) -> tuple[Cell, ...]:
-        return tuple(cell for cell in self.cells if cell.key not in self.done)
+        return tuple(cell for cell in self.cells if cell.key not in self.done and cell.key not in self.refused)
 
     @property
     def owed_servers(self) -> dict[str, ServerPlan]:
         """The servers of models with owed cells, in plan order."""
         names = {cell.model.server for cell in self.owed}
         return {name: server for name, server in self.servers.items() if name in names}
+
+
+def failure(cell: Cell, error: str) -> Record:
+    """The record of a cell that failed just now."""
+    return Record(
+        model=cell.model.name,
+        task=cell.task_name,
+        fingerprint=cell.fingerprint,
+        status=Status.FAILED,
+        error=error,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def make_plan(
@@ -192,12 +209,18 @@ def make_plan(
         and record.status is Status.DONE
         and record.fingerprint == cell.fingerprint
     }
+    refused = {
+        cell.key: failure(cell, cell.model.problem)
+        for cell in chosen
+        if cell.model.problem is not None and cell.key not in done
+    }
     known_commits = {source: commit for source, commit in commit_by_source.items() if commit is not None}
     return Plan(
         models=models,
         servers=servers,
         cells=tuple(chosen),
         done=done,
+        refused=refused,
         commits={**(commits or {}), **known_commits},
     )
 
@@ -264,14 +287,22 @@ def _plan_models(models: Mapping[str, Model], commits: Mapping[str, str | None])
             revision=commits.get(_at(model.path, model.revision)),
             fingerprint=_model_fingerprint(name, model, commits),
             server=model.entry or name,
+            problem=_problem(name, model),
         )
         for name, model in models.items()
     }
 
 
+def _problem(name: str, model: Model) -> str | None:
+    for key, source in (("path", model.path), ("tokenizer", model.tokenizer), ("adapter", model.adapter)):
+        if source is not None and is_local(source) and not os.path.exists(source):
+            return f"models.{name}.{key}: no file or folder {source!r}{nearest_file(Path(source))}"
+    return None
+
+
 def _plan_servers(models: Mapping[str, ModelPlan]) -> dict[str, ServerPlan]:
     servers: dict[str, ServerPlan] = {}
-    for plan in models.values():
+    for plan in (p for p in models.values() if p.problem is None):
         model = plan.model
         earlier = servers.get(plan.server)
         adapters = {**(earlier.adapters if earlier else {}), plan.name: model.adapter}
@@ -325,6 +356,8 @@ def resolve_revision(path: str, revision: str | None, *, ask_hub: bool, earlier:
 def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None]) -> str:
     def identity(source: str | None, revision: str | None = None) -> Any:
         """What tells one state of a checkpoint, tokenizer or adapter from another."""
+        if source is not None and is_local(source) and not os.path.exists(source):
+            return [source, "missing"]
         if source is None or not is_local(source):
             return source and [source, commits[_at(source, revision)]]
         with boundary(ConfigError, f"models.{name}: read {source}"):

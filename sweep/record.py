@@ -20,7 +20,7 @@ class Score:
     filter: str
     """lm-eval's filter, `none` where the task has only one."""
     num_fewshot: int | None
-    """None for a group, whose subtasks may differ."""
+    """As lm-eval gives it; None for a group whose subtasks differ."""
     metric: str
     value: float
     stderr: float | None
@@ -67,6 +67,7 @@ class Record:
     started_at: str = ""
     """UTC, ISO 8601."""
     wall_s: float = 0.0
+    """From loading to scoring, without the wait for the model's server."""
     request_s: float = 0.0
     """First byte sent to last received, over all requests of the cell; 0 for a pure replay."""
     files: tuple[str, ...] = ()

@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
@@ -29,7 +28,7 @@ from sweep.concurrency import automatic_limit, shares
 from sweep.config import SweepConfig
 from sweep.errors import StoreError, boundary
 from sweep.machine import require
-from sweep.plan import Cell, Plan, ServerPlan, on_cpu
+from sweep.plan import Cell, Plan, ServerPlan, failure, on_cpu
 from sweep.preflight import Facts
 from sweep.progress import Terminal
 from sweep.record import Record, Status
@@ -203,7 +202,9 @@ class Runner:
                 self._facts[name] = facts
         for task_name in dict.fromkeys(cell.task_name for cell in owed):
             cell = next(c for c in owed if c.task_name == task_name)
-            self._checks.append(ev.CheckTask(task_name=task_name, task=cell.task, seeds=cell.seeds))
+            self._checks.append(
+                ev.CheckTask(task_name=task_name, task=cell.task, seeds=cell.seeds, model=cell.model.model)
+            )
         for model in dict.fromkeys(cell.model.name for cell in owed):
             self._checks.append(ev.CheckModel(model=self.plan.models[model]))
         log.info("%d cells owed, %d done, %d responses stored", len(owed), len(self.plan.done), self.store.count())
@@ -211,7 +212,7 @@ class Runner:
             self._start_evaluator()
 
     def _start_evaluator(self) -> None:
-        name = f"evaluator-{self._evaluators_started}"
+        name = f"evaluator.{self._evaluators_started}"  # no model has a dot, so no server's log is called so
         self._evaluators_started += 1
         self._evaluators[name] = None
         self.cluster.start_evaluator(name, self.store.directory.server_log(name))
@@ -302,15 +303,7 @@ class Runner:
         cell = state.cell
         if state.evaluator is not None:
             self.cluster.send(state.evaluator, ev.CancelCell(reason="its model failed"))
-        record = Record(
-            model=cell.model.name,
-            task=cell.task_name,
-            fingerprint=cell.fingerprint,
-            status=Status.FAILED,
-            error=error,
-            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        self._finish(state, record, {})
+        self._finish(state, failure(cell, error), {})
 
     def _evaluator_lost(self, name: str, reason: str) -> None:
         work = self._evaluators.pop(name)

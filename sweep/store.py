@@ -28,7 +28,7 @@ from typing import Any, TextIO
 import msgspec
 
 from sweep.errors import StoreError, boundary
-from sweep.record import Record
+from sweep.record import Record, Status
 
 SCHEMA = 1
 """Of responses.db; a directory written by another one is refused, never converted in place."""
@@ -228,10 +228,12 @@ class Store:
     def write_record(self, record: Record, files: Mapping[str, bytes]) -> None:
         """Store a cell's outcome: its lm-eval files first, the record last. `files` is name -> content.
 
-        Files of an earlier outcome are removed once the new record stands. A failed cell has none to put in their
-        place and leaves them.
+        Files of an earlier outcome are removed once the new record stands. A failure has none to put in their place and
+        leaves them; it does not replace numbers of the same settings, which it makes no worse.
         """
         with boundary(StoreError, f"write the record of {record.model}/{record.task}"):
+            if record.status is Status.FAILED and self._has_numbers(record):
+                return
             folder = self.directory.cell_results(record.model, record.task)
             for name, content in files.items():
                 write_file(folder / name, content)
@@ -239,6 +241,13 @@ class Store:
             write_file(path, msgspec.json.format(msgspec.json.encode(record), indent=1))
             for old in [file for file in folder.glob("*") if files and file.name not in files]:
                 old.unlink()
+
+    def _has_numbers(self, record: Record) -> bool:
+        path = self.directory.record(record.model, record.task)
+        if not path.exists():
+            return False
+        stored = msgspec.json.decode(path.read_bytes(), type=Record)
+        return stored.status is Status.DONE and stored.fingerprint == record.fingerprint
 
     def close(self) -> None:
         self._db.close()

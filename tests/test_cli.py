@@ -189,11 +189,11 @@ class Runner:
         self.ran.append([cell.key for cell in plan.owed])
         self.keys.append(api_key)
         logging.getLogger("sweep.runner").info("the key is %s", api_key)
-        for cell in plan.owed:
-            if cell.key not in self.leaves:
-                store.write_record(self.record(cell), {})
+        records = {cell.key: self.record(cell) for cell in plan.owed if cell.key not in self.leaves}
+        for record in records.values():
+            store.write_record(record, {})
         wandb = SimpleNamespace(mode="disabled", why="the test says so", overview_url=None, publish=None, errors=())
-        return SimpleNamespace(records={}, signal=self.signal, wandb=wandb)
+        return SimpleNamespace(records={**plan.done, **records}, signal=self.signal, wandb=wandb)
 
     def record(self, cell: Cell) -> Record:
         known = Record(model=cell.model.name, task=cell.task_name, fingerprint=cell.fingerprint, status=Status.DONE)
@@ -276,6 +276,25 @@ def test_only_what_is_owed_runs_and_the_plan_says_so(runner: Runner, directory: 
     plan = json.loads(directory.plan.read_text())
     assert [key for key, cell in plan["cells"].items() if not cell["done"]] == ["second/gsm8k"]
     assert list(plan["servers"]) == ["second"]
+
+
+def test_a_model_that_is_not_there_fails_alone(runner: Runner, output: Output, tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    assert main(["conf=small", f"models.second.path={gone}"]) == 1
+    assert all(key.startswith("first/") for key in runner.ran[0])
+    shown = output()
+    assert f"models.second.path: no file or folder '{gone}'" in shown
+    assert main(["conf=small", f"models.second.path={gone}"]) == 1  # nothing is left to run, which needs no cluster
+    assert len(runner.ran) == 1
+
+
+def test_a_failed_rerun_is_said_and_leaves_the_numbers(runner: Runner, directory: RunDirectory, output: Output) -> None:
+    main(["conf=small"])
+    before = read_records(directory)
+    runner.fails = {"first/arc_easy"}
+    assert main(["conf=small", "only=first/arc_easy"]) == 1
+    assert "out of memory" in output()
+    assert read_records(directory) == before
 
 
 def test_only_runs_a_done_cell_again_and_the_tables_stay_whole(runner: Runner, output: Output) -> None:

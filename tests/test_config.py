@@ -314,21 +314,9 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         (SMALL + "extends: s.yaml", [], "conf/s.yaml: extends: a cycle, conf/s.yaml -> conf/s.yaml"),
         (SMALL + "suites: [nope]", [], "conf/s.yaml: suites: no suite 'nope'"),
         (SMALL + "suites: [open_llm_leaderbord]", [], "did you mean 'open_llm_leaderboard'?"),
-        (ONE_TASK + "models: {m: {path: ./gone}}", [], "conf/s.yaml: models.m.path: no file or folder '/"),
-        (ONE_TASK + "models: {m: {path: ./cnof}}", [], "did you mean 'conf'?"),
-        (
-            SMALL,
-            ["models.qwen.tokenizer=/no/such"],
-            "command line: models.qwen.tokenizer: no file or folder '/no/such'",
-        ),
         (SMALL, ["tasks.gsm8k.include_path=mine"], "command line: tasks.gsm8k.include_path: no folder '/"),
         (ONE_TASK + "models: {m: {checkpoints: [a/*]}}", [], "conf/s.yaml: models.m.checkpoints: no folder matches '/"),
         (ONE_TASK + "models: {m: {checkpoints: [gone]}}", [], "conf/s.yaml: models.m.checkpoints: no folder '/"),
-        (
-            ONE_TASK + "models: {m: {path: o/m, adapters: {sql: ./gone}}}",
-            [],
-            "conf/s.yaml: models.m.adapters.sql: no file or folder '/",
-        ),
         # YAML and interpolations
         ("models: {\n", [], "conf/s.yaml: line 2: bad YAML: "),
         ("a: 1\na: 2\n", [], "conf/s.yaml: line 2: bad YAML: found duplicate key a"),

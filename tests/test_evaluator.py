@@ -201,7 +201,7 @@ def cell(model: ModelPlan, tasks: Path) -> Callable[..., Cell]:
 def test_a_check_says_whether_a_task_can_be_loaded(evaluator: Driver, tasks: Path) -> None:
     def check(task: str) -> str | None:
         asked = Task(task=task, include_path=str(tasks))
-        return evaluator.ask(CheckTask(task_name=task, task=asked, seeds=Seeds()))
+        return evaluator.ask(CheckTask(task_name=task, task=asked, seeds=Seeds(), model=Model(path="org/m")))
 
     assert check("letters") is None
     lost = check("lost")

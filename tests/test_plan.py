@@ -195,11 +195,6 @@ def test_two_checkpoints_that_are_single_files_differ(tmp_path: Path) -> None:
     assert fingerprint(Model(path=str(tmp_path / "a.gguf"))) != fingerprint(Model(path=str(tmp_path / "b.gguf")))
 
 
-def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"models.m: read {tmp_path}/gone: FileNotFoundError"):
-        fingerprint(Model(path=str(tmp_path / "gone")))
-
-
 # Fingerprints of cells
 
 
@@ -520,3 +515,28 @@ def test_a_local_checkpoint_asks_nobody(hub: Hub, checkpoint: Path) -> None:
     assert plan.models["m"].revision is None
     assert plan.commits == {}
     assert hub.asked == []
+
+
+def test_a_model_that_is_not_there_costs_its_own_cells(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    gone = Model(path=str(tmp_path / "chekpoint"), entry="gone")
+    there = Model(path=str(tmp_path / "checkpoint"), entry="there")
+    config = SweepConfig(name="s", models={"gone": gone, "there": there}, tasks={"gsm8k": Task(task="gsm8k")})
+    plan = make_plan(config, {}, ask_hub=False)
+    assert [cell.key for cell in plan.owed] == ["there/gsm8k"]
+    assert list(plan.servers) == ["there"]
+    (record,) = plan.refused.values()
+    assert (record.model, record.status) == ("gone", Status.FAILED)
+    assert record.error == f"models.gone.path: no file or folder '{gone.path}'; did you mean 'checkpoint'?"
+
+
+def test_an_adapter_that_is_not_there_leaves_its_base_and_the_other_adapters_alone(tmp_path: Path) -> None:
+    for name in ("base", "sql"):
+        (tmp_path / name).mkdir()
+    base = Model(path=str(tmp_path / "base"), entry="m")
+    adapters = {f"m-{n}": replace(base, adapter=str(tmp_path / n)) for n in ("sql", "gone")}
+    config = SweepConfig(name="s", models={"m": base, **adapters}, tasks={"gsm8k": Task(task="gsm8k")})
+    plan = make_plan(config, {}, ask_hub=False)
+    assert plan.servers["m"].adapters == {"m": None, "m-sql": str(tmp_path / "sql")}
+    assert list(plan.refused) == ["m-gone/gsm8k"]

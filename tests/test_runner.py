@@ -285,7 +285,7 @@ def test_a_check_is_tried_again_when_its_evaluator_dies_and_fails_when_that_goes
     records = loop(a_plan(["a"], ["harmless", "deadly"]), script)
     assert statuses(records) == {"a/harmless": "done", "a/deadly": "failed"}
     assert re.match(
-        rf"load task deadly: the process that did it died {LOSSES_MOST} times, last: killed \(see .*evaluator-\d",
+        rf"load task deadly: the process that did it died {LOSSES_MOST} times, last: killed \(see .*evaluator\.\d",
         str(records["a/deadly"].error),
     )
 
@@ -318,7 +318,7 @@ def test_a_cell_that_has_failed_stays_failed_when_its_evaluator_dies_before_it_c
         name, _ = cluster.running()["a/t"]
         yield [ServerFailed(life="a-0", error="no"), EvaluatorLost(evaluator=name, reason="killed")]
         assert cluster.started == ["a-0", "b-0"]
-        assert cluster.evaluators == ["evaluator-0", "evaluator-1"]
+        assert cluster.evaluators == ["evaluator.0", "evaluator.1"]
         yield [cluster.ready("b-0")]
         yield [done(*cluster.running()["b/t"])]
 
@@ -339,7 +339,7 @@ def test_a_cell_goes_to_another_evaluator_when_its_own_dies_and_fails_when_that_
     records = loop(a_plan(["a"], ["deadly", "harmless"]), script)
     assert statuses(records) == {"a/deadly": "failed", "a/harmless": "done"}
     assert re.match(
-        r"its evaluator died 3 times, last: killed \(see .*evaluator-2\.log\)", str(records["a/deadly"].error)
+        r"its evaluator died 3 times, last: killed \(see .*evaluator\.2\.log\)", str(records["a/deadly"].error)
     )
 
 
@@ -857,7 +857,7 @@ def test_more_models_than_server_slots_take_turns(mixed: Mixed) -> None:
         ("stop", "base-0"),
         ("start", "refuser-0"),
     ]
-    assert set(re.findall(r"runner: run \S+ on (\S+),", mixed.wrong.log)) == {"evaluator-0"}
+    assert set(re.findall(r"runner: run \S+ on (\S+),", mixed.wrong.log)) == {"evaluator.0"}
 
 
 @pytest.mark.ray
@@ -1082,7 +1082,7 @@ def test_a_killed_server_is_replaced_and_a_killed_evaluators_cell_is_finished_by
 ) -> None:
     log = interrupted.last.ended.log
     assert "server alpha-0 was lost: was killed by SIGKILL" in log
-    assert re.search(r"evaluator-\d was lost: its process ended", log)
+    assert re.search(r"evaluator\.\d was lost: its process ended", log)
     attempts = re.findall(r"run (alpha/\S+) on (\S+), attempt (\d)", log)
     twice = [cell for cell, _, attempt in attempts if attempt == "2"]
     assert twice

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,7 @@ def test_a_record_is_written_after_its_files_and_old_files_go_only_then(
 def test_a_failed_cell_leaves_the_files_of_an_earlier_outcome(directory: RunDirectory) -> None:
     store = Store(directory)
     store.write_record(record(), {"results_1.json": b"{}"})
-    store.write_record(record(status=Status.FAILED, error="e"), {})
+    store.write_record(record(status=Status.FAILED, fingerprint="of other settings", error="e"), {})
     store.close()
     assert read_records(directory)["m", "t"].status is Status.FAILED
     assert [file.name for file in directory.cell_results("m", "t").iterdir()] == ["results_1.json"]
@@ -321,3 +322,18 @@ def test_an_old_directory_is_set_aside_whole_and_never_over_another(directory: R
         assert not directory.root.exists()
     assert [(path / "report.md").read_text() for path in moved] == ["one", "two", "three"]
     assert [path.name for path in moved] == [f"s.19700101T000000{number}" for number in ("", "-2", "-3")]
+
+
+def test_a_failure_does_not_replace_numbers_of_the_same_settings(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    store = Store(directory)
+    try:
+        done = Record(model="m", task="t", fingerprint="f", status=Status.DONE)
+        store.write_record(done, {})
+        store.write_record(replace(done, status=Status.FAILED, error="rerun failed"), {})
+        assert read_records(directory)["m", "t"] == done
+        other = replace(done, fingerprint="g", status=Status.FAILED, error="new settings failed")
+        store.write_record(other, {})
+        assert read_records(directory)["m", "t"] == other
+    finally:
+        store.close()
