@@ -135,7 +135,7 @@ def _sweeps() -> list[str]:
 
 
 def _plan(arguments: Arguments) -> int:
-    from sweep.config import load
+    from sweep.loading import load
     from sweep.overview import describe, rendered
     from sweep.plan import make_plan
     from sweep.store import RunDirectory, read_commits, read_records
@@ -156,13 +156,13 @@ def _plan(arguments: Arguments) -> int:
 
 
 def _run(arguments: Arguments) -> int:
-    from sweep import config as configuration
+    from sweep.loading import dump, load, secrets_of
     from sweep.machine import local_capacity, prepare_local_ray, require, starts_local
     from sweep.overview import document
     from sweep.plan import make_plan
     from sweep.store import RunDirectory, Store, read_commits, read_records, set_aside, write_file
 
-    config = configuration.load(str(arguments.conf), arguments.overrides)
+    config = load(str(arguments.conf), arguments.overrides)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     before, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
     plan = make_plan(config, before, only=arguments.only, ask_hub=True, commits=commits)
@@ -178,9 +178,9 @@ def _run(arguments: Arguments) -> int:
     store = Store(directory)
     try:
         api_key = config.api_key or secrets.token_urlsafe(32)
-        hidden = (*configuration.secrets(config), api_key)
+        hidden = (*secrets_of(config), api_key)
         with boundary(StoreError, f"write to {directory.root}"):
-            write_file(directory.config, configuration.dump(config))
+            write_file(directory.config, dump(config))
             write_file(directory.plan, _masked(json.dumps(planned, indent=1), hidden))
         for record in plan.refused.values():
             store.write_record(record, {})

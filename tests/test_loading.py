@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sweep.config import CellOverride, Device, Overflow, Seeds, SweepConfig, dump, load, secrets
+from sweep.config import CellOverride, Device, Overflow, Seeds, SweepConfig
 from sweep.errors import ConfigError
+from sweep.loading import dump, load, secrets_of
 
 SMALL = """
 models:
@@ -441,8 +442,8 @@ tasks: {gsm8k: {gen_kwargs: {max_gen_toks: 5, eos_token: <end-of-text>}}}
 """)
     assert config.api_key == "key-of-the-servers"
     assert config.models["m"].env["HF_TOKEN"] == "hf_0123456789"
-    assert {"key-of-the-servers", "hf_0123456789"} <= set(secrets(config))
-    assert "<end-of-text>" not in secrets(config)
+    assert {"key-of-the-servers", "hf_0123456789"} <= set(secrets_of(config))
+    assert "<end-of-text>" not in secrets_of(config)
     text = dump(config)
     assert "key-of-the-servers" not in text
     assert "hf_0123456789" not in text
@@ -458,7 +459,7 @@ def test_variables_of_the_usual_names_are_secret_even_when_the_config_does_not_u
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SHORT_TOKEN", "abc")
-    found = secrets(loaded(SMALL))
+    found = secrets_of(loaded(SMALL))
     assert set(values.values()) <= set(found)
     assert "abc" not in found
     assert sorted(found, key=len, reverse=True) == list(found)
@@ -539,6 +540,6 @@ def test_the_qwen_sweep_holds_the_models_and_tasks_of_the_original_recipe():
 
 def test_importing_the_config_loads_nothing_heavy():
     heavy = "{'torch', 'vllm', 'ray', 'lm_eval', 'transformers', 'wandb', 'datasets', 'numpy'}"
-    code = f"import sys, sweep.config; print(*{heavy} & set(sys.modules))"
+    code = f"import sys, sweep.loading; print(*{heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SHIPPED.parent)
     assert found.stdout.strip() == ""

@@ -1,0 +1,659 @@
+"""YAML + overrides -> SweepConfig. The only module that knows OmegaConf and YAML.
+
+A sweep is put together from sources, weakest first: the suites it names, the files it extends, the file itself, the
+command line; `defaults` lie under every model and task. Each source is checked alone before they are merged, so that a
+wrong key or type is said with the file that holds it. This module does not know which tasks lm-eval has, which options
+vLLM takes or which models the hub holds.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from functools import reduce
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sweep.config import CellOverride, Device, Model, RayConfig, Seeds, SweepConfig, Task, WandbConfig
+from sweep.errors import ConfigError, nearest, nearest_file
+
+
+def load(conf: str, overrides: Sequence[str] = (), *, conf_dir: Path | None = None) -> SweepConfig:
+    """The sweep that `conf` (a name, or a path to a YAML file) describes, changed by `key=value` overrides.
+
+    A name is looked up in `conf_dir`; without one in ./conf, then beside launch.py. Everything is resolved in what
+    comes back: defaults, suites, variants, grids, limits, environment variables, absolute paths. Raises ConfigError
+    with one line that names the source, the key, what was wrong and the nearest known name.
+    """
+    folders = [conf_dir] if conf_dir else [Path("conf"), Path(__file__).resolve().parents[1] / "conf"]
+    path = _find(conf, folders)
+    files = _chain(path)
+    line = _command_line(overrides, known=[name for source in files for name in source.data.get("models", {})])
+    sources = [*files, line]
+    # Unlike everything else a name is not inherited: two sweeps of one name would share a run directory.
+    name = line.data.get("name", files[-1].data.get("name", path.stem))
+    try:
+        sources = _suites(_merge_all(sources).get("suites", ()), [path.parent, *folders]) + sources
+        document = _resolve(_merge_all(sources) | {"name": name})
+        return _build(_typed(document, _FILE, (), final=True))
+    except _Mistake as mistake:
+        raise _located(mistake, sources, default=files[-1]) from None
+
+
+def dump(config: SweepConfig) -> str:
+    """The resolved config as YAML for the run directory, every secret replaced by `***`."""
+    hidden = secrets_of(config)
+
+    def masked(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: masked(item, key) for key, item in value.items()}
+        if _SECRET.search(name) and value is not None and not isinstance(value, bool):
+            return "***"
+        if isinstance(value, (list, tuple)):
+            return [masked(item, name) for item in value]
+        if isinstance(value, str):
+            return reduce(lambda text, secret: text.replace(secret, "***"), hidden, str(value))
+        return value
+
+    return yaml.safe_dump(masked(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def secrets_of(config: SweepConfig) -> tuple[str, ...]:
+    """The texts that must not be shown, longest first: what stands under secret-looking keys and environment variables.
+
+    All variables of this process count, used by the config or not, as a server's log may repeat any of them. Texts of
+    fewer than 8 characters are left out: they are no real keys, and masking them would tear up ordinary words.
+    """
+    values = [value for key, value in _leaves(asdict(config)) if _SECRET.search(key[-1])]
+    values += [value for name, value in os.environ.items() if _SECRET.search(name)]
+    return tuple(
+        sorted({value for value in values if isinstance(value, str) and len(value) >= 8}, key=len, reverse=True)
+    )
+
+
+# --- Sources: where the words of a sweep come from -------------------------------------------------------------------
+
+_Key = tuple[str, ...]
+"""Where a value stands: `("models", "qwen", "path")`."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    label: str
+    """What messages call it: the file, or "command line"."""
+    data: dict[str, Any]
+    """Checked against the schema, interpolations still unresolved."""
+
+
+class _Mistake(Exception):
+    """What is wrong, and the keys that may have caused it, most specific first. `_located` adds the source."""
+
+    def __init__(self, text: str, *keys: _Key) -> None:
+        super().__init__(text)
+        self.text = text
+        self.keys = keys
+
+
+def _find(conf: str, folders: Sequence[Path]) -> Path:
+    """The sweep file that `conf` means."""
+    if "/" in conf or conf.endswith((".yaml", ".yml")):
+        if not (path := Path(conf).expanduser()).is_file():
+            raise ConfigError(f"command line: conf: no file {str(path.absolute())!r}{nearest_file(path)}")
+        return path
+    for folder in folders:
+        if (path := folder / f"{conf}.yaml").is_file():
+            return path
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise ConfigError(f"command line: conf: no sweep {conf!r} in {_label(folders[-1])}{_near(conf, known)}")
+
+
+def _chain(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
+    """The sources that a file stands for, weakest first: what it extends, then itself."""
+    path = path.absolute()
+    source = _read(path, _FILE)
+    extended = source.data.pop("extends", ())
+    chain = []
+    for name in [extended] if isinstance(extended, str) else extended:
+        below = Path(os.path.abspath(path.parent / name))
+        if below in (*above, path):
+            ring = " -> ".join(_label(file) for file in (*above, path, below))
+            raise ConfigError(f"{source.label}: extends: a cycle, {ring}")
+        if not below.is_file():
+            raise ConfigError(f"{source.label}: extends: no file {str(below)!r}{nearest_file(below)}")
+        chain += _chain(below, (*above, path))
+    return [*chain, source]
+
+
+def _suites(names: str | Iterable[str], parents: Sequence[Path]) -> list[_Source]:
+    """The suites' files, each a source of tasks."""
+    folders = [parent / "suites" for parent in parents]
+    found = []
+    for name in [names] if isinstance(names, str) else names:
+        path = next((path for folder in folders if (path := folder / f"{name}.yaml").is_file()), None)
+        if path is None:
+            known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+            raise _Mistake(f"no suite {name!r}{_near(name, known)}", ("suites",))
+        found.append(_read(path, _SUITE))
+    return found
+
+
+def _read(path: Path, schema: Mapping[str, Any]) -> _Source:
+    """One file, checked alone; ConfigError names it and the line (bad YAML) or the key."""
+    label = _label(path)
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{label}: {line}bad YAML: {error.problem}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(": ".join(filter(None, (label, error.full_key, _said(error))))) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{label}: cannot be read: {str(error).splitlines()[0]}") from None
+    return _checked(label, loaded, schema)
+
+
+def _command_line(overrides: Sequence[str], known: Sequence[str]) -> _Source:
+    """The overrides as a source. They may change every model that is `known`, and add one only with its path."""
+    label = "command line"
+    data: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{label}: {override}: missing value; write key=value, as in limit=10")
+        try:
+            data = _merge(data, OmegaConf.to_container(OmegaConf.from_dotlist([override])))
+        except yaml.YAMLError:  # the value is not repeated: it may be a secret
+            raise ConfigError(f"{label}: {key}: bad YAML after the =") from None
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{label}: {key}: {_said(error)}") from None
+    models = data.get("models")
+    for name, model in models.items() if isinstance(models, dict) else ():
+        if name not in known and not (isinstance(model, dict) and "path" in model):
+            near = nearest(name, known) or f"; the sweep has {_listed(known)}"
+            raise ConfigError(f"{label}: models.{name}: no such model (a new one needs models.{name}.path){near}")
+    return _checked(label, data, {key: kind for key, kind in _FILE.items() if key != "extends"})
+
+
+def _checked(label: str, data: Any, schema: Mapping[str, Any]) -> _Source:
+    """A source whose keys and types fit the schema and that spells out no secret."""
+    try:
+        typed = _typed(data, schema, ())
+        for key, value in _leaves(typed):
+            holds_secret = key == ("api_key",) or (key[-2:-1] in (("env",), ("server",)) and _SECRET.search(key[-1]))
+            if holds_secret and isinstance(value, str) and "${" not in value:
+                name = key[-1].upper() if key[-2:-1] == ("env",) else "OPENAI_API_KEY"
+                cure = f"write {key[-1]}: ${{oc.env:{name}}} and set {name} in the environment"
+                raise _Mistake(f"a secret is not written down; {cure}", key)
+    except _Mistake as mistake:
+        raise ConfigError(": ".join(filter(None, (label, ".".join(mistake.keys[0]), mistake.text)))) from None
+    return _Source(label, typed)
+
+
+def _merge(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """Both: mappings merge key by key, anything else of `stronger` replaces."""
+    merged = dict(weaker)
+    for key, value in stronger.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
+
+
+def _merge_all(sources: Iterable[_Source]) -> dict[str, Any]:
+    return reduce(_merge, (source.data for source in sources), {})
+
+
+def _resolve(document: dict[str, Any]) -> Any:
+    """The document with every `${...}` replaced by its value."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(document), resolve=True)
+    except OmegaConfBaseException as error:
+        raise _Mistake(_said(error), tuple(re.findall(r"[^.\[\]]+", error.full_key or ""))) from None
+
+
+def _said(error: Exception) -> str:
+    """OmegaConf's complaint in one line of ours."""
+    text = str(error).splitlines()[0]
+    if unset := re.search(r"Environment variable '(.*?)' not found", text):
+        return f"environment variable {unset[1]!r} is not set; export {unset[1]}=... before the launch"
+    return f"not understood: {text}"
+
+
+def _located(mistake: _Mistake, sources: Sequence[_Source], default: _Source) -> ConfigError:
+    """The mistake as one line with the strongest source that holds one of its keys, or else the nearest key above."""
+
+    def holds(data: Any, key: _Key) -> bool:
+        return not key or (isinstance(data, dict) and key[0] in data and holds(data[key[0]], key[1:]))
+
+    first = mistake.keys[0]
+    for key in (*mistake.keys, *(first[:length] for length in range(len(first) - 1, 0, -1))):
+        for source in reversed(sources):
+            if holds(source.data, key):
+                shown = key if key in mistake.keys else first
+                return ConfigError(f"{source.label}: {'.'.join(shown)}: {mistake.text}")
+    return ConfigError(f"{default.label}: {'.'.join(first)}: {mistake.text}")
+
+
+# --- Schema: the keys of a file and what each may hold ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A mapping whose keys the user chooses."""
+
+    of: Any
+    """What each value holds: a type, or a mapping from fixed keys to types."""
+    plain: bool = True
+    """Names end up in other names, paths and overrides, so they hold letters, digits, `-` and `_` only."""
+
+
+class _Options:
+    """vLLM's options by name, in either spelling."""
+
+
+_VARIANT = {key: kind for key, kind in get_type_hints(Model).items() if key not in ("entry", "adapter")} | {
+    "env": _Named(str | int | float, plain=False),  # `OMP_NUM_THREADS: 8` needs no quotes
+    "server": _Options,
+    "checkpoints": tuple[str, ...],
+    "adapters": _Named(str),
+}
+_ENTRY = _VARIANT | {"variants": _Named(_VARIANT)}
+_TASK = get_type_hints(Task) | {"num_fewshot": int | tuple[int, ...] | None}
+_SUITE = {"tasks": _Named(_TASK)}
+_FILE = _SUITE | {
+    "extends": str | tuple[str, ...],
+    "name": str,
+    "runs_dir": str,
+    "limit": int | float | None,
+    "seeds": get_type_hints(Seeds),
+    "defaults": {"model": _ENTRY, "task": _TASK},
+    "models": _Named(_ENTRY),
+    "suites": tuple[str, ...],
+    "cells": _Named(get_type_hints(CellOverride), plain=False),
+    "wandb": get_type_hints(WandbConfig),
+    "ray": get_type_hints(RayConfig),
+    "api_key": str | None,
+}
+
+_UNFIT: Any = object()
+
+# The end of the name decides: `HF_TOKEN` and `api-key` are secret, `max_tokens` and `eos_token` are not.
+_SECRET = re.compile(
+    r"(api[_-]?key|access_?key|secret(_?key)?|(?<!bos_)(?<!eos_)(?<!pad_)token|passw(or)?d)$", re.IGNORECASE
+)
+
+
+def _typed(value: Any, kind: Any, key: _Key, *, final: bool = False) -> Any:
+    """`value` as the schema's `kind`, or _Mistake with the full key; nothing written means an empty mapping or list.
+
+    Before the `final` pass, which sees values only, an interpolation or `???` fits anywhere.
+    """
+    if value == "???" and final:
+        raise _Mistake("missing value", key)
+    if _unresolved(value, final):
+        return value
+    if not (isinstance(kind, (dict, _Named)) or kind is _Options):
+        fit = _fit(value, kind, final)
+        if fit is _UNFIT:
+            raise _Mistake(_misfit(value, kind, key), key)
+        return fit
+    if not isinstance(value, dict | None):
+        raise _Mistake(f"wants a mapping, got {_shown(value, key)}", key)
+    typed: dict[str, Any] = {}
+    for name, item in (value or {}).items():
+        if not isinstance(name, str):
+            raise _Mistake(f"a name is text; write '{name}' in quotes", (*key, str(name)))
+        if isinstance(kind, dict) and name not in kind:
+            raise _Mistake(f"unknown key{_near(name, kind)}", (*key, name))
+        if isinstance(kind, _Named) and kind.plain and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise _Mistake(f"a name holds only letters, digits, - and _; call it {_plain(name)!r}", (*key, name))
+        option = name.lstrip("-").replace("-", "_") if kind is _Options else name
+        if option in typed:
+            raise _Mistake(f"the same option as {option!r}, which is set too", (*key, name))
+        item_kind = kind[name] if isinstance(kind, dict) else kind.of if isinstance(kind, _Named) else Any
+        typed[option] = _typed(item, item_kind, (*key, name), final=final)
+    return typed
+
+
+def _fit(value: Any, kind: Any, final: bool) -> Any:
+    """`value` converted to a type hint, or _UNFIT. YAML's types are taken at their word: no text becomes a number."""
+    if kind is Any or _unresolved(value, final):
+        return value
+    arms, origin = get_args(kind), get_origin(kind)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arms:
+            return None
+        return next((fit for arm in arms if (fit := _fit(value, arm, final)) is not _UNFIT), _UNFIT)
+    if origin is Literal:
+        return value if isinstance(value, str) and value in arms else _UNFIT
+    if origin is tuple:
+        if value is None:
+            return ()
+        items = [_fit(item, arms[0], final) for item in value] if isinstance(value, (list, tuple)) else [_UNFIT]
+        return _UNFIT if _UNFIT in items else tuple(items)
+    if origin is dict:
+        texts = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        return {} if value is None else value if texts else _UNFIT
+    if kind is float:
+        return float(value) if type(value) in (int, float) else _UNFIT
+    if issubclass(kind, StrEnum):
+        return kind(value) if value in list(kind) else _UNFIT
+    return value if type(value) is kind else _UNFIT  # the exact type: `true` is no integer
+
+
+def _unresolved(value: Any, final: bool) -> bool:
+    return not final and isinstance(value, str) and (value == "???" or "${" in value)
+
+
+def _misfit(value: Any, kind: Any, key: _Key) -> str:
+    """What was wanted, what was given, and how to write what was probably meant."""
+    arms = [arm for arm in get_args(kind) if arm is not NoneType] if get_origin(kind) in (Union, UnionType) else [kind]
+    words = [word for arm in arms for word in (get_args(arm) if get_origin(arm) is Literal else _members(arm))]
+    wanted = [repr(word) for word in words] + [_KIND_WORDS[arm] for arm in arms if arm in _KIND_WORDS]
+    cure = ""
+    if isinstance(value, str):
+        cure = nearest(value, words)
+        # A number in a file is one already; only quotes and interpolations make text of it.
+        if str not in arms and re.fullmatch(r"[\d.]+|true|false", value):
+            cure = "; write it without quotes, an interpolation as ${oc.decode:${...}}"
+    elif str in arms and isinstance(value, (int, float)):
+        cure = "; put it in quotes"
+    return f"wants {' or '.join(wanted)}, got {_shown(value, key)}{cure}"
+
+
+_KIND_WORDS = {
+    str: "text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    tuple[str, ...]: "a list of texts",
+    tuple[int, ...]: "a list of integers",
+    dict[str, Any]: "a mapping",
+}
+
+
+def _members(kind: Any) -> list[str]:
+    return [str(member) for member in kind] if isinstance(kind, type) and issubclass(kind, StrEnum) else []
+
+
+def _shown(value: Any, key: _Key) -> str:
+    """A value as its author wrote it, unless it may be a secret."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a mapping"
+    if key and _SECRET.search(key[-1]):
+        return "something else"
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+# --- Meaning: from a merged document to models, tasks and cells ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A model or task on its way: what is set, and the places that may have set it, most specific first."""
+
+    settings: dict[str, Any]
+    places: tuple[_Key, ...]
+
+    def mistake(self, name: str, text: str) -> _Mistake:
+        return _Mistake(text, *((*place, name) for place in self.places))
+
+
+def _build(document: dict[str, Any]) -> SweepConfig:
+    """The config of a document that fits the schema; raises _Mistake for what the schema cannot say."""
+    defaults = document.get("defaults", {})
+    models = _unique(
+        draft
+        for entry, own in document.get("models", {}).items()
+        for draft in _model_drafts(entry, own, defaults.get("model", {}))
+    )
+    tasks: dict[str, _Draft] = {}
+    grids: dict[str, list[str]] = {}
+    for key, own in document.get("tasks", {}).items():
+        grid = _unique(_task_drafts(key, own, defaults.get("task", {})), tasks)
+        grids[key] = list(grid)
+        tasks |= grid
+    config = SweepConfig(
+        name=document["name"],
+        models={name: _model(draft, grids) for name, draft in models.items()},
+        tasks={name: _task(draft, document.get("limit")) for name, draft in tasks.items()},
+        runs_dir=_absolute(document.get("runs_dir", "runs")),
+        limit=document.get("limit"),
+        seeds=Seeds(**document.get("seeds", {})),
+        cells={key: CellOverride(**own) for key, own in document.get("cells", {}).items()},
+        wandb=WandbConfig(**document.get("wandb", {})),
+        ray=RayConfig(**document.get("ray", {})),
+        api_key=document.get("api_key"),
+    )
+    _check(config, models, tasks)
+    return config
+
+
+def _unique(drafts: Iterable[tuple[str, _Draft]], taken: Mapping[str, _Draft] | None = None) -> dict[str, _Draft]:
+    """The drafts by name; a name that two of them would have is a mistake of the second."""
+    by_name: dict[str, _Draft] = {}
+    for name, draft in drafts:
+        if other := by_name.get(name) or (taken or {}).get(name):
+            raise _Mistake(f"makes {name!r}, as {'.'.join(other.places[0])} does; rename one of them", *draft.places)
+        by_name[name] = draft
+    return by_name
+
+
+def _model_drafts(entry: str, own: dict[str, Any], default: dict[str, Any]) -> Iterator[tuple[str, _Draft]]:
+    """The models of one entry: itself or its variants, each spread over checkpoints and adapters."""
+    places: tuple[_Key, ...] = (("models", entry), ("defaults", "model"))
+    settings = _layered(default, own)
+    variants = settings.pop("variants", {})
+    if not variants:
+        yield from _spread(entry, _Draft(settings, places))
+    for name, changes in variants.items():
+        inner = tuple((*place, "variants", name) for place in places)
+        yield from _spread(f"{entry}-{name}", _Draft(_layered(settings, changes), inner + places))
+
+
+def _layered(weaker: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
+    """Both merged; `path` and `checkpoints` say the same thing, so the stronger one's replaces either."""
+    replaced = {"path", "checkpoints"} if {"path", "checkpoints"} & stronger.keys() else set()
+    return _merge({key: value for key, value in weaker.items() if key not in replaced}, stronger)
+
+
+def _spread(name: str, draft: _Draft) -> Iterator[tuple[str, _Draft]]:
+    """A model once per checkpoint, and each of these once more per adapter on the same server."""
+    settings = dict(draft.settings)
+    adapters = settings.pop("adapters", {})
+    patterns = settings.pop("checkpoints", ())
+    if "path" in settings and patterns:
+        raise draft.mistake("checkpoints", "the checkpoints are the paths; leave out path")
+    if not patterns and "path" not in settings:
+        raise draft.mistake("path", "missing value; give a hub id or a local folder")
+    folders = {name: settings.get("path", "")}
+    if patterns:
+        folders = {}
+        for label, folder in (match for pattern in patterns for match in _checkpoints(pattern, draft)):
+            base = f"{name}-{_plain(label)}"
+            if base in folders:
+                raise draft.mistake("checkpoints", f"{folders[base]} and {folder} would both be called {base!r}")
+            folders[base] = folder
+    for base, folder in folders.items():
+        own = settings | {"path": _local(folder), "entry": base}
+        yield base, _Draft(own, draft.places)
+        for adapter, path in adapters.items():
+            yield f"{base}-{adapter}", _Draft(own | {"adapter": _local(path)}, draft.places)
+
+
+def _checkpoints(pattern: str, draft: _Draft) -> list[tuple[str, str]]:
+    """(label, folder) of each match, step 200 before step 1000; labels are paths below the part without wildcards."""
+    pattern = _absolute(pattern)
+    if not glob.has_magic(pattern):
+        if not os.path.isdir(pattern):
+            raise draft.mistake("checkpoints", f"no folder {pattern!r}{nearest_file(Path(pattern))}")
+        return [(os.path.basename(pattern), pattern)]
+    parts = pattern.split("/")
+    fixed = "/".join(parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
+    matches = [match for match in glob.glob(pattern, recursive=True) if os.path.isdir(match)]
+    if not matches:
+        raise draft.mistake("checkpoints", f"no folder matches {pattern!r}")
+    in_order = sorted(
+        matches, key=lambda match: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", match)]
+    )
+    return [(os.path.relpath(match, fixed or "/"), match.rstrip("/")) for match in in_order]
+
+
+def _task_drafts(key: str, own: dict[str, Any], default: dict[str, Any]) -> Iterator[tuple[str, _Draft]]:
+    """The task, or for a list of shots one task for each."""
+    draft = _Draft({"task": key} | _merge(default, own), (("tasks", key), ("defaults", "task")))
+    shots = draft.settings.get("num_fewshot")
+    if not isinstance(shots, tuple):
+        yield key, draft
+        return
+    if not shots:
+        raise draft.mistake("num_fewshot", "the list is empty; leave it out for the task's own number")
+    for shot in shots:
+        yield f"{key}-{shot}shot", _Draft(draft.settings | {"num_fewshot": shot}, draft.places)
+
+
+def _model(draft: _Draft, grids: Mapping[str, list[str]]) -> Model:
+    """The model of a draft; a grid in its `tasks` stands for all tasks of the grid."""
+    settings = dict(draft.settings)
+    if settings.get("tokenizer") is not None:
+        settings["tokenizer"] = _local(settings["tokenizer"])
+    settings["env"] = {name: str(value) for name, value in settings.get("env", {}).items()}
+    chosen = []
+    for choice in settings.get("tasks", ()):
+        bare = choice.removeprefix("!")
+        chosen += [choice[: -len(bare)] + name for name in grids.get(bare, [bare])]
+    return Model(**settings | {"tasks": tuple(chosen)})
+
+
+def _task(draft: _Draft, limit: float | None) -> Task:
+    settings = dict(draft.settings)
+    if settings.get("include_path") is not None:
+        folder = settings["include_path"] = _absolute(settings["include_path"])
+        if not os.path.isdir(folder):
+            raise draft.mistake("include_path", f"no folder {folder!r}{nearest_file(Path(folder))}")
+    if settings.get("limit") is None:
+        settings["limit"] = limit
+    return Task(**settings)
+
+
+def _local(text: str) -> str:
+    """An absolute path where `text` looks like a local one, otherwise `text`, a hub id.
+
+    Whether it exists is plan's to say: a checkpoint that is missing costs its own cells, not the sweep.
+    """
+    local = text.startswith((".", "/", "~")) or text.count("/") > 1 or os.path.isdir(text)
+    return _absolute(text) if local else text
+
+
+def _absolute(text: str) -> str:
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def _check(config: SweepConfig, models: Mapping[str, _Draft], tasks: Mapping[str, _Draft]) -> None:
+    """Raises _Mistake for the first value that has the right type and still cannot be meant."""
+    if not config.models:
+        raise _Mistake("missing value; a sweep needs at least one model", ("models",))
+    if not config.tasks:
+        raise _Mistake("missing value; a sweep needs at least one task, or a suite", ("tasks",))
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", config.name):
+        raise _Mistake(f"{config.name!r} names a folder: letters, digits, -, _ and . only", ("name",))
+    _check_amounts(config, ("limit",), lambda name, text: _Mistake(text, (name,)))
+    _check_amounts(
+        config.seeds, ("random", "numpy", "torch", "fewshot"), lambda name, text: _Mistake(text, ("seeds", name))
+    )
+    _check_amounts(config.ray, ("cpu_servers", "evaluators"), lambda name, text: _Mistake(text, ("ray", name)))
+    for name, model in config.models.items():
+        _check_model(model, models[name], config.tasks)
+    for name, task in config.tasks.items():
+        _check_amounts(task, ("num_fewshot", "limit"), tasks[name].mistake)
+    pairs = [f"{model}/{task}" for model in config.models for task in config.tasks]
+    for cell, override in config.cells.items():
+        if not any(fnmatchcase(pair, cell) for pair in pairs):
+            raise _Mistake(f"no such model/task{_near(cell, pairs)}", ("cells", cell))
+        _check_amounts(override, ("num_fewshot", "limit"), _Draft({}, (("cells", cell),)).mistake)
+
+
+def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None:
+    amounts = ("tensor_parallel", "gpus", "replicas", "concurrency", "max_model_len", "startup_timeout_s")
+    _check_amounts(model, amounts, draft.mistake)
+    if model.device is Device.CPU and model.tensor_parallel > 1:
+        raise draft.mistake("tensor_parallel", f"spans GPUs, but device is cpu; got {model.tensor_parallel}")
+    if model.device is Device.CPU and model.gpus is not None:
+        raise draft.mistake("gpus", f"device is cpu, which holds none; got {model.gpus:g}")
+    if model.gpus is not None and model.gpus < model.tensor_parallel > 1:
+        raise draft.mistake("gpus", f"tensor_parallel spans {model.tensor_parallel} whole GPUs, got {model.gpus:g}")
+    excluded = [choice.startswith("!") for choice in model.tasks]
+    if any(excluded) and not all(excluded):
+        raise draft.mistake("tasks", "either all or none of the names start with '!'")
+    for name in (choice.removeprefix("!") for choice in model.tasks):
+        if name not in tasks:
+            raise draft.mistake("tasks", f"no task {name!r} in this sweep{_near(name, tasks)}")
+
+
+_AMOUNTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "limit": (
+        lambda limit: limit >= 1 if isinstance(limit, int) else 0 < limit < 1,
+        "a whole number of documents, at least 1, or a share of them between 0 and 1",
+    ),
+    "num_fewshot": (lambda shots: shots >= 0, "0 or more examples"),
+    "gpus": (lambda gpus: 0 < gpus < 1 or (gpus >= 1 and gpus.is_integer()), "a share below 1 or whole GPUs"),
+    "startup_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
+} | {
+    seed: (lambda seed: 0 <= seed < 2**32, "0 to 4294967295, as numpy does")
+    for seed in ("random", "numpy", "torch", "fewshot")
+}
+_COUNT: tuple[Callable[[Any], bool], str] = (lambda count: count >= 1, "1 or more")
+
+
+def _check_amounts(holder: Any, names: Iterable[str], mistake: Callable[[str, str], _Mistake]) -> None:
+    """Raises what `mistake` makes of the first of `names` whose number is out of range; unset and `auto` always fit."""
+    for name in names:
+        value = getattr(holder, name)
+        fits, wanted = _AMOUNTS.get(name, _COUNT)
+        if isinstance(value, (int, float)) and not fits(value):
+            raise mistake(name, f"wants {wanted}, got {value}")
+
+
+# --- Words for messages ----------------------------------------------------------------------------------------------
+
+
+def _leaves(data: Mapping[str, Any], above: _Key = ()) -> Iterator[tuple[_Key, Any]]:
+    """Every value that is no mapping, with its key; the items of a list have the key of the list."""
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*above, name))
+        else:
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                yield (*above, name), item
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """The nearest known names, or all of them when none is near."""
+    known = list(known)
+    return nearest(name, known) or f"; known: {_listed(known)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if names else "none"
+
+
+def _plain(name: str) -> str:
+    """A name that `models` and `tasks` may have."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+
+
+def _label(path: Path) -> str:
+    """A file as its user would write it: relative where it lies below the current directory."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
