@@ -1,9 +1,7 @@
-"""Records and progress -> Weights & Biases. The only module that knows wandb.
+"""Records and progress -> Weights & Biases, by way of a child process (mirror.py).
 
-W&B is a mirror: the run directory holds the truth, and nothing here can delay or fail an evaluation. The client runs in
-a child process (a dead wandb-core can only be cured by replacing its process, and the driver must not be that process).
-The driver's side only queues; one thread masks secrets and writes JSON lines to the child. The child ends by itself
-when that pipe closes, so a killed driver leaves complete offline runs and no process.
+W&B is a mirror: the run directory holds the truth, and nothing here can delay or fail an evaluation. The driver's side
+only queues; one thread masks secrets and writes JSON lines to the child.
 
 One run per model and one overview run share a group. Run ids are a function of the sweep, so a resumed sweep continues
 its runs. A summary is the result (`eval/<task>/<metric>`), history is progress, tables list every score.
@@ -12,7 +10,6 @@ Not here: what was lost on the way is not sent again. `Outcome.errors` says it, 
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -20,45 +17,26 @@ import queue
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sweep.config import WandbConfig
-from sweep.record import Record, Score, Status
+from sweep.mirror import kill
+from sweep.record import Record, Score
 
 logger = logging.getLogger(__name__)
 
-PREFLIGHT_S = 5.0
-"""Longest wait for W&B's answer before the sweep is tracked offline; the client itself would try for 100 s."""
-INIT_S = 30.0
-"""Longest wait for W&B to accept one run."""
-FINISH_S = 45.0
-"""Longest wait for one run's last uploads; runs finish side by side."""
-ORPHAN_S = 10.0
-"""What the child may still take when the driver is gone."""
-TABLE_S = 30.0
-"""Seconds between two versions of the tables: each version is a file and, online, an artifact."""
-FLUSH_S = 2.0
-"""Seconds until a row is on the disk; with the client's own 15 a process killed in the first 12 leaves nothing."""
 QUEUED = 10_000
 """Messages that wait for the child before the next one is given up."""
 SHORTEST_SECRET = 6
 """Characters; masking anything shorter wherever it occurs would eat ordinary text."""
 MASK = "***"
-
-COLUMNS = [
-    *("model", "task", "subtask", "version", "filter", "n_shot", "metric", "value", "stderr", "n"),
-    *("status", "seconds", "warnings", "error"),
-]
-"""Of both tables. `task` is the cell's, `subtask` lm-eval's name of what the line is about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +162,7 @@ class Tracker:
             self._fail(
                 "W&B did not take everything in time and was stopped; the run directory has what is missing there"
             )
-            _kill(process.pid)
+            kill(process.pid)
             process.wait()
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(None)  # a writer that still waits; one with a full queue meets the closed pipe
@@ -281,13 +259,6 @@ class Tracker:
             self._offline.append(Path(event["directory"]))
         if event["url"]:
             logger.info("W&B run of %s: %s", event["model"] or "the sweep", event["url"])
-
-
-def run_id(sweep: str, sweep_id: str, model: str | None) -> str:
-    """A model's run id (the overview's for None): the same in every launch of the sweep, at most 64 characters."""
-    digest = hashlib.sha256(f"{sweep_id}\0{'' if model is None else 'm' + model}".encode()).hexdigest()[:10]
-    slugs = [re.sub(r"[^0-9A-Za-z_-]+", "-", name).strip("-") for name in (sweep, model or "overview")]
-    return f"{slugs[0][:24]}-{slugs[1][:28]}-{digest}"
 
 
 def summary(record: Record) -> dict[str, float]:
@@ -400,295 +371,10 @@ def _spawn(directory: Path) -> "subprocess.Popen[bytes]":
     }
     with (directory / "tracking.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "sweep.tracking"],
+            [sys.executable, "-P", "-m", "sweep.mirror"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
             start_new_session=True,
         )
-
-
-def _kill(pid: int) -> None:
-    """Kill a child with its wandb-core, which is in a session of its own and may try to upload for days."""
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for victim in [*process.children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victim.kill()
-
-
-# The child from here on.
-
-
-class _Mirror:
-    """The child's state: the open runs and all that their tables hold."""
-
-    def __init__(self, start: Mapping[str, Any], say: Callable[..., None]) -> None:
-        self._start = start
-        self._say = say
-        self._runs: dict[str | None, Any] = {}  # None where W&B refused the run
-        self._cells: dict[str, dict[str, Mapping[str, Any]]] = {}
-        self._unpublished: set[str] = set()
-        self._published = -TABLE_S
-        self._why = _offline_because(start["mode"])
-        self._say(mode="offline" if self._why else "online", why=self._why)
-        self._run(None)
-
-    def apply(self, message: Mapping[str, Any]) -> None:
-        if message["kind"] == "progress":
-            if run := self._run(message["model"]):
-                with self._attempt("progress"):
-                    run.log({f"progress/{key}": value for key, value in message["row"].items()})
-            return
-        model = message["model"]
-        self._cells.setdefault(model, {})[message["task"]] = message
-        self._unpublished.add(model)
-        if run := self._run(model):
-            with self._attempt(f"the results of {model}/{message['task']}"):
-                run.summary.update(message["summary"] | _totals(self._cells[model].values()))
-
-    def publish_tables(self, now: float) -> None:
-        """Log the tables of models with new cells and the leaderboard, at most every TABLE_S."""
-        if not self._unpublished or now - self._published < TABLE_S:
-            return
-        for model in sorted(self._unpublished):
-            self._table(model, "results", [row for cell in self._cells[model].values() for row in cell["rows"]])
-        self._unpublished.clear()
-        cells = [cell for of_model in self._cells.values() for cell in of_model.values()]
-        self._table(None, "leaderboard", [row for cell in cells for row in cell["leaders"]])
-        if run := self._run(None):
-            with self._attempt("the overview"):
-                run.summary.update({"status/models": len(self._cells)} | _totals(cells))
-        self._published = time.monotonic()
-
-    def close(self, exit_code: int) -> None:
-        """Publish what is due and end all runs, side by side since each waits for its own uploads."""
-        self.publish_tables(float("inf"))
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda run: self._finish(run, exit_code), filter(None, self._runs.values())))
-
-    def _finish(self, run: Any, exit_code: int) -> None:
-        with self._attempt(f"the end of run {run.name}"):
-            run.finish(exit_code=exit_code)
-
-    def _table(self, model: str | None, key: str, rows: list[list[Any]]) -> None:
-        import wandb
-
-        if run := self._run(model):
-            with self._attempt(f"table {key} of {run.name}"):
-                run.log({key: wandb.Table(columns=COLUMNS, data=rows, allow_mixed_types=True)})
-
-    @contextlib.contextmanager
-    def _attempt(self, what: str) -> Iterator[None]:
-        """A failure costs `what` and is told; without its wandb-core this process is of no use and ends."""
-        try:
-            yield
-        except ConnectionError as error:
-            self._say(error=f"W&B's service process is gone ({error}); lost from {what} on")
-            os._exit(1)
-        except Exception as error:  # noqa: BLE001 - wandb raises its own and plain exceptions of many kinds
-            self._say(error=f"W&B did not take {what}: {type(error).__name__}: {error}")
-
-    def _run(self, model: str | None) -> Any:
-        """The model's open run (the overview for None), or None when W&B would not have it."""
-        if model not in self._runs:
-            first = not self._runs
-            self._runs[model] = None
-            with self._attempt(f"the run of {model or 'the sweep'}"):
-                try:
-                    self._runs[model] = self._open(model)
-                except Exception as error:
-                    if self._why or not first:
-                        raise
-                    self._fall_back(f"W&B refused the first run: {error}")
-                    self._runs[model] = self._open(model)
-        return self._runs[model]
-
-    def _fall_back(self, why: str) -> None:
-        """Offline from here on. A run id that failed once stays taken in wandb-core, so that goes too."""
-        import wandb
-
-        wandb.teardown()
-        self._why = why
-        self._say(mode="offline", why=why)
-
-    def _open(self, model: str | None) -> Any:
-        import wandb
-
-        start = self._start
-        name = start["sweep"] if model is None else model
-        config: dict[str, Any] = {"sweep": {"name": start["sweep"], "id": start["sweep_id"]}}
-        config |= {"models": sorted(start["models"])} if model is None else start["models"].get(model, {})
-        run = wandb.init(
-            project=start["project"],
-            entity=start["entity"],
-            group=start["group"],
-            tags=start["tags"],
-            job_type="sweep" if model is None else "eval",
-            id=run_id(start["sweep"], start["sweep_id"], model),
-            name=name,
-            config=config,
-            mode="offline" if self._why else "online",
-            resume="allow",
-            reinit="create_new",  # several runs in one process; the default returns the first
-            settings=wandb.Settings(
-                init_timeout=INIT_S,
-                finish_timeout=FINISH_S,
-                finish_timeout_raises=True,
-                summary_timeout=10,
-                x_transaction_log_flush_interval=FLUSH_S,
-                allow_offline_artifacts=False,  # a table then is a file of the run and survives a copy
-                # Only what we log leaves the machine: no argv, console, host, git, packages, code or statistics. (An
-                # artifact's manifest still names the file under `wandb/data` that it was made from.)
-                console="off",
-                disable_git=True,
-                disable_code=True,
-                save_code=False,
-                program="lmsweep",
-                host="lmsweep",
-                x_disable_meta=True,
-                x_disable_stats=True,
-                x_save_requirements=False,
-                quiet=True,
-                silent=True,
-                # By default the client interrupts the main thread when "Stop run" is pressed or an upload is refused.
-                stop_on_fatal_error=True,
-                stop_fn=lambda: self._say(error=f"W&B stopped run {name}: refused for good, or stopped by hand there"),
-            ),
-        )
-        run.define_metric("progress/elapsed_s", hidden=True)
-        run.define_metric("progress/*", step_metric="progress/elapsed_s")
-        if not self._why:
-            # One artifact while the server answers. Without it, a run whose first table falls into an outage loses the
-            # table and `finish` ignores its timeout (wandb 0.31: an uncancellable query).
-            spec = wandb.Artifact(f"{run.id}-spec", type="sweep-spec")
-            with spec.new_file("spec.json") as file:
-                json.dump(config, file, indent=1)
-            run.log_artifact(spec).wait(timeout=int(INIT_S))
-        self._say(model=model, url=run.url or None, offline=bool(self._why), directory=str(Path(run.dir).parent))
-        return run
-
-
-def _totals(cells: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    cells = list(cells)
-    costs = {key for cell in cells for key in cell["cost"]}
-    return {
-        "status/tasks_done": sum(cell["status"] == Status.DONE for cell in cells),
-        "status/tasks_failed": sum(cell["status"] == Status.FAILED for cell in cells),
-        "status/warnings": sum(cell["warnings"] for cell in cells),
-    } | {f"cost/{key}": sum(cell["cost"][key] for cell in cells) for key in sorted(costs)}
-
-
-def _offline_because(mode: str) -> str:
-    """Why this sweep is tracked offline, or an empty string when W&B answered and knows the key."""
-    import wandb
-
-    if mode == "offline":
-        return "as asked"
-    url = str(wandb.setup().settings.base_url).rstrip("/")
-    key = os.environ.get("WANDB_API_KEY") or _login(url)
-    if not key:
-        return "neither WANDB_API_KEY nor a login (`wandb login`) was found"
-    answer: queue.Queue[str] = queue.Queue()
-    # In a thread, because a name server that does not answer is beyond any socket's timeout.
-    threading.Thread(target=lambda: answer.put(_refusal(url, key)), daemon=True).start()
-    try:
-        return answer.get(timeout=PREFLIGHT_S)
-    except queue.Empty:
-        return f"{url} did not answer within {PREFLIGHT_S:g} s"
-
-
-def _login(url: str) -> str | None:
-    """The key that `wandb login` left in the netrc file."""
-    import netrc
-    from urllib.parse import urlsplit
-
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        found = netrc.netrc(path).authenticators(urlsplit(url).netloc)
-    except (OSError, netrc.NetrcParseError):
-        return None
-    return found[2] if found else None
-
-
-def _refusal(url: str, key: str) -> str:
-    """Why W&B cannot be used now; empty when it knows the key, or answers something that the client should judge."""
-    import base64
-    import urllib.error
-    import urllib.request
-
-    request = urllib.request.Request(
-        f"{url}/graphql",
-        data=json.dumps({"query": "query Viewer { viewer { id } }", "variables": {}}).encode(),
-        headers={
-            "Authorization": "Basic " + base64.b64encode(f"api:{key}".encode()).decode(),
-            "Content-Type": "application/json",
-            "User-Agent": "lmsweep",
-        },
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=PREFLIGHT_S) as response:
-            known = (json.load(response).get("data") or {}).get("viewer")
-        return "" if known else f"{url} does not know the key"
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code == 401 or error.code >= 500:
-                return f"{url} answered {error.code} {error.reason}"
-        return ""
-    except (OSError, ValueError) as error:
-        return f"{url} could not be reached: {error}"
-
-
-def _listen(pipe: IO[bytes], inbox: "queue.Queue[dict[str, Any]]") -> None:
-    """Thread: always reading, so that the driver can always write; the last message is `close` or `orphan`."""
-    for line in pipe:
-        if not line.endswith(b"\n"):
-            break  # torn by the driver's death
-        message = json.loads(line)
-        inbox.put(message)
-        if message.get("kind") == "close":
-            return
-    inbox.put({"kind": "orphan"})
-    time.sleep(ORPHAN_S)
-    _kill(os.getpid())
-
-
-def main() -> None:
-    """The child: messages from stdin to W&B, events to stdout, everything else that is printed to stderr, the log."""
-    messages, events = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
-    # wandb-core inherits 0, 1 and 2 and may outlive us; it must hold neither end of the driver's pipes.
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    os.dup2(2, 1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the driver closes us, or its end does
-    lock = threading.Lock()
-
-    def say(**event: Any) -> None:
-        with lock, contextlib.suppress(OSError):
-            events.write(json.dumps(event) + "\n")
-            events.flush()
-
-    inbox: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=(messages, inbox), daemon=True).start()
-    start = inbox.get()
-    if start.get("kind") == "orphan":
-        return
-    mirror = _Mirror(start, say)
-    kind = ""
-    while kind not in ("close", "orphan"):
-        with contextlib.suppress(queue.Empty):
-            message = inbox.get(timeout=1.0)
-            kind = message["kind"]
-            if kind in ("progress", "cell"):
-                mirror.apply(message)
-        if inbox.empty():
-            mirror.publish_tables(time.monotonic())
-    mirror.close(exit_code=0 if kind == "close" else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -32,6 +32,7 @@ ORDER = [
     "preflight",
     "lm",
     "evaluation",
+    "mirror",
     "tracking",
     "report",
     "evaluator",
@@ -47,7 +48,7 @@ ORDER = [
 OWNERS = {
     "omegaconf": {"loading"},
     "ray": {"cluster"},
-    "wandb": {"tracking"},
+    "wandb": {"mirror"},
     "lm_eval": {"lm", "evaluation"},  # tasks.py finds its folder without importing it
     "vllm": set(),  # always another process
 }

@@ -989,7 +989,7 @@ def kind_of(process: psutil.Process) -> str | None:
             "evaluator": "sweep.evaluator",
             "supervisor": "supervisor.py",
             "server": STAND_IN[1],
-            "tracking": "sweep.tracking",
+            "tracking": "sweep.mirror",
         }.items():
             if sign in line:
                 return kind

@@ -16,10 +16,11 @@ import psutil
 import pytest
 from wandb_stub import KEY, Stub
 
-from sweep import tracking
+from sweep import mirror, tracking
 from sweep.config import WandbConfig
+from sweep.mirror import run_id
 from sweep.record import Counts, Record, Score, Status
-from sweep.tracking import Tracker, run_id, scrub, summary
+from sweep.tracking import Tracker, scrub, summary
 
 SECRET = "planted-secret-4711"
 
@@ -322,7 +323,7 @@ def test_when_w_and_b_never_answers_the_sweep_is_tracked_offline_within_the_boun
         tracker.cell(GSM8K)
         assert time.monotonic() - started < 0.5
         outcome = tracker.close(60)
-    assert time.monotonic() - started < tracking.PREFLIGHT_S + 12
+    assert time.monotonic() - started < mirror.PREFLIGHT_S + 12
     assert outcome.mode == "offline"
     assert "did not answer" in outcome.why or "timed out" in outcome.why
     assert len(outcome.offline) == 2
