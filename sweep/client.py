@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import aiohttp
 import msgspec
 
-from sweep.errors import RequestError
+from sweep.errors import PassingFault, RequestError
 from sweep.server import Endpoint
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ DEADLINE_S = 120.0
 
 DEADLINE_PER_TOKEN_S = 0.25
 """Slower than any server that is worth waiting for; a 256-token answer to a 1,000-token prompt may take 7 minutes."""
+
+KEEP_ALIVE_S = 4.0
+"""Below the 5 s after which vLLM's web server closes an idle connection: a request must not meet the closing."""
 
 WORDS = 600
 """Characters of a server's own words that an error quotes."""
@@ -160,6 +163,8 @@ class Client:
     def run(self, calls: Iterable[C], on_reply: Callable[[C, Mapping[str, Any]], None]) -> None:
         """Send every call and hand each reply to `on_reply`, in the order of arrival, in this thread.
 
+        A reply that `on_reply` meets with PassingFault is asked for again.
+
         While the pool is empty it waits: the scheduler brings a server or cancels. Raises RequestError for a request
         that a server refuses for good, Cancelled when the scheduler takes the cell back, and what `on_reply` raises.
         """
@@ -170,7 +175,7 @@ class Client:
         changed = asyncio.Event()
         self.pool._call(lambda: loop.call_soon_threadsafe(changed.set))
         # The pool's shares are the limit; the connector's own would be a second, hidden one.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
         running: set[asyncio.Task[None]] = set()
         try:
             async with aiohttp.ClientSession(connector=connector) as session:
@@ -209,11 +214,11 @@ class Client:
         """One try; on a passing fault the call goes back to the front of the queue."""
         endpoint = slot.endpoint
         try:
-            reply = await self._post(session, endpoint, queued.call)
+            on_reply(queued.call, await self._post(session, endpoint, queued.call))
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             self._pause(slot, f"connection to {endpoint.server} lost: {error!r}")
             queue.appendleft(queued)
-        except (_Passing, aiohttp.ClientError) as error:
+        except (PassingFault, aiohttp.ClientError) as error:
             queued.attempts += 1
             self._pause(slot, str(error))
             if queued.attempts >= ATTEMPTS:
@@ -223,7 +228,6 @@ class Client:
             queue.appendleft(queued)
         else:
             slot.pause_s = 0.0
-            on_reply(queued.call, reply)
         finally:
             slot.in_flight -= 1
 
@@ -242,16 +246,16 @@ class Client:
         except aiohttp.ClientConnectionError:
             raise  # a connection that cannot be made in time is one, and a TimeoutError too
         except TimeoutError:
-            raise _Passing(f"{endpoint.server} did not answer within {timeout.total:.0f} s") from None
+            raise PassingFault(f"{endpoint.server} did not answer within {timeout.total:.0f} s") from None
         self.traffic.last_received = time.monotonic()
         if response.status == 200:
             try:
                 return msgspec.json.decode(content, type=dict[str, Any])
             except msgspec.DecodeError as error:
-                raise _Passing(f"{endpoint.server} sent a broken answer: {error}") from None
+                raise PassingFault(f"{endpoint.server} sent a broken answer: {error}") from None
         words = content.decode(errors="replace").replace(endpoint.api_key, "***")[:WORDS]
         if response.status == 429 or response.status >= 500:
-            raise _Passing(f"{endpoint.server} answered {response.status}: {words}")
+            raise PassingFault(f"{endpoint.server} answered {response.status}: {words}")
         raise RequestError(f"{endpoint.server} refused a request of model {self.model} ({response.status}): {words}")
 
     def _pause(self, slot: _Slot, why: str) -> None:
@@ -262,7 +266,3 @@ class Client:
         slot.pause_s = min(2 * slot.pause_s or PAUSE_S, PAUSE_MOST_S)
         slot.paused_until = now + slot.pause_s
         log.warning("%s; asked again in %.0f s", why, slot.pause_s)
-
-
-class _Passing(Exception):
-    """A fault that the next try may not meet."""

@@ -215,7 +215,9 @@ class Cluster:
 
     def send(self, evaluator: str, message: Any) -> None:
         """Deliver in order; a message to an evaluator that died is dropped, EvaluatorLost says why."""
-        self._evaluators[evaluator].send.remote(message)
+        # It may have died in the very tick whose earlier events are being answered.
+        if (actor := self._evaluators.get(evaluator)) is not None:
+            actor.send.remote(message)
 
     def _slot(self, name: str) -> dict[str, Any]:
         """One slot where the cluster declares them, a whole CPU where it does not."""

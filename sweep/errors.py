@@ -8,6 +8,8 @@ SweepError
 ├── TaskError      raised by evaluation (data set, prompt, metric); costs the cells of this task or this one cell
 └── RequestError   raised by client when a server refuses a request for good; costs one cell
 
+PassingFault   no SweepError: raised inside client and by scoring, caught by client, which asks again
+
 Below a boundary code raises plain errors; one `boundary(ServerError, "start vLLM for qwen2-5-7b")` classifies them.
 Only the runner decides what happens next. Messages say what failed with its values, where to look, what to change.
 """
@@ -56,6 +58,10 @@ def boundary(kind: type[SweepError], doing: str) -> Iterator[None]:
     except Exception as error:
         text = str(error).strip() or repr(error)
         raise kind(f"{doing}: {type(error).__name__}: {text}") from error
+
+
+class PassingFault(Exception):
+    """A fault of one request that the next try may not meet."""
 
 
 def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:

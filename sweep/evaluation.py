@@ -46,7 +46,9 @@ def load_tokenizer(plan: ModelPlan) -> Any:
     from transformers import AutoTokenizer
 
     model = plan.model
-    source, revision = (model.tokenizer, None) if model.tokenizer else (model.path, plan.revision or model.revision)
+    source, revision = model.path, plan.revision or model.revision
+    if model.tokenizer:
+        source, revision = model.tokenizer, plan.tokenizer_revision
     with boundary(TaskError, f"load the tokenizer of model {plan.name} from {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=model.trust_remote_code)
     if model.chat:
@@ -98,7 +100,7 @@ def evaluate(cell: Cell, *, tokenizer: Any, pool: Pool, channel: Channel) -> Eva
         wall_s=round(time.monotonic() - start - lm.waited_s, 3),
         request_s=round(client.traffic.request_s, 3),
         settings=settings,
-        versions={"vllm": facts.engine_version, **{name: version(name) for name in LIBRARIES}},
+        versions={"vllm": ", ".join(sorted(lm.engines)), **{name: version(name) for name in LIBRARIES}},
     )
     return Evaluated(record=record, files=files)
 
@@ -194,8 +196,8 @@ def _simple_evaluate(cell: Cell, lm: SweepLM, *, limit: int | float | None) -> d
 
 
 def _as_multiturn(cell: Cell) -> bool:
-    asked = cell.task.fewshot_as_multiturn
-    return cell.model.model.chat if asked is None else asked
+    """Turns exist in a chat only; without one the wish has no effect and must not stand in the record."""
+    return cell.model.model.chat and cell.task.fewshot_as_multiturn is not False
 
 
 @contextmanager
@@ -383,6 +385,8 @@ def _files(cell: Cell, lm: SweepLM, results: dict[str, Any], samples: dict[str, 
 
     model = cell.model.model
     arguments = f"pretrained={model.path},revision={cell.model.revision},dtype={model.dtype}"
+    if model.adapter:
+        arguments += f",peft={model.adapter}"
     results["config"] |= {"model": "lmsweep", "model_args": arguments}
     with tempfile.TemporaryDirectory() as folder:
         tracker = EvaluationTracker(output_path=folder)
@@ -407,6 +411,8 @@ def _files(cell: Cell, lm: SweepLM, results: dict[str, Any], samples: dict[str, 
 def _warnings(cell: Cell, lm: SweepLM) -> Iterator[str]:
     if lm.without_tokens:
         yield f"{lm.without_tokens} continuations have no tokens of their own and count as certain, as in stock lm-eval"
+    if len(lm.engines) > 1:
+        yield f"answers of several versions of vLLM are mixed: {', '.join(f'{e}: {n}' for e, n in lm.engines.items())}"
     if lm.seeded_repeats:
         yield (
             f"{lm.seeded_repeats} repeats of sampled requests have a seed of their own each; "
@@ -428,6 +434,11 @@ def _settings(
         "revision": cell.model.revision,
         "dtype": cell.model.model.dtype,
         "quantization": cell.model.model.quantization,
+        "adapter": cell.model.model.adapter,
+        "tokenizer": cell.model.model.tokenizer,
+        "device": cell.model.model.device,
+        "tensor_parallel": cell.model.model.tensor_parallel,
+        "server": cell.model.model.server,
         "max_model_len": facts.max_model_len,
         "chat": cell.model.model.chat,
         "chat_template_sha": hash_string(template) if template else None,
@@ -437,6 +448,6 @@ def _settings(
         "seeds": asdict(cell.seeds),
         "num_fewshot": dict(results["n-shot"]),
         "samples": {name: n["effective"] for name, n in results["n-samples"].items()},
-        "methods": {str(method): n for method, n in lm.methods.items()},
+        "methods": dict(lm.methods),
         "first_prompt": None if first is None else first["arguments"][0][0],
     }

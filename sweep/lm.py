@@ -8,7 +8,7 @@ with tokenized requests (lm_eval 0.4.13: models/api_models.py, models/openai_com
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -33,11 +33,16 @@ DEFAULT_MAX_GEN_TOKS = 256
 """What `local-completions` generates at most where neither task nor config says."""
 
 
-A = TypeVar("A")
+A = TypeVar("A", "PairAnswer", "GenerationAnswer")
+
+Tokens = tuple[int, ...]
+
+ENCODED_AT_ONCE = 1000
+"""Texts that the tokenizer gets in one call: enough for all its threads, without holding a whole group's encodings."""
 C = TypeVar("C", bound=Call)
 
-Answer = Callable[[int, Method, Any], None]
-"""Takes the index of an owed request, how it was computed, and its answer."""
+Answer = Callable[[int, Any], None]
+"""Takes the index of an owed request and its answer."""
 
 
 class Channel(Protocol):
@@ -70,6 +75,9 @@ class PairAnswer:
     is_greedy: bool
     cut: int = 0
     """Tokens cut from the left of the context."""
+    method: Method = Method.ECHO
+    engine: str = ""
+    """Version of vLLM that computed it."""
     tokens: int = 0
     """Of the continuation. 0: it has none of its own behind the context, and counts as certain, as in the reference."""
 
@@ -82,6 +90,8 @@ class GenerationAnswer:
     finish_reason: str
     tokens: int
     cut: int = 0
+    method: Method = Method.GENERATE
+    engine: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +124,9 @@ class SweepLM(LM):  # type: ignore[misc]
         self.client = client
         self.channel = channel
         self.counts = Counts()
-        self.methods: Counter[Method] = Counter()
-        """Requests by the way they were computed in this attempt."""
+        self.methods: Counter[str] = Counter()
+        self.engines: Counter[str] = Counter()
+        """Distinct requests by the way, and by the version of vLLM, that their answers were computed, now or before."""
         self.without_tokens = 0
         """Continuations that have no tokens of their own."""
         self.seeded_repeats = 0
@@ -123,6 +134,7 @@ class SweepLM(LM):  # type: ignore[misc]
         self.waited_s = 0.0
         """For a server, before the first request could be sent."""
         self._done = 0
+        self._token: dict[int, int] = {}
 
     # What lm-eval asks of a model that renders chats.
 
@@ -162,7 +174,7 @@ class SweepLM(LM):  # type: ignore[misc]
         windows: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
         for tokens in encoded:
             rolling = get_rolling_token_windows(
-                token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=longest, context_len=1
+                token_list=list(tokens), prefix_token=self.prefix_token_id, max_seq_len=longest, context_len=1
             )
             windows.append([(tuple(c), tuple(t)) for c, t in map(make_disjoint_window, rolling)])
         flat = list(itertools.chain.from_iterable(windows))
@@ -220,18 +232,21 @@ class SweepLM(LM):  # type: ignore[misc]
         if owed:
             self.channel.owed(len(owed))
 
-            def answer(index: int, method: Method, value: Any) -> None:
+            engine = self._facts().engine_version
+
+            def answer(index: int, value: A) -> None:
                 key = owed[index]
-                answer_by_key[key] = value
+                answer_by_key[key] = value = replace(value, engine=engine)
                 self.channel.answered(
-                    Response(key=key, cell=self.cell, method=method, answer=msgspec.json.encode(value))
+                    Response(key=key, cell=self.cell, method=value.method, answer=msgspec.json.encode(value))
                 )
-                self.methods[method] += 1
                 self._done += 1
                 self._count(asked=1)
                 self._show_progress()
 
             ask([item_by_key[key] for key in owed], answer)
+        self.methods.update(str(answer.method) for answer in answer_by_key.values())
+        self.engines.update(answer.engine for answer in answer_by_key.values())
         return [answer_by_key[key] for key in keys], answer_by_key.values()
 
     def _effective(self, request: Any) -> Any:
@@ -263,9 +278,9 @@ class SweepLM(LM):  # type: ignore[misc]
         scored = []
         for index, ((context, continuation), cut) in enumerate(zip(encoded, cuts, strict=True)):
             if continuation:
-                scored.append(Scored(index=index, context=tuple(context[cut:]), continuation=tuple(continuation)))
+                scored.append(Scored(index=index, context=context[cut:], continuation=continuation))
             else:
-                answer(index, Method.ECHO, PairAnswer(logprob=0.0, is_greedy=True))
+                answer(index, PairAnswer(logprob=0.0, is_greedy=True))
         self._score(scored, cuts, answer)
 
     def _ask_windows(self, windows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], answer: Answer) -> None:
@@ -282,8 +297,9 @@ class SweepLM(LM):  # type: ignore[misc]
                     is_greedy=found.is_greedy,
                     cut=cuts[found.index],
                     tokens=length_by_index[found.index],
+                    method=call.method,
                 )
-                answer(found.index, call.method, value)
+                answer(found.index, value)
 
         calls = scoring_calls(scored, next_token=Method.NEXT_TOKEN in self._facts().methods)
         # Each has a token generated that nobody reads.
@@ -296,7 +312,7 @@ class SweepLM(LM):  # type: ignore[misc]
         rooms = [int(w.parameters["max_tokens"]) for w in wanted]
         cuts = self._cuts([(len(p), room) for p, room in zip(prompts, rooms, strict=True)], longest, what="answer")
         calls = [
-            GenerateCall(index=i, prompt=tuple(prompt[cut:]), parameters=w.parameters)
+            GenerateCall(index=i, prompt=prompt[cut:], parameters=w.parameters)
             for i, (prompt, cut, w) in enumerate(zip(prompts, cuts, wanted, strict=True))
         ]
 
@@ -306,7 +322,7 @@ class SweepLM(LM):  # type: ignore[misc]
             value = GenerationAnswer(
                 text=found.text, finish_reason=found.finish_reason, tokens=found.tokens, cut=cuts[call.index]
             )
-            answer(call.index, call.method, value)
+            answer(call.index, value)
 
         self._count(prompt_tokens=sum(len(call.prompt) for call in calls))
         self._send(calls, parse)
@@ -354,14 +370,21 @@ class SweepLM(LM):  # type: ignore[misc]
         bos = self.tokenizer.bos_token_id
         return int(bos if bos is not None else self.tokenizer.eos_token_id)
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str]) -> list[Tokens]:
         """Token ids without special tokens of the tokenizer's own: a chat template brings its BOS itself."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
-        return [list(ids) for ids in encoded.input_ids]
+        encoded: list[Tokens] = []
+        for start in range(0, len(texts), ENCODED_AT_ONCE):
+            some = list(texts[start : start + ENCODED_AT_ONCE])
+            found = self.tokenizer(some, add_special_tokens=False, return_attention_mask=False).input_ids
+            # One object for each token of the vocabulary instead of one for each token of the prompts: 8 bytes, not 36.
+            encoded += [tuple(self._token.setdefault(i, i) for i in ids) for ids in found]
+        return encoded
 
-    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    def _encode_distinct(self, texts: Iterable[str]) -> dict[str, Tokens]:
+        distinct = list(dict.fromkeys(text for text in texts if text))
+        return dict(zip(distinct, self._encode(distinct), strict=True))
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
         """Context and continuation ids of each pair, split as lm-eval's TemplateLM does.
 
         Spaces at the end of a context go to the continuation. A continuation is what the whole has after as many tokens
@@ -372,21 +395,24 @@ class SweepLM(LM):  # type: ignore[misc]
         for context, continuation in pairs:
             stripped = context.rstrip()
             moved.append((stripped, context[len(stripped) :] + continuation) if context else ("", continuation))
-        texts = list(dict.fromkeys(t for context, rest in moved for t in (context, context + rest) if t))
-        ids_by_text = dict(zip(texts, self._encode(texts), strict=True))
-        encoded = []
-        for (context, rest), (original, _) in zip(moved, pairs, strict=True):
-            whole = ids_by_text.get(context + rest, [])
-            if original:
-                context_ids = ids_by_text.get(context, [])
-                pair = (context_ids, whole[len(context_ids) :])
-            elif whole and whole[0] == self.prefix_token_id:
-                pair = (whole[:1], whole[1:])
-            else:
-                pair = ([self.prefix_token_id], whole)
-            encoded.append(pair)
-        for (context_ids, _), (context, continuation) in zip(encoded, pairs, strict=True):
-            if not context_ids:
+        empty: dict[str, Tokens] = {"": ()}
+        context_ids = empty | self._encode_distinct(context for context, _ in moved)
+        encoded: list[tuple[Tokens, Tokens]] = []
+        for start in range(0, len(moved), ENCODED_AT_ONCE):
+            some = moved[start : start + ENCODED_AT_ONCE]
+            # All wholes would be the contexts' tokens as often as there are choices; only their ends are kept.
+            wholes = empty | self._encode_distinct(context + rest for context, rest in some)
+            for (context, rest), (original, _) in zip(some, pairs[start : start + ENCODED_AT_ONCE], strict=True):
+                whole = wholes[context + rest]
+                if original:
+                    pair = (context_ids[context], whole[len(context_ids[context]) :])
+                elif whole and whole[0] == self.prefix_token_id:
+                    pair = (whole[:1], whole[1:])
+                else:
+                    pair = ((self.prefix_token_id,), whole)
+                encoded.append(pair)
+        for (context_tokens, _), (context, continuation) in zip(encoded, pairs, strict=True):
+            if not context_tokens:
                 raise TaskError(
                     f"{self.cell}: a request has a context without tokens ({context[-40:]!r}, followed by "
                     f"{continuation[:40]!r}); stock lm-eval cannot score it either"

@@ -75,8 +75,11 @@ SPEED_ONLY_ENVIRONMENT = frozenset(
 )
 """The same for environment variables."""
 
+SAMPLES, SAMPLE_BYTES = 8, 65_536
+"""Of each weight file that are read for a checkpoint's fingerprint: half a megabyte, whatever its size."""
+
 SMALL_FILES = frozenset({".json", ".jinja", ".txt", ".model", ".py"})
-"""Of a checkpoint: configuration, tokenizer and template, hashed by content. All else counts by size and time."""
+"""Of a checkpoint: configuration, tokenizer and template, hashed by content. All else counts by samples."""
 
 DEFAULT_BRANCH = "main"
 HUB_TIMEOUT_S = 10.0
@@ -94,6 +97,8 @@ class ModelPlan:
     """Hex; of all that changes the model's answers. The first part of every response's key."""
     server: str
     """Name of the server that serves it (ServerPlan.name)."""
+    tokenizer_revision: str | None = None
+    """The commit of a hub tokenizer that is not the model's own."""
     problem: str | None = None
     """Why it cannot be served at all; its cells fail, the others go on."""
 
@@ -105,6 +110,7 @@ class ServerPlan:
     name: str
     model: Model
     revision: str | None
+    tokenizer_revision: str | None = None
     adapters: dict[str, str | None]
     """Served model name -> LoRA adapter, None for the base model itself. One entry for a plain server."""
     gpus: float
@@ -287,6 +293,7 @@ def _plan_models(models: Mapping[str, Model], commits: Mapping[str, str | None])
             revision=commits.get(_at(model.path, model.revision)),
             fingerprint=_model_fingerprint(name, model, commits),
             server=model.entry or name,
+            tokenizer_revision=commits.get(_at(model.tokenizer, None)) if model.tokenizer else None,
             problem=_problem(name, model),
         )
         for name, model in models.items()
@@ -310,6 +317,7 @@ def _plan_servers(models: Mapping[str, ModelPlan]) -> dict[str, ServerPlan]:
             name=plan.server,
             model=earlier.model if earlier else model,
             revision=plan.revision,
+            tokenizer_revision=plan.tokenizer_revision,
             adapters=adapters,
             gpus=model.gpus if model.gpus is not None else float(model.tensor_parallel),
             replicas=model.replicas,
@@ -369,6 +377,8 @@ def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None
             "adapter": identity(model.adapter),
             "tokenizer": identity(model.tokenizer),
             "dtype": model.dtype,
+            # Some models choose their position factors by it (Phi-3's longrope), for short prompts too.
+            "max_model_len": model.max_model_len,
             "quantization": model.quantization,
             "trust_remote_code": model.trust_remote_code,
             "generation_config": model.generation_config,
@@ -386,7 +396,6 @@ def _cell_fingerprint(model: ModelPlan, task: Task, seeds: Seeds, task_files: st
             "model": model.fingerprint,
             "chat": model.model.chat,
             "system_instruction": model.model.system_instruction,
-            "max_model_len": model.model.max_model_len,
             "task": {k: v for k, v in asdict(task).items() if k not in ("include_path", "unsafe_code")},
             "task_files": task_files,
             "seeds": asdict(seeds),
@@ -400,19 +409,29 @@ def _digest(value: Any) -> str:
 
 
 def _checkpoint_digest(path: Path) -> str:
-    """Of a checkpoint folder or file: small files by content, the others by size and time of change.
+    """Of a checkpoint folder or file: small files by content, weights by size, time of change and samples.
 
-    A checkpoint that is overwritten in place must not be served old answers; reading its gigabytes would be too slow.
+    A checkpoint that is overwritten in place must not be served old answers, nor one of the same shape whose times were
+    set alike by an archive; reading gigabytes would be too slow.
     """
     digest = hashlib.sha256()
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     for file in files:
-        stat = file.stat()
-        small = file.suffix in SMALL_FILES
-        _add(digest, file.name, file.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        _add(digest, file.name, file.read_bytes() if file.suffix in SMALL_FILES else _samples(file))
     return digest.hexdigest()
+
+
+def _samples(file: Path) -> bytes:
+    """The file's size and time, and blocks spread over it from its beginning, where safetensors list their tensors."""
+    stat = file.stat()
+    parts = [f"{stat.st_size} {stat.st_mtime_ns}".encode()]
+    with file.open("rb") as content:
+        for number in range(SAMPLES):
+            content.seek(max(0, stat.st_size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+            parts.append(content.read(SAMPLE_BYTES))
+    return b"".join(parts)
 
 
 def _folder_digest(folder: Path) -> str:

@@ -39,6 +39,10 @@ class Facts:
     notes: tuple[str, ...] = ()
     """Why a method is not used, in sentences."""
 
+    def serves_as(self, other: "Facts") -> bool:
+        """Whether a server with these facts can answer every request that was planned for one with the `other`'s."""
+        return self.max_model_len >= other.max_model_len and set(self.methods) >= set(other.methods)
+
 
 def inspect(endpoint: Endpoint, models: tuple[str, ...]) -> Facts:
     """Ask the live server; raises ServerError when it cannot be trusted with scores."""
@@ -53,9 +57,11 @@ async def _inspect(endpoint: Endpoint, models: tuple[str, ...]) -> Facts:
         await _check_models(session, endpoint, models)
         methods, notes = [Method.ECHO], []
         try:
-            why_not = await _next_token_differs(session, endpoint, models[0])
+            # Of every adapter: each is a model of its own to the engine.
+            differences = [await _next_token_differs(session, endpoint, model) for model in models]
         except TimeoutError:
             raise ServerError(f"{endpoint.server} did not answer a probe within {TIMEOUT_S:g} s") from None
+        why_not = next((difference for difference in differences if difference is not None), None)
         if why_not is None:
             methods.append(Method.NEXT_TOKEN)
         else:

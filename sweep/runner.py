@@ -8,8 +8,8 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from types import FrameType
-from typing import Any
 
 import msgspec
 
@@ -128,7 +128,13 @@ def carry_out(config: SweepConfig, plan: Plan, store: Store, *, api_key: str, se
         )
         try:
             runner = Runner(
-                plan=plan, store=store, cluster=cluster, terminal=terminal, tracker=tracker, records=records
+                plan=plan,
+                store=store,
+                cluster=cluster,
+                terminal=terminal,
+                tracker=tracker,
+                secrets=secrets,
+                records=records,
             )
             number = runner.run(stop)
         finally:
@@ -157,6 +163,8 @@ class Runner:
     cluster: Cluster
     terminal: Terminal
     tracker: Tracker
+    secrets: Sequence[str]
+    """Masked in every message that a record keeps: a server may print what its environment holds."""
     records: dict[str, Record]
     """By cell key; begins with what was done before and grows as cells end."""
     _cells: dict[str, _CellState] = field(default_factory=dict)
@@ -217,16 +225,17 @@ class Runner:
         self._evaluators[name] = None
         self.cluster.start_evaluator(name, self.store.directory.server_log(name))
 
-    def _facts_identity(self, plan: ServerPlan) -> list[Any]:
-        """Facts of a server hold for the same checkpoint, options and requested length."""
-        return [[self.plan.models[m].fingerprint for m in plan.adapters], plan.model.max_model_len]
+    def _facts_identity(self, plan: ServerPlan) -> list[str]:
+        """Facts of a server hold for the same models."""
+        return [self.plan.models[model].fingerprint for model in plan.adapters]
 
     def _stored_facts(self, plan: ServerPlan) -> Facts | None:
         path = self.store.directory.facts(plan.name)
         if not path.exists():
             return None
-        stored = msgspec.json.decode(path.read_bytes())
-        return msgspec.convert(stored["facts"], Facts) if stored["of"] == self._facts_identity(plan) else None
+        with boundary(StoreError, f"read {path} (it may be deleted: a server then tells it anew)"):
+            stored = msgspec.json.decode(path.read_bytes())
+            return msgspec.convert(stored["facts"], Facts) if stored["of"] == self._facts_identity(plan) else None
 
     def _dispatch_checks(self) -> None:
         for name, work in self._evaluators.items():
@@ -256,13 +265,22 @@ class Runner:
 
     def _server_ready(self, event: ServerReady) -> None:
         life = self._lives[event.life]
-        life.endpoint = event.endpoint
         plan = self._servers[life.server].plan
-        self._facts[life.server] = event.facts
+        others = [other for other in self._live(life.server) if self._lives[other].endpoint is not None]
+        if others and not event.facts.serves_as(self._facts[life.server]):
+            # Cells are planned by what the first server can do; a lesser one would fail them.
+            self.terminal.note(f"replica {event.life} is stopped, it cannot do what {others[0]} does: {event.facts}")
+            self._servers[life.server].replicas = len(others)
+            life.retiring = True
+            self.cluster.stop_server(event.life)
+            return
+        life.endpoint = event.endpoint
+        if not others:
+            self._facts[life.server] = event.facts
         with boundary(StoreError, f"write what is known of server {life.server}"):
             write_file(
                 self.store.directory.facts(life.server),
-                msgspec.json.encode({"of": self._facts_identity(plan), "facts": event.facts}),
+                msgspec.json.encode({"of": self._facts_identity(plan), "facts": self._facts[life.server]}),
             )
         log.info("server %s is ready at %s: %s", event.life, event.endpoint.url, event.facts)
         self._show_server(life.server, "ready", f"scores by {', '.join(event.facts.methods)}")
@@ -271,7 +289,7 @@ class Runner:
         self._share(life.server)
 
     def _server_failed(self, life: str, error: str) -> None:
-        name = self._lives.pop(life).server
+        name, error = self._lives.pop(life).server, self._masked(error)
         log.info("server %s failed: %s", life, error)  # the terminal tells it below
         if others := [other for other in self._lives.values() if other.server == name]:
             # The model goes on with the servers that it has.
@@ -282,7 +300,7 @@ class Runner:
         self._fail_server(name, error)
 
     def _server_lost(self, life: str, reason: str) -> None:
-        name = self._lives.pop(life).server
+        name, reason = self._lives.pop(life).server, self._masked(reason)
         server = self._servers[name]
         server.losses += 1
         log.info("server %s was lost: %s", life, reason)
@@ -303,7 +321,10 @@ class Runner:
         cell = state.cell
         if state.evaluator is not None:
             self.cluster.send(state.evaluator, ev.CancelCell(reason="its model failed"))
-        self._finish(state, failure(cell, error), {})
+        self._finish(state, failure(cell, self._masked(error)), {})
+
+    def _masked(self, text: str) -> str:
+        return reduce(lambda masked, secret: masked.replace(secret, "***"), self.secrets, text)
 
     def _evaluator_lost(self, name: str, reason: str) -> None:
         work = self._evaluators.pop(name)

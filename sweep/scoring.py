@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sweep.errors import RequestError
+from sweep.errors import PassingFault, RequestError
 
 ECHO_SEED = 1234
 """What stock lm-eval sends with a scoring request; no effect on log-probabilities, kept so that requests are equal."""
@@ -158,7 +158,7 @@ class GenerateCall:
 
     def generation(self, reply: Mapping[str, Any]) -> Generation:
         """The reply's one choice. Raises RequestError for a reply without text."""
-        (choice,) = reply["choices"]
+        choice = _choice(reply)
         if choice["text"] is None:
             raise RequestError(
                 "a generation came back without text: does the server parse reasoning out of its answers?"
@@ -170,8 +170,22 @@ class GenerateCall:
         )
 
 
-def _logprobs(reply: Mapping[str, Any], method: Method) -> Mapping[str, Any]:
+FINISHED = ("stop", "length", "repetition")
+"""How vLLM ends an answer that it has computed. A server that is told to stop ends those in flight with `abort`, the
+text as far as it came and status 200: kept, they would be taken for the model's own on every resume."""
+
+
+def _choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The reply's one choice; raises PassingFault for one that was not computed to its end."""
     (choice,) = reply["choices"]
+    if (reason := choice.get("finish_reason", FINISHED[0])) not in FINISHED:
+        raise PassingFault(f"a server gave up an answer (finish_reason {reason!r})")
+    found: Mapping[str, Any] = choice
+    return found
+
+
+def _logprobs(reply: Mapping[str, Any], method: Method) -> Mapping[str, Any]:
+    choice = _choice(reply)
     if not choice.get("logprobs"):
         raise RequestError(
             f"a server answered a request for log-probabilities ({method}) with `logprobs: null`; stock lm-eval would "

@@ -70,6 +70,7 @@ OWN_OPTIONS = {
     "model": "`path`",
     "revision": "`revision`",
     "tokenizer": "`tokenizer`",
+    "tokenizer_revision": "nothing: the commit of `tokenizer` is found and recorded",
     "dtype": "`dtype`",
     "quantization": "`quantization`",
     "trust_remote_code": "`trust_remote_code`",
@@ -159,11 +160,12 @@ CAUSES: tuple[tuple[str, str], ...] = (
         "vLLM cannot use this quantization here ({a}{b}): take another checkpoint or leave `quantization` unset",
     ),
     (r"Bfloat16 is only supported on GPUs", "this GPU has no bfloat16: set `dtype: half`"),
+    (r"Model architectures (?P<a>\[[^\]]*\]) (?:are not supported|failed to be inspected)", "vLLM cannot serve {a}"),
+    # Not the option's echo in the line of settings that every start prints.
     (
-        r"trust_remote_code=True",
+        r"(?:set|pass) (?:the )?(?:option|argument)?[^\n]{0,20}trust_remote_code=True",
         "the checkpoint brings its own code: `trust_remote_code: true` runs it",
     ),
-    (r"Model architectures (?P<a>\[[^\]]*\]) (?:are not supported|failed to be inspected)", "vLLM cannot serve {a}"),
     (r"[Aa]ddress already in use", "its port was taken by another program"),
 )
 """Pattern in a server's log -> the cause in one line with the cure. The first match counts: specific before general."""
@@ -447,6 +449,8 @@ def _arguments(plan: ServerPlan, *, host: str, port: int) -> list[str]:
         "model": model.path,
         "revision": plan.revision or model.revision,
         "tokenizer": model.tokenizer,
+        # vLLM would look for the model's commit in the tokenizer's repository.
+        "tokenizer_revision": plan.tokenizer_revision,
         "served_model_name": _base_names(plan),
         "host": host,
         "port": port,

@@ -15,7 +15,7 @@ from conftest import KEY, StandIn
 
 from sweep import client as module
 from sweep.client import ATTEMPTS, Cancelled, Client, Pool
-from sweep.errors import RequestError
+from sweep.errors import PassingFault, RequestError
 from sweep.server import Endpoint
 
 
@@ -403,3 +403,19 @@ def test_what_a_reply_s_reader_raises_ends_the_run(stand_in: Callable[..., Stand
     with pytest.raises(RequestError, match="no log-probabilities"):
         Client(model="m", pool=pool_of((server.endpoint, 4))).run(asked(100), read)
     assert len(server.bodies()) < 100
+
+
+def test_a_reply_that_is_none_is_asked_for_again(stand_in: Callable[..., StandIn]) -> None:
+    client = Client(model="m", pool=pool_of((stand_in().endpoint, 4)))
+    refused: list[int] = []
+    taken = []
+
+    def on_reply(call: Any, reply: Any) -> None:
+        if not refused:
+            refused.append(1)
+            raise PassingFault("given up")
+        taken.append(call)
+
+    client.run(asked(3), on_reply)
+    assert len(taken) == 3
+    assert client.traffic.requests == 4

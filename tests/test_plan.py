@@ -92,6 +92,7 @@ NUMBERS: list[dict[str, Any]] = [
     {"quantization": "awq"},
     {"generation_config": "auto"},
     {"trust_remote_code": True},
+    {"max_model_len": 99},
     {"tokenizer": "org/t"},
     {"adapter": "org/a"},
     {"revision": "v1"},
@@ -137,9 +138,9 @@ def test_what_changes_speed_alone_does_not(changes: dict[str, Any]) -> None:
     assert fingerprint(replace(model, **changes)) == fingerprint(model)
 
 
-@pytest.mark.parametrize("changes", [{"chat": True}, {"system_instruction": "be brief"}, {"max_model_len": 99}])
+@pytest.mark.parametrize("changes", [{"chat": True}, {"system_instruction": "be brief"}])
 def test_what_is_in_the_prompt_is_the_cell_s_business_not_the_model_s(changes: dict[str, Any]) -> None:
-    """So that a chat variant, or a longer limit after prompts did not fit, reuses what is the same."""
+    """So that a chat variant reuses what is the same."""
     before, after = (planned(sweep({"m": model})) for model in (Model(path="p/m"), Model(path="p/m", **changes)))
     assert before.models["m"].fingerprint == after.models["m"].fingerprint
     assert before.cells[0].fingerprint != after.cells[0].fingerprint
@@ -187,6 +188,15 @@ def test_what_is_no_part_of_a_checkpoint_does_not_count(checkpoint: Path) -> Non
     (checkpoint / "gone.safetensors").symlink_to("nowhere")
     (checkpoint / "logs").mkdir()
     assert fingerprint(model) == before
+
+
+def test_weights_of_the_same_size_and_time_differ(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        weights = tmp_path / name / "model.safetensors"
+        weights.write_bytes(bytes(100_000) + name.encode() * 900_000)
+        os.utime(weights, (0, 0))
+    assert fingerprint(Model(path=str(tmp_path / "a"))) != fingerprint(Model(path=str(tmp_path / "b")))
 
 
 def test_two_checkpoints_that_are_single_files_differ(tmp_path: Path) -> None:

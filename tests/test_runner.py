@@ -191,7 +191,7 @@ class Loop:
         for name in known:
             path = store.directory.facts(name)
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(msgspec.json.encode({"of": [[f"of {name}"], None], "facts": FACTS}))
+            path.write_bytes(msgspec.json.encode({"of": [f"of {name}"], "facts": FACTS}))
         terminal = Terminal(
             models=list(plan.models),
             cells=[cell.key for cell in plan.cells],
@@ -201,7 +201,9 @@ class Loop:
         cluster: Any = ScriptedCluster(script, evaluators=evaluators, cpu_servers=cpu_servers)
         records: dict[str, Record] = {}
         try:
-            Runner(plan=plan, store=store, cluster=cluster, terminal=terminal, tracker=nobody, records=records).run()
+            Runner(
+                plan=plan, store=store, cluster=cluster, terminal=terminal, tracker=nobody, secrets=(), records=records
+            ).run()
         finally:
             store.close()
         stored = {f"{model}/{task}": r for (model, task), r in read_records(RunDirectory(self.folder)).items()}
@@ -1047,7 +1049,7 @@ def test_nothing_durable_is_asked_again(interrupted: Interrupted, made: Made) ->
     tokenizer = Tokenizer.from_file(str(made.first / "tokenizer.json"))
     prompts = [f"Question: {export(i)}\nAnswer:" for i in range(EXPORTS)]
     text_by_ids = {tuple(tokenizer.encode(text, add_special_tokens=False).ids): text for text in prompts}
-    fingerprint = json.loads((interrupted.bench.directory.servers / "alpha.json").read_text())["of"][0][0]
+    fingerprint = json.loads((interrupted.bench.directory.servers / "alpha.json").read_text())["of"][0]
 
     def key(body: Mapping[str, Any]) -> bytes:
         parameters = {name: value for name, value in body.items() if name not in ("model", "prompt")}

@@ -12,7 +12,7 @@ from conftest import StandIn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sweep.errors import RequestError
+from sweep.errors import PassingFault, RequestError
 from sweep.scoring import (
     NEXT_TOKEN_MOST,
     EchoCall,
@@ -200,3 +200,16 @@ async def posted(server: StandIn, bodies: Sequence[dict[str, Any]]) -> list[dict
                 return dict(await response.json())
 
         return list(await asyncio.gather(*(post(body) for body in bodies)))
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", None])
+def test_an_answer_that_a_server_gave_up_is_none(reason: str | None) -> None:
+    """vLLM that gets SIGTERM ends what is in flight with the text so far, `abort` and status 200."""
+    call = GenerateCall(index=0, prompt=(1,), parameters={"max_tokens": 9})
+    reply = {"choices": [{"text": "half an", "finish_reason": reason}], "usage": {"completion_tokens": 2}}
+    with pytest.raises(PassingFault, match="gave up an answer"):
+        call.generation(reply)
+    pair = Scored(index=0, context=(1,), continuation=(2,))
+    for scoring in scoring_calls([pair], next_token=False) + scoring_calls([pair], next_token=True):
+        with pytest.raises(PassingFault):
+            list(scoring.logprobs({"choices": [{"finish_reason": reason, "logprobs": None}]}))
