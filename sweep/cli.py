@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -200,7 +201,8 @@ def _run(arguments: Arguments) -> int:
         return code
     print(_said_of_wandb(carried.wandb))
     if carried.signal:
-        print(f"stopped by signal {carried.signal}; the same command goes on where it stopped")
+        again = "the same command without fresh=true" if arguments.fresh else "the same command"
+        print(f"stopped by {signal.Signals(carried.signal).name}; {again} goes on where it stopped")
         return 128 + carried.signal
     return code
 
@@ -226,6 +228,8 @@ def _conclude(
     write_file(directory.report, markdown(shown, list(config.models)))
     write_file(directory.csv, csv_text(shown, list(config.models)))
     print(f"\n{markdown(shown, list(config.models), subtasks=False)}")
+    done = sum(record.status is Status.DONE for record in shown)
+    print(f"{done} of {len(whole.cells)} cells are done")
     print(f"tables   {directory.report}, {directory.csv}\nsamples  {directory.results}")
     failed = [record for record in ended.values() if record.status is Status.FAILED]
     if failed:

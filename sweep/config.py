@@ -149,4 +149,4 @@ class SweepConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     api_key: str | None = field(default=None, repr=False)
-    """_Key of our servers, from the environment (`${oc.env:NAME}`); a random one when unset."""
+    """Key of our servers, from the environment (`${oc.env:NAME}`); a random one when unset."""

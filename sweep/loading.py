@@ -2,7 +2,18 @@
 
 A sweep is put together from sources, weakest first: the suites it names, the files it extends, the file itself, the
 command line; `defaults` lie under every model and task. Each source is checked alone before they are merged, so that a
-wrong key or type is said with the file that holds it. This module does not know which tasks lm-eval has, which options
+wrong key or type is said with the file that holds it. What a file may leave open, and is resolved here:
+
+    extends: base.yaml        another file, or a list of them, to start from; later ones win
+    defaults: {model, task}   settings under every model and every task
+    suites: [name]            adds the tasks of conf/suites/<name>.yaml
+    models.<entry>:
+      variants: {name: {...}}   several models of one entry, each with its own changes; named <entry>-<name>
+      checkpoints: [glob]       one model for each folder that matches; named <entry>-<folder>
+      adapters: {name: path}    LoRA adapters that the entry's server serves too; named <entry>-<name>
+    tasks.<name>.num_fewshot: [0, 5]   one task for each; named <name>-0shot, <name>-5shot
+
+This module does not know which tasks lm-eval has, which options
 vLLM takes or which models the hub holds.
 """
 

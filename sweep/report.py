@@ -121,6 +121,9 @@ def caveats(record: Record) -> list[str]:
         (counts.length_stopped, "were stopped by the token limit"),
     )
     said = [] if record.scores else ["lm-eval gave no number"]
+    limit = record.settings.get("task", {}).get("limit")
+    if limit is not None:
+        said.append(f"only a part of the documents was scored (limit {limit})")
     said += [f"{count} of {counts.requests} requests {what}" for count, what in counted if count]
     return said + [" ".join(warning.split()) for warning in record.warnings]
 

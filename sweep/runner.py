@@ -49,6 +49,9 @@ after so many lost evaluators."""
 CLOSE_WANDB_S = 120.0
 """What W&B has not taken by then is left for later; the run directory has it all."""
 
+RATE_S = 1.0
+"""Shortest time over which a rate says something."""
+
 TRACK_S = 5.0
 """Between two points of a model's history in W&B."""
 
@@ -66,7 +69,7 @@ class _CellState:
     progress: ev.CellProgress | None = None
     rate: float = 0.0
     last_seen: tuple[float, int] = (0.0, 0)
-    """When, and how many requests were asked by then; for the rate."""
+    """When the first answers came, and how many; for the rate."""
 
     @property
     def unfinished(self) -> bool:
@@ -413,11 +416,12 @@ class Runner:
     def _progressed(self, state: _CellState, said: ev.CellProgress) -> None:
         now, asked = time.monotonic(), said.done - said.reused
         then, before = state.last_seen
-        # The time before the first answer is the server's start, not its rate.
-        if before and now > then:
-            fresh = (asked - before) / (now - then)
-            state.rate = fresh if not state.rate else 0.7 * state.rate + 0.3 * fresh
-        state.last_seen, state.progress = (now, asked), said
+        # Since the first answers: the time before is the server's start, and a burst of a moment is no rate.
+        if before and now > then + RATE_S:
+            state.rate = (asked - before) / (now - then)
+        if not before:
+            state.last_seen = (now, asked)
+        state.progress = said
         self.terminal.cell(
             state.cell.key,
             state="running",

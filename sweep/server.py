@@ -372,7 +372,7 @@ class Server:
     def _failure(self, why: str, offset: int, cure: str = "see") -> ServerError:
         tail = [line for line in self._log_text(offset).splitlines() if line.strip()][-TAIL_LINES:]
         lines = "\n".join(f"    {line}" for line in tail) or "    (the log is empty)"
-        return ServerError(f"{self.name} did not start: {why}; {cure} {self.log_path}, which ends with\n{lines}")
+        return ServerError(f"{self.name} did not start: {why}; {cure} {self.log_path}\nIts last lines:\n{lines}")
 
 
 class _Process:

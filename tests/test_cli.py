@@ -320,7 +320,7 @@ def test_results_of_other_settings_are_never_shown_as_these(
     assert "|gsm8k" not in shown
     assert "gsm8k" not in directory.csv.read_text()
     assert "|arc_easy" in shown
-    assert "stopped by signal 2" in shown
+    assert "stopped by SIGINT" in shown
 
 
 def test_fresh_sets_the_old_directory_aside(runner: Runner, directory: RunDirectory, output: Output) -> None:
