@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,7 +156,7 @@ def _plan(arguments: Arguments) -> int:
 
 
 def _run(arguments: Arguments) -> int:
-    from sweep.loading import dump, load, secrets_of
+    from sweep.loading import dump, load, masked, secrets_of
     from sweep.machine import local_capacity, prepare_local_ray, require, starts_local
     from sweep.overview import document
     from sweep.plan import make_plan
@@ -182,7 +181,7 @@ def _run(arguments: Arguments) -> int:
         hidden = (*secrets_of(config), api_key)
         with boundary(StoreError, f"write to {directory.root}"):
             write_file(directory.config, dump(config))
-            write_file(directory.plan, _masked(json.dumps(planned, indent=1), hidden))
+            write_file(directory.plan, masked(json.dumps(planned, indent=1), hidden))
         for record in plan.refused.values():
             store.write_record(record, {})
         carried = None
@@ -246,17 +245,15 @@ def _said_of_wandb(outcome: "Outcome") -> str:
     return "\n".join([*lines, *(f"         {error}" for error in outcome.errors)])
 
 
-def _masked(text: str, hidden: Sequence[str]) -> str:
-    return reduce(lambda masked, secret: masked.replace(secret, "***"), hidden, text)
-
-
 @contextmanager
 def _logged_to(path: Path, hidden: Sequence[str]) -> Iterator[None]:
     """The driver's log in the run directory, without any secret."""
 
+    from sweep.loading import masked
+
     class Masked(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
-            return _masked(super().format(record), hidden)
+            return masked(super().format(record), hidden)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")

@@ -63,18 +63,23 @@ def dump(config: SweepConfig) -> str:
     """The resolved config as YAML for the run directory, every secret replaced by `***`."""
     hidden = secrets_of(config)
 
-    def masked(value: Any, name: str = "") -> Any:
+    def shown(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
-            return {key: masked(item, key) for key, item in value.items()}
+            return {key: shown(item, key) for key, item in value.items()}
         if _SECRET.search(name) and value is not None and not isinstance(value, bool):
             return "***"
         if isinstance(value, (list, tuple)):
-            return [masked(item, name) for item in value]
+            return [shown(item, name) for item in value]
         if isinstance(value, str):
-            return reduce(lambda text, secret: text.replace(secret, "***"), hidden, str(value))
+            return masked(str(value), hidden)  # a StrEnum is not YAML
         return value
 
-    return yaml.safe_dump(masked(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(shown(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def masked(text: str, secrets: Iterable[str]) -> str:
+    """`text` with every secret in it replaced by `***`."""
+    return reduce(lambda shown, secret: shown.replace(secret, "***"), secrets, text)
 
 
 def secrets_of(config: SweepConfig) -> tuple[str, ...]:

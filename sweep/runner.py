@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
 from types import FrameType
 
 import msgspec
@@ -27,6 +26,7 @@ from sweep.cluster import (
 from sweep.concurrency import automatic_limit, shares
 from sweep.config import SweepConfig
 from sweep.errors import StoreError, boundary
+from sweep.loading import masked
 from sweep.machine import require
 from sweep.plan import Cell, Plan, ServerPlan, failure, on_cpu
 from sweep.preflight import Facts
@@ -68,7 +68,7 @@ class _CellState:
     evaluator: str | None = None
     progress: ev.CellProgress | None = None
     rate: float = 0.0
-    last_seen: tuple[float, int] = (0.0, 0)
+    first_answers: tuple[float, int] = (0.0, 0)
     """When the first answers came, and how many; for the rate."""
 
     @property
@@ -292,7 +292,7 @@ class Runner:
         self._share(life.server)
 
     def _server_failed(self, life: str, error: str) -> None:
-        name, error = self._lives.pop(life).server, self._masked(error)
+        name, error = self._lives.pop(life).server, masked(error, self.secrets)
         log.info("server %s failed: %s", life, error)  # the terminal tells it below
         if others := [other for other in self._lives.values() if other.server == name]:
             # The model goes on with the servers that it has.
@@ -303,7 +303,7 @@ class Runner:
         self._fail_server(name, error)
 
     def _server_lost(self, life: str, reason: str) -> None:
-        name, reason = self._lives.pop(life).server, self._masked(reason)
+        name, reason = self._lives.pop(life).server, masked(reason, self.secrets)
         server = self._servers[name]
         server.losses += 1
         log.info("server %s was lost: %s", life, reason)
@@ -324,10 +324,7 @@ class Runner:
         cell = state.cell
         if state.evaluator is not None:
             self.cluster.send(state.evaluator, ev.CancelCell(reason="its model failed"))
-        self._finish(state, failure(cell, self._masked(error)), {})
-
-    def _masked(self, text: str) -> str:
-        return reduce(lambda masked, secret: masked.replace(secret, "***"), self.secrets, text)
+        self._finish(state, failure(cell, masked(error, self.secrets)), {})
 
     def _evaluator_lost(self, name: str, reason: str) -> None:
         work = self._evaluators.pop(name)
@@ -415,12 +412,12 @@ class Runner:
 
     def _progressed(self, state: _CellState, said: ev.CellProgress) -> None:
         now, asked = time.monotonic(), said.done - said.reused
-        then, before = state.last_seen
+        then, before = state.first_answers
         # Since the first answers: the time before is the server's start, and a burst of a moment is no rate.
         if before and now > then + RATE_S:
             state.rate = (asked - before) / (now - then)
         if not before:
-            state.last_seen = (now, asked)
+            state.first_answers = (now, asked)
         state.progress = said
         self.terminal.cell(
             state.cell.key,
@@ -522,7 +519,7 @@ class Runner:
             case RunCell(cell=key, reason=reason):
                 state = self._cells[key]
                 state.attempt += 1
-                state.state, state.last_seen, state.rate = "running", (0.0, 0), 0.0
+                state.state, state.first_answers, state.rate = "running", (0.0, 0), 0.0
                 state.evaluator = next(name for name, work in self._evaluators.items() if work is None)
                 self._evaluators[state.evaluator] = key
                 server_name = state.cell.model.server
