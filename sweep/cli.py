@@ -1,4 +1,4 @@
-"""Arguments -> one of the commands run, plan, tasks. Prints, and decides the exit code.
+"""Arguments -> one of the commands run, plan, check, fetch, tasks. Prints, and decides the exit code.
 
 Nothing heavy is imported before it is known to be needed: help and mistakes answer at once.
 """
@@ -15,33 +15,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sweep import ROOT
 from sweep.errors import ConfigError, ResourceError, StoreError, SweepError, boundary, nearest
 
 if TYPE_CHECKING:
-    from sweep.config import SweepConfig
-    from sweep.plan import Plan
+    from sweep.planning.config import SweepConfig
+    from sweep.planning.plan import Plan
     from sweep.record import Record
-    from sweep.store import RunDirectory
-    from sweep.tracking import Outcome
+    from sweep.results.store import RunDirectory
+    from sweep.results.tracking import Outcome
 
 USAGE = """\
 lmsweep: many language models, many lm-eval tasks, one command
 
   python launch.py conf=NAME [key=value ...]        run a sweep, or go on with it where it stopped
   python launch.py plan conf=NAME [key=value ...]   what it would do: cells, GPUs, server commands; starts nothing
+  python launch.py check conf=NAME [key=value ...]  start each server, ask what it can do, stop it: a table, no scores
+  python launch.py fetch conf=NAME [key=value ...]  bring weights, tokenizers, data into HF_HOME; needs no GPU
   python launch.py tasks [WORD ...]                 search lm-eval's tasks, groups and tags
 
 conf=NAME       conf/NAME.yaml, or a path to a YAML file
 key=value       overrides any key of it: limit=10, models.qwen.chat=true, tasks.gsm8k.num_fewshot=0
-only=M/T        run the cells of model M and task T again (shell wildcards), from stored answers where there are any
+only=M/T        run the cells of model M and task T again (shell wildcards), from stored answers where there are any;
+                with plan, check and fetch: only what these cells need
 fresh=true      set the old run directory aside and begin anew
 samples=1       with plan: show one rendered prompt of each cell
 
-exit code       0 all cells done, 1 some failed, 2 wrong input or missing GPUs, 130/143 stopped by Ctrl-C/SIGTERM
+exit code       0 all done, 1 some cells failed, a model cannot be served or something could not be fetched,
+                2 wrong input or missing GPUs, 129/130/143 stopped by SIGHUP (a closed terminal), Ctrl-C, SIGTERM
 sweeps here     {sweeps}
 """
 
-COMMANDS = ("run", "plan", "tasks")
+COMMANDS = ("run", "plan", "check", "fetch", "tasks")
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -85,6 +90,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError(f"fresh={options['fresh']}: true or false")
     if options.get("samples", "0") not in ("0", "1"):
         raise ConfigError(f"samples={options['samples']}: 1 shows the first prompt of each cell, 0 none")
+    if command in ("check", "fetch") and "fresh" in options:
+        raise ConfigError(f"fresh= belongs to a run; `{command}` neither reads results nor writes any")
     if command != "plan" and "samples" in options:
         raise ConfigError("samples= belongs to `plan`, which renders prompts without running anything")
     return Arguments(
@@ -122,29 +129,30 @@ def _carry_out(arguments: Sequence[str]) -> int:
         return DONE if arguments else WRONG
     parsed = parse(arguments)
     if parsed.command == "tasks":
-        from sweep.tasks import tasks_command
+        from sweep.planning.tasks import tasks_command
 
         print(tasks_command(parsed.words))
         return DONE
-    return _plan(parsed) if parsed.command == "plan" else _run(parsed)
+    return {"plan": _plan, "check": _check, "fetch": _fetch, "run": _run}[parsed.command](parsed)
 
 
 def _sweeps() -> list[str]:
-    folders = (Path("conf"), Path(__file__).resolve().parents[1] / "conf")
+    folders = (Path("conf"), ROOT / "conf")
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
 def _plan(arguments: Arguments) -> int:
-    from sweep.loading import load
     from sweep.overview import describe, rendered
-    from sweep.plan import make_plan
-    from sweep.store import RunDirectory, read_commits, read_records
+    from sweep.planning.loading import load
+    from sweep.planning.plan import make_plan
+    from sweep.results.store import RunDirectory, read_commits, read_records
 
     config = load(str(arguments.conf), arguments.overrides)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     records, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
     plan = make_plan(config, records, only=arguments.only, ask_hub=False, commits=commits)
     print(describe(config, plan, directory))
+    _examine(plan, required=False, told=True)
     failed = 0
     for cell in plan.cells if arguments.samples else ():
         try:
@@ -155,12 +163,66 @@ def _plan(arguments: Arguments) -> int:
     return FAILED if failed else DONE
 
 
+def _check(arguments: Arguments) -> int:
+    from sweep.planning.loading import load, secrets_of
+    from sweep.planning.plan import make_plan
+    from sweep.results.store import RunDirectory, read_commits
+    from sweep.running.machine import local_capacity, prepare_local_ray, require, starts_local
+
+    config = load(str(arguments.conf), arguments.overrides)
+    directory = RunDirectory(Path(config.runs_dir) / config.name)
+    plan = make_plan(config, {}, only=arguments.only, ask_hub=True, commits=read_commits(directory))
+    local = starts_local(config.ray)
+    if plan.owed and local:
+        require(plan.owed_servers, local_capacity(config.ray))
+        prepare_local_ray()
+    _examine(plan, required=local)
+    api_key = config.api_key or secrets.token_urlsafe(32)
+    hidden = (*secrets_of(config), api_key)
+    # A folder of its own: a run of the same sweep may be at work in the other.
+    logs = RunDirectory(directory.root / "check")
+    with _logged_to(logs.driver_log, hidden):
+        from sweep.checkup import check
+
+        return check(config, plan, logs, api_key=api_key, secrets=hidden)
+
+
+def _fetch(arguments: Arguments) -> int:
+    from sweep.fetch import fetch
+    from sweep.planning.loading import load
+    from sweep.planning.plan import make_plan
+    from sweep.results.store import RunDirectory, read_commits, read_records
+
+    config = load(str(arguments.conf), arguments.overrides)
+    directory = RunDirectory(Path(config.runs_dir) / config.name)
+    records, commits = read_records(directory), read_commits(directory)
+    return fetch(make_plan(config, records, only=arguments.only, ask_hub=True, commits=commits))
+
+
+def _examine(plan: "Plan", *, required: bool, told: bool = False) -> None:
+    """Check every server's options against its vLLM's own parser, and print what became of options of older versions,
+    unless that was `told` already.
+
+    Raises ConfigError; when it is `required`, also where there is no vLLM to ask.
+    """
+    from sweep.serving.engine import examine, notices
+
+    servers = [server for server in plan.owed_servers.values() if not server.external]
+    known = [] if told else [notice for server in servers for notice in notices(server)]
+    for notice in dict.fromkeys((*known, *examine(servers, required=required, say=_note))):
+        _note(notice)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
 def _run(arguments: Arguments) -> int:
-    from sweep.loading import dump, load, masked, secrets_of
-    from sweep.machine import local_capacity, prepare_local_ray, require, starts_local
     from sweep.overview import document
-    from sweep.plan import make_plan
-    from sweep.store import RunDirectory, Store, read_commits, read_records, set_aside, write_file
+    from sweep.planning.loading import dump, load, masked, secrets_of
+    from sweep.planning.plan import make_plan
+    from sweep.results.store import RunDirectory, Store, read_commits, read_records, set_aside, write_file
+    from sweep.running.machine import local_capacity, prepare_local_ray, require, starts_local
 
     config = load(str(arguments.conf), arguments.overrides)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
@@ -173,12 +235,13 @@ def _run(arguments: Arguments) -> int:
     if plan.owed and starts_local(config.ray):
         require(plan.owed_servers, local_capacity(config.ray))
         prepare_local_ray()
+    _examine(plan, required=starts_local(config.ray))
     if arguments.fresh and (aside := set_aside(directory)) is not None:
         print(f"the old run directory is now {aside}")
-    store = Store(directory)
+    api_key = config.api_key or secrets.token_urlsafe(32)
+    hidden = (*secrets_of(config), api_key)
+    store = Store(directory, secrets=hidden)
     try:
-        api_key = config.api_key or secrets.token_urlsafe(32)
-        hidden = (*secrets_of(config), api_key)
         with boundary(StoreError, f"write to {directory.root}"):
             write_file(directory.config, dump(config))
             write_file(directory.plan, masked(json.dumps(planned, indent=1), hidden))
@@ -187,7 +250,7 @@ def _run(arguments: Arguments) -> int:
         carried = None
         if plan.owed:
             with _logged_to(directory.driver_log, hidden):
-                from sweep.runner import carry_out
+                from sweep.running.runner import carry_out
 
                 carried = carry_out(config, plan, store, api_key=api_key, secrets=hidden)
     finally:
@@ -215,8 +278,8 @@ def _conclude(
 ) -> int:
     """Write and print the tables of the `whole` sweep; the exit code, which is about the cells that have `ended`."""
     from sweep.record import Status
-    from sweep.report import csv_text, failures, markdown
-    from sweep.store import write_file
+    from sweep.results.report import csv_text, failures, markdown
+    from sweep.results.store import write_file
 
     # In the order of the config, whatever order the cells ended in. Results of other settings may be there too: of a
     # launch with another limit, say, when this one was stopped before it came to the cell.
@@ -249,7 +312,7 @@ def _said_of_wandb(outcome: "Outcome") -> str:
 def _logged_to(path: Path, hidden: Sequence[str]) -> Iterator[None]:
     """The driver's log in the run directory, without any secret."""
 
-    from sweep.loading import masked
+    from sweep.planning.loading import masked
 
     class Masked(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:

@@ -5,6 +5,7 @@ SweepError
 ├── ResourceError  raised by cluster when the machines cannot carry the plan; exit code 2
 ├── StoreError     raised by store (full disk, locked or foreign run directory); exit code 2, nothing overwritten
 ├── ServerError    raised by server and preflight; costs the cells of the models that this server was for
+│   └── ServerFault   the same for a cause that another start may not meet; the runner starts the server again
 ├── TaskError      raised by evaluation (data set, prompt, metric); costs the cells of this task or this one cell
 └── RequestError   raised by client when a server refuses a request for good; costs one cell
 
@@ -38,6 +39,10 @@ class StoreError(SweepError):
 
 class ServerError(SweepError):
     """A server did not start, died for good or answers wrongly."""
+
+
+class ServerFault(ServerError):
+    """A server did not start for a reason that has passed when it is started again, or that nobody knows."""
 
 
 class TaskError(SweepError):

@@ -7,11 +7,13 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sweep.config import SweepConfig, Task
-from sweep.plan import Cell, Plan, ServerPlan, is_local
-from sweep.server import command
-from sweep.store import RunDirectory
-from sweep.tasks import catalog
+from sweep.fetch import missing_block
+from sweep.planning.config import SweepConfig, Task
+from sweep.planning.loading import is_secret, masked, secrets_of
+from sweep.planning.plan import Cell, Plan, ServerPlan, is_local, served_name
+from sweep.planning.tasks import catalog
+from sweep.results.store import RunDirectory
+from sweep.serving.engine import command, notices, variables
 
 PORT = 20000
 """Stands for the free port that a server gets when it starts."""
@@ -30,7 +32,7 @@ def document(plan: Plan) -> dict[str, Any]:
     return {
         "models": {
             name: {
-                "path": model.model.path,
+                **({"url": model.model.url} if model.model.url else {"path": model.model.path}),
                 "revision": model.model.revision,
                 "commit": model.revision,
                 "fingerprint": model.fingerprint,
@@ -39,7 +41,8 @@ def document(plan: Plan) -> dict[str, Any]:
             for name, model in plan.models.items()
         },
         "servers": {
-            name: {"gpus": server.gpus, "replicas": server.replicas, "command": _command(server)}
+            name: {"gpus": server.gpus, "replicas": server.replicas}
+            | ({"url": server.model.url} if server.external else {"command": _command(server)})
             for name, server in plan.owed_servers.items()
         },
         "cells": {cell.key: {"fingerprint": cell.fingerprint, "done": cell.key in plan.done} for cell in plan.cells},
@@ -71,22 +74,38 @@ def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator
     for problem in dict.fromkeys(record.error for record in plan.refused.values()):
         yield f"  ! {problem}"
     owed = {cell.model.server for cell in plan.owed}
+    hidden = secrets_of(config)
     yield ""
     yield "servers"
     for server in plan.servers.values():
         yield f"  {server.name}: {_needs(server)}{'' if server.name in owed else ', nothing owed: not started'}"
+        if server.external:
+            yield f"    {served_name(server)} at {server.model.url}, which someone else runs: not started, not stopped"
+            continue
         if not is_local(server.model.path) and server.revision is None:
             yield f"    the commit of {server.model.path} is not known here; it is asked for when the sweep runs"
-        yield f"    {shlex.join(_command(server))}"
+        yield f"    {_variables(server)}{shlex.join(masked(argument, hidden) for argument in _command(server))}"
+        yield from (f"    {notice}" for notice in notices(server))
+    if absent := missing_block(plan):
+        yield ""
+        yield from absent
 
 
 def _command(server: ServerPlan) -> list[str]:
-    return command(server, python="python", host="127.0.0.1", port=PORT)
+    return command(server, python=server.model.server_python or "python", host="127.0.0.1", port=PORT)
+
+
+def _variables(server: ServerPlan) -> str:
+    """The model's `env` as a shell takes it before a command."""
+    shown = {name: "***" if is_secret(name) else shlex.quote(value) for name, value in variables(server).items()}
+    return "".join(f"{name}={value} " for name, value in shown.items())
 
 
 def _needs(server: ServerPlan) -> str:
     replicas = "" if server.replicas == 1 else f", {server.replicas} replicas"
     gpus = f"{server.gpus:g} GPU{'' if server.gpus == 1 else 's'}"
+    if server.external:
+        return f"no GPU of ours, concurrency {server.model.concurrency}"
     where = {"gpu": gpus, "cpu": "CPU", "auto": f"{gpus} where there are any, else CPU"}[server.model.device]
     return f"{where}{replicas}, concurrency {server.model.concurrency}"
 
@@ -110,7 +129,7 @@ def _gated(task: Task) -> Iterator[str]:
 def rendered(cell: Cell) -> str:
     """The cell's first request as its server would get it, with stop strings and length. Raises TaskError."""
     _quiet()
-    from sweep.evaluation import load_tokenizer, preview
+    from sweep.evaluating.evaluation import load_tokenizer, preview
 
     seen = preview(cell, load_tokenizer(cell.model))
     arguments = dict(seen.arguments)

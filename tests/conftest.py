@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sweep.server import Endpoint
+from sweep.serving.server import Endpoint
 
 KEY = "key-of-the-stand-in-0123456789"
 

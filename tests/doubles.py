@@ -9,12 +9,12 @@ from sys import executable
 from typing import Any
 
 from sweep import demo
-from sweep.config import Model
-from sweep.plan import ServerPlan
-from sweep.preflight import Facts
-from sweep.scoring import Method
-from sweep.server import Endpoint, Server
-from sweep.store import Response
+from sweep.evaluating.preflight import Facts
+from sweep.evaluating.scoring import Method
+from sweep.planning.config import Model
+from sweep.planning.plan import ServerPlan
+from sweep.results.store import Response
+from sweep.serving.server import Endpoint, Server
 
 KEY = "a-key-for-tests-0123456789"
 STAND_IN = [executable, str(Path(__file__).with_name("stand_in_server.py"))]
@@ -31,10 +31,15 @@ def make_tokenizer(folder: Path, **settings: Any) -> Path:
 
 
 @contextmanager
-def stand_in(log: Path, *, api_key: str = KEY, max_model_len: int = 2048, **options: Any) -> Iterator[Endpoint]:
-    """A running stand-in that serves `m`; `options` are those of tests/stand_in_server.py."""
+def stand_in(
+    log: Path, *, path: str = "org/m", api_key: str = KEY, max_model_len: int = 2048, **options: Any
+) -> Iterator[Endpoint]:
+    """A running stand-in that serves `m`, with the tokenizer at `path` if that is a folder with one.
+
+    `options` are those of tests/stand_in_server.py.
+    """
     model = Model(
-        path="org/m",
+        path=path,
         max_model_len=max_model_len,
         env={f"STAND_IN_{name.upper()}": str(value) for name, value in options.items()},
         startup_timeout_s=60.0,

@@ -8,19 +8,22 @@ Answers
     They depend on the request alone, so that a run can be compared with another to the last digit: on the model's name,
     the tokens before, and with a temperature above 0 on the seed. After a prefix one token is the best one (-0.5); any
     other has between -1 and -6. They are no distribution: they do not sum to one. Token `t` reads " t" (" 17"), and
-    token 0 ends a text, about one time in `end_every`. A prompt that is text is its UTF-8 bytes.
+    token 0 ends a text, about one time in `end_every`. A text is encoded by the tokenizer.json in the folder that
+    --tokenizer or --model names; where there is none, its token ids are its UTF-8 bytes.
 
-From vLLM's arguments: --served-model-name, --lora-modules, --host, --port, --max-model-len (2048), --max-num-seqs (256;
-more wait, and the metrics say so). The rest is accepted and has no effect.
+From vLLM's arguments: --model, --tokenizer, --served-model-name, --lora-modules, --host, --port, --max-model-len
+(2048), --max-num-seqs (256; more wait, and the metrics say so). The rest is accepted and has no effect.
 
 Options of its own, each as `--stand-in-NAME VALUE` or as the environment variable `STAND_IN_NAME` in capitals (`env:`
 of a model gives it to one server); see `Options` for what they mean:
-    start_delay_s latency_s die_after die_mark refuse lose_port null_logprobs end_every vocabulary tree ignore_term
+    start_delay_s latency_s die_after die_mark hang_after mute_after refuse lose_port null_logprobs null_chat_logprobs
+    no_chat no_tokenize no_echo echo_shift echo_offset other_tokenizer end_every vocabulary tree leftovers ignore_term
     requests_log
 """
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -53,18 +56,38 @@ class Options:
     """Exit with code 1 in the middle of this completion request, counted from 1; 0 never."""
     die_mark: str = ""
     """A file that is written when `die_after` strikes; while it is there no server dies: one death in a whole sweep."""
+    hang_after: int = 0
+    """Answer no completion request any more after so many, with a /health that does; 0 never."""
+    mute_after: int = 0
+    """Do not answer /health any more after so many completion requests; 0 never."""
     refuse: str = ""
     """Print this to stderr and exit with code 1 instead of starting; `\\n` makes lines."""
     lose_port: str = ""
     """A file that is written when a server finds that a stranger has its port; while it is there no server does."""
     null_logprobs: int = 0
     """1 answers `logprobs: null` to every completion, as some servers do."""
+    null_chat_logprobs: int = 0
+    """1 does so for chats."""
+    no_chat: int = 0
+    """1 knows no chat, 2 has no chat template."""
+    no_tokenize: int = 0
+    """1 has no /tokenize, 2 shows no token ids in completions either."""
+    no_echo: int = 0
+    """1 gives log-probabilities of generated tokens only, `echo` or not."""
+    echo_shift: int = 0
+    """Echoed log-probabilities belong to the token so many places further on."""
+    echo_offset: float = 0.0
+    """Added to echoed log-probabilities."""
+    other_tokenizer: int = 0
+    """1 encodes texts otherwise: one token for two bytes."""
     end_every: int = 16
     """One in so many generated tokens ends the text."""
     vocabulary: int = 1000
     """Tokens that can be best or generated."""
     tree: int = 0
     """1 starts a child with a child, like vLLM's EngineCore and Worker; neither notices when we are killed."""
+    leftovers: int = 0
+    """1 lets both of the `tree` hold a file in /dev/shm and a socket in the temporary folder, and free neither."""
     ignore_term: int = 0
     """1 ignores SIGTERM, as a server that hangs."""
     requests_log: str = ""
@@ -130,9 +153,11 @@ class StandIn:
     key: str
     max_model_len: int
     places: asyncio.Semaphore
+    tokenizer_file: Path
     running: int = 0
     waiting: int = 0
     requests: int = 0
+    finished: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: {"prompt_tokens": 0, "generation_tokens": 0})
 
     def app(self) -> web.Application:
@@ -146,6 +171,10 @@ class StandIn:
                 web.post("/v1/completions", self.complete),
             ]
         )
+        if self.options.no_chat != 1:
+            app.router.add_post("/v1/chat/completions", self.chat)
+        if not self.options.no_tokenize:
+            app.router.add_post("/tokenize", self.tokenize)
         return app
 
     @web.middleware
@@ -161,6 +190,8 @@ class StandIn:
             return web.json_response(refusal.body, status=refusal.status)
 
     async def health(self, _: web.Request) -> web.Response:
+        if 0 < self.options.mute_after <= self.requests:
+            await asyncio.Event().wait()
         return web.Response()
 
     async def version(self, _: web.Request) -> web.Response:
@@ -174,6 +205,7 @@ class StandIn:
             "num_preemptions_total": ("counter", 0),
             "prompt_tokens_total": ("counter", self.tokens["prompt_tokens"]),
             "generation_tokens_total": ("counter", self.tokens["generation_tokens"]),
+            "request_success_total": ("counter", self.finished),
             "prefix_cache_queries_total": ("counter", 0),
             "prefix_cache_hits_total": ("counter", 0),
         }
@@ -212,36 +244,108 @@ class StandIn:
             if self.options.die_mark:
                 Path(self.options.die_mark).touch()
             os._exit(1)
-        model = body.get("model") or next(iter(self.models))
-        if model not in self.models:
-            raise Refusal(f"The model `{model}` does not exist.", status=404, param="model")
+        if 0 < self.options.hang_after < self.requests:
+            await asyncio.Event().wait()
+        model = self.model(body)
         prompts = self.prompts(body)
         choices = await asyncio.gather(*(self.choice(i, prompt, model, body) for i, prompt in enumerate(prompts)))
         generated = sum(tokens for _, tokens in choices)
-        asked = sum(map(len, prompts))
-        self.tokens["prompt_tokens"] += asked
-        self.tokens["generation_tokens"] += generated
         return web.json_response(
             {
-                "id": f"cmpl-{os.urandom(16).hex()}",
-                "object": "text_completion",
-                "created": int(time.time()),
-                "model": model,
+                **self.envelope("text_completion", model, sum(map(len, prompts)), generated),
                 "choices": [choice for choice, _ in choices],
-                "service_tier": None,
-                "system_fingerprint": f"stand-in-{VERSION}",
-                "usage": {
-                    "prompt_tokens": asked,
-                    "total_tokens": asked + generated,
-                    "completion_tokens": generated,
-                    "prompt_tokens_details": None,
-                    "completion_tokens_details": None,
-                },
-                "kv_transfer_params": None,
-                "ec_transfer_params": None,
-                "metrics": None,
             }
         )
+
+    async def chat(self, request: web.Request) -> web.Response:
+        """One chat; all messages in a row are the prompt."""
+        body = await request.json()
+        model = self.model(body)
+        if self.options.no_chat:
+            raise Refusal(
+                "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat "
+                "template if the tokenizer does not define one."
+            )
+        prompt = self.encode("".join(message["content"] for message in body["messages"]))
+        body["logprobs"] = body.get("top_logprobs", 0) if body.get("logprobs") else None
+        choice, generated = await self.choice(0, prompt, model, body)
+        content = None
+        if (rows := choice["logprobs"]) is not None and not self.options.null_chat_logprobs:
+            pairs = zip(rows["tokens"], rows["top_logprobs"], strict=True)
+            content = [
+                {**_alternative(token, top[token]), "top_logprobs": [_alternative(*one) for one in top.items()]}
+                for token, top in pairs
+            ]
+        unused = ("refusal", "annotations", "audio", "function_call", "reasoning")
+        message = {"role": "assistant", "content": choice["text"], **dict.fromkeys(unused)}
+        kept = ("index", "finish_reason", "stop_reason", "token_ids", "routed_experts")
+        return web.json_response(
+            {
+                **self.envelope("chat.completion", model, len(prompt), generated),
+                "choices": [
+                    {
+                        **{name: choice[name] for name in kept},
+                        "message": message,
+                        "logprobs": None if content is None else {"content": content},
+                    }
+                ],
+                **dict.fromkeys(("prompt_logprobs", "prompt_token_ids", "prompt_text")),
+            }
+        )
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.model(body)
+        tokens = self.encode(body["prompt"])
+        shape = {"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens, "token_strs": None}
+        return web.json_response(shape)
+
+    def model(self, body: dict[str, Any]) -> str:
+        model = str(body.get("model") or next(iter(self.models)))
+        if model not in self.models:
+            raise Refusal(f"The model `{model}` does not exist.", status=404, param="model")
+        return model
+
+    def envelope(self, kind: str, model: str, asked: int, generated: int) -> dict[str, Any]:
+        """All of an answer but its choices."""
+        self.tokens["prompt_tokens"] += asked
+        self.tokens["generation_tokens"] += generated
+        self.finished += 1
+        return {
+            "id": f"{'chatcmpl' if kind.startswith('chat') else 'cmpl'}-{os.urandom(16).hex()}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+            "service_tier": None,
+            "system_fingerprint": f"stand-in-{VERSION}",
+            "usage": {
+                "prompt_tokens": asked,
+                "total_tokens": asked + generated,
+                "completion_tokens": generated,
+                "prompt_tokens_details": None,
+                "completion_tokens_details": None,
+            },
+            "kv_transfer_params": None,
+            "ec_transfer_params": None,
+            "metrics": None,
+        }
+
+    def encode(self, text: str) -> list[int]:
+        if self.options.other_tokenizer:
+            return [int.from_bytes(text.encode()[i : i + 2]) for i in range(0, len(text.encode()), 2)]
+        if self.tokenizer is None:
+            return list(text.encode())
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """Of the folder that this model is; None where there is none. Imported late: most tests send token ids."""
+        if not self.tokenizer_file.is_file():
+            return None
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.tokenizer_file))
 
     def prompts(self, body: dict[str, Any]) -> list[list[int]]:
         """Token ids of each prompt of a request; raises Refusal where vLLM does."""
@@ -260,7 +364,7 @@ class StandIn:
         several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
         if len(several) > BATCH_MOST:
             raise Refusal(f"prompt list length {len(several)} exceeds the maximum allowed count of {BATCH_MOST}.")
-        found = [list(one.encode()) if isinstance(one, str) else list(one) for one in several]
+        found = [self.encode(one) if isinstance(one, str) else list(one) for one in several]
         for tokens in found:
             if len(tokens) > self.max_model_len:
                 raise Refusal(
@@ -293,11 +397,13 @@ class StandIn:
         for token in tokens[:-1]:
             before.append(before[-1].then(token))
         echo = bool(body.get("echo"))
-        shown = [*prompt, *tokens] if echo else tokens
+        told = echo and not self.options.no_echo
         return {
             "index": index,
             "text": spell(prompt) + text if echo else text,
-            "logprobs": self.logprobs(before if echo else before[len(prompt) :], shown, body, echo=echo),
+            "logprobs": self.logprobs(
+                before if told else before[len(prompt) :], [*prompt, *tokens] if told else tokens, body, echo=told
+            ),
             "finish_reason": finish,
             "stop_reason": stop,
             "token_ids": None,
@@ -315,7 +421,7 @@ class StandIn:
             return None
         name = (
             (lambda token: f"token_id:{token}")
-            if body.get("return_tokens_as_token_ids")
+            if body.get("return_tokens_as_token_ids") and self.options.no_tokenize < 2
             else (lambda token: f" {token}")
         )
         found: dict[str, list[Any]] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
@@ -328,9 +434,13 @@ class StandIn:
                 found["token_logprobs"].append(None)
                 found["top_logprobs"].append(None)
                 continue
-            found["token_logprobs"].append(prefix.logprob(token))
+            added = self.options.echo_offset if echo else 0.0
+            found["token_logprobs"].append(prefix.logprob(token) + added)
             others = body.get("logprob_token_ids") or prefix.top(body["logprobs"])
-            found["top_logprobs"].append({name(other): prefix.logprob(other) for other in (token, *others)})
+            found["top_logprobs"].append({name(other): prefix.logprob(other) + added for other in (token, *others)})
+        if echo and (shift := self.options.echo_shift):
+            for rows in (found["token_logprobs"], found["top_logprobs"]):
+                rows[1:] = [*rows[1 + shift :], *rows[-shift:]]
         return found
 
     @asynccontextmanager
@@ -347,6 +457,10 @@ class StandIn:
         finally:
             self.running -= 1
             self.places.release()
+
+
+def _alternative(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
 
 def generate(prefix: Prefix, most: int, body: dict[str, Any]) -> tuple[list[int], str, str, str | int | None]:
@@ -380,8 +494,14 @@ def spell(tokens: list[int]) -> str:
 
 
 SLEEPER = """
-import signal, subprocess, sys
-below = subprocess.Popen([sys.executable, "-S", "-E", "-c", sys.argv[1], ""]) if sys.argv[1] else None
+import mmap, os, signal, socket, subprocess, sys, tempfile
+below = subprocess.Popen([sys.executable, "-S", "-E", "-c", sys.argv[1], "", sys.argv[2]]) if sys.argv[1] else None
+if sys.argv[2] == "leave":
+    with open(f"/dev/shm/stand-in-{os.getpid()}", "w+b") as file:
+        file.truncate(4096)
+        held = mmap.mmap(file.fileno(), 4096)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{tempfile.gettempdir()}/stand-in-{os.getpid()}")
 def end(*_):
     if below:
         below.terminate()
@@ -397,6 +517,7 @@ def main() -> None:
     options, rest = Options.parse(sys.argv[1:])
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--tokenizer")
     parser.add_argument("--served-model-name", nargs="+")
     parser.add_argument("--lora-modules", nargs="+", default=[])
     parser.add_argument("--host", default="127.0.0.1")
@@ -416,7 +537,8 @@ def main() -> None:
             stranger.bind((found.host, found.port))
             stranger.listen()
         bound.bind((found.host, found.port))
-    child = subprocess.Popen([sys.executable, "-S", "-E", "-c", SLEEPER, SLEEPER]) if options.tree else None
+    sleeper = [sys.executable, "-S", "-E", "-c", SLEEPER, SLEEPER, "leave" if options.leftovers else ""]
+    child = subprocess.Popen(sleeper) if options.tree else None
     if options.ignore_term:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(options.start_delay_s)
@@ -431,6 +553,7 @@ def main() -> None:
             key=os.environ.get("VLLM_API_KEY", ""),
             max_model_len=found.max_model_len,
             places=asyncio.Semaphore(found.max_num_seqs),
+            tokenizer_file=Path(found.tokenizer or found.model) / "tokenizer.json",
         )
         runner = web.AppRunner(stand_in.app(), access_log=None, shutdown_timeout=1.0)
         await runner.setup()

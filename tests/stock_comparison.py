@@ -17,13 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sweep.client import Pool
-from sweep.config import Device, Model, Seeds, Task
-from sweep.evaluation import evaluate, load_tokenizer
-from sweep.plan import Cell, ModelPlan
-from sweep.preflight import Facts, inspect
-from sweep.server import Endpoint
-from sweep.store import Response
+from sweep.evaluating.client import Pool
+from sweep.evaluating.evaluation import evaluate, load_tokenizer, probe_token_ids
+from sweep.evaluating.preflight import Expected, Facts, inspect
+from sweep.planning.config import Device, Model, Seeds, Task
+from sweep.planning.plan import Cell, ModelPlan
+from sweep.results.store import Response
+from sweep.serving.server import Endpoint
 
 
 class Fresh:
@@ -117,7 +117,6 @@ def main() -> None:
         max_model_len=given.max_model_len,
         engine_version="not asked",
     )
-    facts = inspect(endpoint, (given.model,))
     plan = ModelPlan(
         name=given.model,
         model=Model(path=tokenizer, device=Device.CPU),
@@ -125,6 +124,11 @@ def main() -> None:
         fingerprint="",
         server=given.model,
     )
+    token_ids = probe_token_ids(load_tokenizer(plan))
+    wanted = Expected(served_name=given.model, max_model_len=given.max_model_len, token_ids=token_ids)
+    seen = inspect(endpoint, {given.model: wanted})
+    if (facts := seen.facts) is None:
+        sys.exit(seen.refusal)
     both: dict[str, Any] = {}
     for text in given.tasks:
         name, _, shots = text.partition("@")

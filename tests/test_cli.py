@@ -8,7 +8,7 @@ import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from sweep.cli import Arguments, main, parse
-from sweep.plan import Cell, Plan
+from sweep.errors import ConfigError
+from sweep.planning.plan import Cell, Plan, ServerPlan
 from sweep.record import Record, Score, Status
-from sweep.store import RunDirectory, Store, read_commits, read_records
+from sweep.results.store import RunDirectory, Store, read_commits, read_records
 
 LAUNCH = Path(__file__).parent.parent / "launch.py"
 KEY = "key-from-the-environment-0123456789"
@@ -46,6 +47,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("RAY_ADDRESS", "LMSWEEP_ENGINE", "HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+    # Asking vLLM itself takes 15 s each time; tests/test_engine.py does.
+    monkeypatch.setattr("sweep.serving.engine.examine", lambda servers, **_: tuple(f"seen {s.name}" for s in servers))
     return tmp_path
 
 
@@ -83,6 +86,10 @@ def launch(*arguments: str) -> Said:
         (["conf=small", "samples=1"], r"samples= belongs to `plan`"),
         (["plan", "conf=small", "samples=many"], r"samples=many: 1 shows"),
         (["conf=small", "fresh=1"], r"fresh=1: true or false"),
+        (["check", "conf=small", "fresh=true"], r"fresh= belongs to a run; `check` neither reads results nor writes"),
+        (["fetch", "conf=small"], r"fetch has to ask the hub, and HF_HUB_OFFLINE forbids it"),
+        (["chek", "conf=small"], r"unknown command 'chek'; did you mean 'check'\?"),
+        (["check", "conf=small", "models.first.device=gpu"], r"not enough GPUs: first needs 1 GPU on one node"),
         (["conf=small", "plan"], r"'plan' is not of the form key=value"),
         (["plan"], r"which sweep\? conf=NAME is missing; there are .*\bsmall\b"),
         (["plam", "conf=small"], r"unknown command 'plam'; did you mean 'plan'\?"),
@@ -151,6 +158,8 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(command: str) -> None:
         ("run conf=a only=m/t fresh=true", Arguments(command="run", words=(), conf="a", only="m/t", fresh=True)),
         ("plan conf=a samples=1", Arguments(command="plan", words=(), conf="a", samples=True)),
         ("plan samples=0 x=a=b conf=a", Arguments(command="plan", words=(), conf="a", overrides=("x=a=b",))),
+        ("check conf=a only=m/*", Arguments(command="check", words=(), conf="a", only="m/*")),
+        ("fetch conf=a x=1", Arguments(command="fetch", words=(), conf="a", overrides=("x=1",))),
         ("tasks gsm math", Arguments(command="tasks", words=("gsm", "math"))),
     ],
 )
@@ -173,7 +182,7 @@ def test_an_interrupt_before_anything_runs_is_no_traceback(
 
 
 class Runner:
-    """Stands for sweep.runner: ends the cells as the test says and remembers what it was given."""
+    """Stands for sweep.running.runner: ends the cells as the test says and remembers what it was given."""
 
     def __init__(self) -> None:
         self.fails: set[str] = set()
@@ -188,7 +197,7 @@ class Runner:
     ) -> SimpleNamespace:
         self.ran.append([cell.key for cell in plan.owed])
         self.keys.append(api_key)
-        logging.getLogger("sweep.runner").info("the key is %s", api_key)
+        logging.getLogger("sweep.running.runner").info("the key is %s", api_key)
         records = {cell.key: self.record(cell) for cell in plan.owed if cell.key not in self.leaves}
         for record in records.values():
             store.write_record(record, {})
@@ -216,8 +225,8 @@ class Runner:
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
     double = Runner()
-    monkeypatch.setitem(sys.modules, "sweep.runner", double)  # type: ignore[arg-type]
-    monkeypatch.setattr("sweep.machine.prepare_local_ray", lambda: None)
+    monkeypatch.setitem(sys.modules, "sweep.running.runner", double)  # type: ignore[arg-type]
+    monkeypatch.setattr("sweep.running.machine.prepare_local_ray", lambda: None)
     return double
 
 
@@ -357,6 +366,22 @@ def test_a_server_option_that_is_not_set_there_stops_the_launch_before_it_begins
     assert len(runner.ran) == 1
 
 
+@pytest.mark.parametrize("command", ["run", "plan", "check"])
+def test_options_are_put_to_vllm_before_anything_starts(
+    command: str, runner: Runner, directory: RunDirectory, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(servers: Iterable[ServerPlan], *, required: bool, **_: object) -> tuple[str, ...]:
+        assert [server.name for server in servers] == ["first", "second"]
+        assert required == (command != "plan")
+        raise ConfigError("models.first.server.max_num_sqs: vLLM has no such option")
+
+    monkeypatch.setattr("sweep.serving.engine.examine", refuse)
+    assert main([command, "conf=small"]) == 2
+    assert "models.first.server.max_num_sqs: vLLM has no such option" in output()
+    assert runner.ran == []
+    assert not directory.root.exists()
+
+
 def test_every_launch_has_a_key_of_its_own_and_no_file_shows_it(runner: Runner, directory: RunDirectory) -> None:
     main(["conf=small"])
     main(["conf=small", "only=*"])
@@ -413,7 +438,9 @@ def test_a_plan_knows_the_commits_of_the_last_launch(
     runner: Runner, directory: RunDirectory, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["conf=small", "models.first.path=org/m", "only=first/*"]
-    monkeypatch.setattr("sweep.plan.resolve_revision", lambda *_, ask_hub, earlier: "c0ffee" if ask_hub else earlier)
+    monkeypatch.setattr(
+        "sweep.planning.plan.resolve_revision", lambda *_, ask_hub, earlier: "c0ffee" if ask_hub else earlier
+    )
     main(arguments)
     assert read_commits(directory) == {"org/m@main": "c0ffee"}
     output()

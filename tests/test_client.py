@@ -6,17 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from aiohttp import web
 from conftest import KEY, StandIn
 
-from sweep import client as module
-from sweep.client import ATTEMPTS, Cancelled, Client, Pool
 from sweep.errors import PassingFault, RequestError
-from sweep.server import Endpoint
+from sweep.evaluating import client as module
+from sweep.evaluating.client import ATTEMPTS, Cancelled, Client, Pool
+from sweep.serving.server import Endpoint
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Scripted:
     def __init__(self, answer: Callable[[int], web.Response]) -> None:
         self.answer = answer
         self.requests: list[Any] = []
+        self.keys: list[str | None] = []
+        """Authorization of each."""
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self._thread.start()
@@ -105,6 +107,7 @@ class Scripted:
     async def _complete(self, request: web.Request) -> web.Response:
         number = len(self.requests)
         self.requests.append(await request.json())
+        self.keys.append(request.headers.get("Authorization"))
         return self.answer(number)
 
 
@@ -392,6 +395,16 @@ def test_the_key_is_never_repeated(scripted: Callable[..., Scripted], caplog: py
     assert "what is ***?" in str(caught.value)
     assert "no *** no" in caplog.text
     assert KEY not in str(caught.value) + caplog.text + repr(server.endpoint())
+
+
+def test_a_server_that_wants_no_key_is_sent_none(scripted: Callable[..., Scripted]) -> None:
+    server = scripted(lambda number: fine() if number < 2 else web.Response(status=400, text="no such model"))
+    run(pool_of((server.endpoint(), 1)), asked(1))
+    without = replace(server.endpoint(), api_key="")
+    run(pool_of((without, 1)), asked(1))
+    assert server.keys == [f"Bearer {KEY}", None]
+    with pytest.raises(RequestError, match=r"\(400\): no such model$"):
+        run(pool_of((without, 1)), asked(1))
 
 
 def test_what_a_reply_s_reader_raises_ends_the_run(stand_in: Callable[..., StandIn]) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sweep.concurrency import automatic_limit, shares
+from sweep.evaluating.concurrency import automatic_limit, shares
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from sweep import demo
 from sweep.record import Record, Status
-from sweep.store import RunDirectory, read_records
+from sweep.results.store import RunDirectory, read_records
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +68,19 @@ def test_the_last_model_was_served_as_awq(directory: RunDirectory) -> None:
 def test_both_ways_of_scoring_were_used(records: dict[tuple[str, str], Record]) -> None:
     assert set(records["demo-base", "demo_capitals_mc"].settings["methods"]) == {"next_token"}
     assert set(records["demo-base", "demo_stories"].settings["methods"]) == {"echo"}
+
+
+def test_every_record_tells_what_its_server_was_asked(records: dict[tuple[str, str], Record]) -> None:
+    for (model, _), record in records.items():
+        checks = record.settings["preflight"]
+        assert {check["model"] for check in checks} == {model}
+        assert {check["name"]: check["outcome"] for check in checks} == dict.fromkeys(
+            (
+                *("key", "served name", "max_model_len", "completion logprobs", "chat logprobs", "echo", "tokenizer"),
+                "next_token",
+            ),
+            "passed",
+        )
 
 
 def test_the_table_holds_the_numbers_of_the_records(

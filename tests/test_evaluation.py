@@ -20,14 +20,14 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sweep.client import Pool
-from sweep.config import Model, Overflow, Seeds, Task
 from sweep.errors import TaskError
-from sweep.evaluation import Evaluated, _seeded, check_task, evaluate, load_tokenizer, preview
-from sweep.plan import Cell, ModelPlan
-from sweep.preflight import Facts
+from sweep.evaluating.client import Pool
+from sweep.evaluating.evaluation import Evaluated, _seeded, check_task, evaluate, load_tokenizer, preview
+from sweep.evaluating.preflight import Facts
+from sweep.planning.config import Model, Overflow, Seeds, Task
+from sweep.planning.plan import Cell, ModelPlan
 from sweep.record import Record, Status
-from sweep.server import Endpoint
+from sweep.serving.server import Endpoint
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -187,6 +187,38 @@ def test_a_record_says_what_was_asked_and_what_took_effect(cell: Any, run: Any, 
     assert record.versions["lm_eval"] == "0.4.13"
     assert record.versions["vllm"] == "0.32.0"
     assert msgspec.json.decode(msgspec.json.encode(record), type=Record) == record
+
+
+def test_a_model_at_a_url_is_asked_by_its_name_there_and_recorded_as_far_as_it_is_known(
+    cell: Any, run: Any, endpoint: Endpoint, folder: Path, log: RequestsLog
+) -> None:
+    theirs = Model(url=endpoint.url, tokenizer=str(folder), served_model_name="m", revision="v2")
+    plan = ModelPlan(name="mine", model=theirs, revision=None, fingerprint="f2", server="mine")
+    log.new()
+    done = run(cell("writing", limit=2, model=plan))
+    assert {body["model"] for body in log.new()} == {"m"}
+    settings = done.record.settings
+    assert (settings["url"], settings["served_model_name"], settings["revision"]) == (endpoint.url, "m", "v2")
+    assert settings["tokenizer"] == str(folder)
+    assert {name for name, value in settings.items() if value == "unknown"} == {
+        *("dtype", "quantization", "adapter", "device", "tensor_parallel", "server", "generation_config")
+    }
+    assert "path" not in settings
+    (warning,) = (w for w in done.record.warnings if endpoint.url in w)
+    assert warning.startswith(f"what {endpoint.url} serves is not ours to know: a change of its weights, dtype")
+    assert not any("commit" in w for w in done.record.warnings)
+    results = results_of(done)
+    assert results["config"]["model_args"] == (
+        f"model=m,base_url={endpoint.url}/v1/completions,tokenizer={folder},revision=v2"
+    )
+    assert results["model_name"] == "mine"
+
+
+def test_the_python_of_a_server_is_in_the_record(cell: Any, run: Any, folder: Path) -> None:
+    old = Model(path=str(folder), server_python="/old/bin/python")
+    plan = ModelPlan(name="m", model=old, revision=None, fingerprint="f3", server="m")
+    assert run(cell("writing", limit=1, model=plan)).record.settings["server_python"] == "/old/bin/python"
+    assert "server_python" not in run(cell("writing", limit=1)).record.settings
 
 
 def test_a_group_comes_before_its_subtasks(cell: Any, run: Any) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +22,7 @@ import pytest
 from doubles import KEY, RequestsLog, facts, make_gpqa, make_tasks, make_tokenizer, stand_in
 from tokenizers import Tokenizer
 
-from sweep.config import Model, Seeds, Task
-from sweep.evaluator import (
+from sweep.evaluating.evaluator import (
     Answered,
     CancelCell,
     CellDone,
@@ -40,15 +40,35 @@ from sweep.evaluator import (
     WantAnswers,
     child_environment,
 )
-from sweep.plan import Cell, ModelPlan
-from sweep.preflight import Facts
-from sweep.scoring import Method
-from sweep.server import Endpoint
+from sweep.evaluating.preflight import Facts
+from sweep.evaluating.scoring import Method
+from sweep.planning.config import Model, Seeds, Task
+from sweep.planning.plan import Cell, ModelPlan
+from sweep.serving.server import Endpoint
 
 ROOT = Path(__file__).parent.parent
 E = TypeVar("E")
 
 ECHO_ONLY = facts(methods=[Method.ECHO])
+
+SECRETS = {"HF_TOKEN": "hf_of-the-hub-4711", "WANDB_API_KEY": "secret-of-wandb", "MY_TOKEN": "a-token-of-my-own"}
+"""In the environment of whoever starts an evaluator."""
+
+
+def child_of(supervisor: int) -> psutil.Process:
+    """The evaluator itself, two processes below."""
+    found: list[psutil.Process] = []
+
+    def is_there() -> bool:
+        found[:] = [
+            process
+            for process in psutil.Process(supervisor).children(recursive=True)
+            if process.cmdline()[1:4] == ["-P", "-m", "sweep.evaluating.evaluator"]
+        ]
+        return bool(found)
+
+    until(is_there)
+    return found[0]
 
 
 class Driver:
@@ -56,8 +76,8 @@ class Driver:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self.process = EvaluatorProcess(log)
-        self.child = psutil.Process(self.process._process.pid)
+        self.process = EvaluatorProcess(log, secrets=[KEY])
+        self.child = child_of(self.process._process.pid)
         self.answers: dict[bytes, bytes] = {}
         self.replies = True
         self.said: list[tuple[float, Event]] = []
@@ -128,8 +148,9 @@ class Driver:
 def driver(log: Path, hf_home: Path) -> Iterator[Driver]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(hf_home))
-        patch.setenv("WANDB_API_KEY", "secret-of-wandb")
-        patch.setenv("VLLM_API_KEY", KEY)
+        for name, secret in SECRETS.items():
+            patch.setenv(name, secret)
+        patch.setenv("RENAMED", KEY)
         patch.setenv("HF_DATASETS_OFFLINE", "1")
         found = Driver(log)
     try:
@@ -222,18 +243,157 @@ def test_a_check_says_whether_a_model_has_what_it_needs(
     assert "no chat template" in error
 
 
-def test_the_child_sees_no_secret_and_no_gpu(evaluator: Driver) -> None:
-    environment = evaluator.child.environ()
-    assert not {"WANDB_API_KEY", "VLLM_API_KEY", "OPENAI_API_KEY"} & environment.keys()
-    assert environment["CUDA_VISIBLE_DEVICES"] == ""
-    assert KEY not in json.dumps(environment) + json.dumps(evaluator.child.cmdline())
+# Secrets
 
 
-def test_an_environment_keeps_the_hubs_key_and_nothing_of_ray() -> None:
-    given = {"HF_TOKEN": "t", "RAY_ADDRESS": "x", "OMP_NUM_THREADS": "1", "WANDB_API_KEY": "w", "PATH": "/bin"}
-    made = child_environment(given)
-    assert made == {"HF_TOKEN": "t", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+def test_the_child_and_those_above_it_were_started_without_a_secret_and_without_a_gpu(evaluator: Driver) -> None:
+    family = [psutil.Process(evaluator.process._process.pid)]
+    family += family[0].children(recursive=True)
+    assert len(family) == 3
+    for process in family:
+        environment = process.environ()
+        assert not {*SECRETS, "RENAMED"} & environment.keys()
+        assert environment["CUDA_VISIBLE_DEVICES"] == ""
+        told = json.dumps(environment) + json.dumps(process.cmdline())
+        assert not [secret for secret in (KEY, *SECRETS.values()) if secret in told]
+
+
+def test_an_environment_keeps_no_secret_and_nothing_of_ray() -> None:
+    given = {"HF_TOKEN": "t", "RAY_ADDRESS": "x", "OMP_NUM_THREADS": "1", "MY_PASSWORD": "w", "PATH": "/bin"}
+    made = child_environment({**given, "OTHER": "known-by-value"}, ["known-by-value"])
+    assert made == {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     assert child_environment({"PYTHONPATH": "/mine"})["PYTHONPATH"] == f"{ROOT}{os.pathsep}/mine"
+
+
+def test_code_that_a_model_wrote_finds_the_hubs_token_nowhere_and_no_way_to_the_driver(
+    evaluator: Driver, cell: Any, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    found = tmp_path / "found.json"
+    folder = make_tasks(tmp_path / "own")
+    (folder / "spy.py").write_text(SPY.replace("FOUND", repr(str(found))))
+    (folder / "spies.yaml").write_text(
+        (folder / "code.yaml").read_text().replace("utils.code", "spy.looks").replace('task: "code"', 'task: "spies"')
+        + "process_docs: !function spy.loads\n"
+    )
+    for asked in (1, 0):  # from a server, from stored answers
+        found.unlink(missing_ok=True)
+        done = evaluator.run(cell("spies", folder=folder, limit=1, unsafe_code=True), facts(), [(endpoint, 8)])
+        assert done.record.counts.asked == asked
+        seen = json.loads(found.read_text())
+        # The task can be loaded, and its metrics have what they need from the start.
+        assert seen["loading"] == SECRETS["HF_TOKEN"]
+        for where in ("forked", "started"):
+            assert "PATH" in seen[where]["environment"]
+            assert len(seen[where]["above"]) >= 3  # the evaluator and its supervisor, read from /proc
+            assert not [name for name, secret in SECRETS.items() if secret in json.dumps(seen[where])], seen[where]
+            assert not [link for link in seen[where]["descriptors"] if link.startswith("socket:")], seen[where]
+    # The next task can load again.
+    assert (
+        evaluator.ask(
+            CheckTask(
+                task_name="spies",
+                task=Task(task="spies", include_path=str(folder)),
+                seeds=Seeds(),
+                model=Model(path="org/m"),
+            )
+        )
+        is None
+    )
+    assert json.loads(found.read_text())["loading"] == SECRETS["HF_TOKEN"]
+
+
+SPY = '''
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+LOOK = """
+import json, os, sys
+
+def look(highest):
+    above, pid = [], os.getppid()
+    while True:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            above.append(file.read().decode(errors="replace"))
+        if pid == highest:
+            break
+        with open(f"/proc/{pid}/stat") as file:
+            pid = int(file.read().rpartition(")")[2].split()[1])
+    with open("/proc/self/environ", "rb") as file:
+        first = file.read().decode(errors="replace")
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:  # of the listing itself
+            pass
+    return {"environment": dict(os.environ), "first": first, "above": above, "descriptors": links}
+"""
+exec(LOOK)
+PROGRAM = LOOK + "json.dump(look(int(sys.argv[1])), sys.stdout)"
+SEEN = {}
+
+
+def supervisor():
+    """The evaluator's parent's parent is the last that is ours."""
+    with open(f"/proc/{os.getppid()}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
+def loads(split):
+    SEEN["loading"] = os.environ.get("HF_TOKEN")
+    with open(FOUND, "w") as file:
+        json.dump(SEEN, file)
+    return split
+
+
+def looks(doc, results):
+    highest = supervisor()
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=lambda: queue.put(look(highest)))
+    child.start()
+    SEEN["forked"] = queue.get()
+    child.join()
+    # close_fds=False as os.system and os.posix_spawn have it.
+    command = [sys.executable, "-c", PROGRAM, str(highest)]
+    told = subprocess.run(command, close_fds=False, capture_output=True, check=True)
+    SEEN["started"] = json.loads(told.stdout)
+    with open(FOUND, "w") as file:
+        json.dump(SEEN, file)
+    return {"score": 1}
+'''
+
+
+def test_a_log_holds_no_secret_even_when_it_comes_in_pieces(
+    evaluator: Driver, cell: Any, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    folder = make_tasks(tmp_path / "own")
+    (folder / "says.py").write_text(SAYS)
+    (folder / "says.yaml").write_text(
+        (folder / "timed.yaml").read_text().replace("utils.timed", "says.says").replace('task: "timed"', 'task: "says"')
+    )
+    evaluator.run(cell("says", folder=folder, limit=1), facts(), [(endpoint, 8)])
+    until(lambda: "the end of it" in evaluator.log.read_text())
+    shown = evaluator.log.read_text()
+    assert "in pieces ***, whole ***, logged ***, almost hf_of-the\n" in shown
+    assert SECRETS["HF_TOKEN"] not in shown
+
+
+SAYS = """
+import os, sys, time
+
+def says(doc, results):
+    token = os.environ["HF_TOKEN"]
+    os.write(1, b"in pieces " + token[:5].encode())
+    time.sleep(0.2)
+    os.write(1, token[5:].encode() + f", whole {token}, logged {token}, almost {token[:9]}".encode())
+    time.sleep(0.2)
+    os.write(2, b"\\nthe end of it\\n")
+    return {"score": 1}
+"""
 
 
 # A cell from beginning to end
@@ -337,7 +497,7 @@ def test_a_cell_can_be_taken_back_in_the_middle_and_goes_on_with_what_it_had(
     log.new()
     done = evaluator.run(cell("phrases"), ECHO_ONLY, [(endpoint, 8)])
     assert (done.record.counts.reused, done.record.counts.asked) == (had, 64 - had)
-    assert log.new() == []
+    assert len(log.new()) <= 4  # what was in flight may reach a busy server late
 
 
 def test_a_cell_taken_back_before_it_began_leaves_the_next_one_alone(
@@ -390,24 +550,29 @@ def test_an_evaluator_stops_with_all_that_a_task_has_started(cell: Any, endpoint
 PARENT = """
 import sys, time
 from pathlib import Path
-from sweep.evaluator import EvaluatorProcess, PoolChanged
+from sweep.evaluating.evaluator import EvaluatorProcess, PoolChanged
 process = EvaluatorProcess(Path(sys.argv[1]))
-print(process._process.pid, process._folder.name, flush=True)
+print(process._process.pid, flush=True)
 time.sleep(600)
 """
 
 
-def test_an_evaluator_does_not_outlive_a_driver_that_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_evaluator_does_not_outlive_a_driver_that_was_killed(tmp_path: Path, stopped: bool) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path / "log")], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     with parent:
         assert parent.stdout is not None
-        number, folder = parent.stdout.readline().split()
-        child = psutil.Process(int(number))
+        child = child_of(int(parent.stdout.readline()))
+        until(lambda: child.cwd() != str(ROOT))
+        folder = Path(child.cwd())
+        assert folder.parent.is_relative_to(tempfile.gettempdir())
+        if stopped:  # as one that computes for long and hears nothing
+            child.suspend()
         parent.send_signal(signal.SIGKILL)
     until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
-    until(lambda: not Path(folder).exists())
+    until(lambda: not folder.exists())
 
 
 # GPQA: documents that are shuffled while they are loaded

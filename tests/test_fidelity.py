@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from sweep import demo
-from sweep.config import Device, Model
-from sweep.plan import ServerPlan
-from sweep.server import Endpoint, Server
+from sweep.planning.config import Device, Model
+from sweep.planning.plan import ServerPlan
+from sweep.serving.server import Endpoint, Server
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"

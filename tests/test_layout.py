@@ -9,36 +9,53 @@ from pathlib import Path
 
 import pytest
 
-from sweep.loading import load
+from sweep.planning.loading import load
 
 ROOT = Path(__file__).parent.parent
 
 ORDER = [
     "errors",
+    "record",
+    # planning
     "tasks",
     "config",
     "loading",
-    "record",
+    "hub",
     "plan",
-    "machine",
+    # results
     "store",
-    "schedule",
+    "mirror",
+    "tracking",
+    "report",
+    # serving
     "supervisor",
     "vllm_plugin",
+    "vllm_parser",
+    "causes",
+    "engine",
+    "metrics",
+    "watch",
+    "gpu",
     "server",
+    "external",
+    # evaluating
     "concurrency",
     "client",
     "scoring",
     "preflight",
     "lm",
     "evaluation",
-    "mirror",
-    "tracking",
-    "report",
     "evaluator",
+    # running
+    "machine",
+    "restarts",
+    "schedule",
     "cluster",
     "progress",
     "runner",
+    # the commands
+    "checkup",
+    "fetch",
     "overview",
     "demo",
     "cli",
@@ -50,13 +67,14 @@ OWNERS = {
     "ray": {"cluster"},
     "wandb": {"mirror"},
     "lm_eval": {"lm", "evaluation"},  # tasks.py finds its folder without importing it
-    "vllm": set(),  # always another process
+    "vllm": {"vllm_parser"},  # a script of another process
 }
 """The only modules that may import a foreign library, at whatever depth of their code."""
 
 HEAVY = ["torch", "vllm", "ray", "lm_eval", "transformers", "datasets", "wandb"]
 
-MODULES = sorted(path.stem for path in (ROOT / "sweep").glob("*.py") if path.stem != "__init__")
+PATHS = {path.stem: path for path in (ROOT / "sweep").rglob("*.py") if path.stem != "__init__"}
+MODULES = sorted(PATHS)
 
 
 def imported_names(source: str) -> Iterator[tuple[int, str]]:
@@ -80,17 +98,18 @@ def siblings(path: Path) -> dict[str, int]:
     """Module of ours -> the line of `path` that first imports it."""
     found: dict[str, int] = {}
     for line, name in imports_of(path):
-        parts = name.split(".")
-        if parts[0] == "sweep" and len(parts) > 1 and parts[1] in {*ORDER, *MODULES}:
-            found.setdefault(parts[1], line)
+        package, *parts = name.split(".")
+        for part in parts[:2] if package == "sweep" else ():
+            if part in {*ORDER, *MODULES}:
+                found.setdefault(part, line)
     return found
 
 
 @pytest.mark.parametrize(
     ("source", "names"),
     [
-        ("import sweep.plan", {"sweep.plan"}),
-        ("from sweep import plan", {"sweep", "sweep.plan"}),
+        ("import sweep.planning.plan", {"sweep.planning.plan"}),
+        ("from sweep.planning import plan", {"sweep.planning", "sweep.planning.plan"}),
         ("from . import plan", {"sweep", "sweep.plan"}),
         ("from .plan import Cell", {"sweep.plan", "sweep.plan.Cell"}),
         ("def f():\n    import ray.util", {"ray.util"}),
@@ -108,8 +127,8 @@ def test_every_module_has_its_place_in_the_order() -> None:
 def test_a_module_imports_only_from_its_left(module: str) -> None:
     left = ORDER[: ORDER.index(module)] if module in ORDER else []
     wrong = [
-        f"sweep/{module}.py:{line} imports {name}"
-        for name, line in siblings(ROOT / "sweep" / f"{module}.py").items()
+        f"{PATHS[module].relative_to(ROOT)}:{line} imports {name}"
+        for name, line in siblings(PATHS[module]).items()
         if name not in [*left, module]  # itself: run with `-m`, a module imports its own name so that its types pickle
     ]
     assert not wrong, f"{wrong}; the order is {' '.join(ORDER)}"
@@ -118,8 +137,8 @@ def test_a_module_imports_only_from_its_left(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_foreign_library_appears_only_where_it_belongs(module: str) -> None:
     wrong = [
-        f"sweep/{module}.py:{line} imports {name}"
-        for line, name in imports_of(ROOT / "sweep" / f"{module}.py")
+        f"{PATHS[module].relative_to(ROOT)}:{line} imports {name}"
+        for line, name in imports_of(PATHS[module])
         if module not in OWNERS.get(name.partition(".")[0], {module})
     ]
     assert not wrong, wrong
@@ -127,8 +146,9 @@ def test_a_foreign_library_appears_only_where_it_belongs(module: str) -> None:
 
 def test_the_supervisor_needs_the_standard_library_only() -> None:
     """It runs as `python -S -E` and has to start within milliseconds, from whatever the environment has become."""
-    path = ROOT / "sweep" / "supervisor.py"
-    foreign = {name for _, name in imports_of(path) if name.partition(".")[0] not in sys.stdlib_module_names}
+    foreign = {
+        name for _, name in imports_of(PATHS["supervisor"]) if name.partition(".")[0] not in sys.stdlib_module_names
+    }
     assert not foreign
 
 

@@ -15,13 +15,13 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sweep.client import Client, Pool
-from sweep.config import Overflow
 from sweep.errors import TaskError
-from sweep.lm import SweepLM
-from sweep.preflight import Facts
-from sweep.scoring import Method
-from sweep.server import Endpoint
+from sweep.evaluating.client import Client, Pool
+from sweep.evaluating.lm import SweepLM
+from sweep.evaluating.preflight import Facts
+from sweep.evaluating.scoring import Method
+from sweep.planning.config import Overflow
+from sweep.serving.server import Endpoint
 
 ECHO_ONLY = facts(methods=[Method.ECHO])
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sweep.config import CellOverride, Device, Overflow, Seeds, SweepConfig
 from sweep.errors import ConfigError
-from sweep.loading import dump, load, secrets_of
+from sweep.planning.config import CellOverride, Device, Overflow, Seeds, SweepConfig
+from sweep.planning.loading import dump, is_secret, load, secrets_of
 
 SMALL = """
 models:
@@ -25,7 +25,7 @@ tasks:
 def clean_place(tmp_path, monkeypatch):
     """An empty current directory, and no variable of this machine that would count as a secret."""
     monkeypatch.chdir(tmp_path)
-    for name in ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MY_KEY"):
+    for name in ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MY_KEY", "LMSWEEP_ENGINE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -216,6 +216,85 @@ runs_dir: out
     assert config.runs_dir == str(here / "out")
 
 
+AT_A_URL = "models: {m: {url: http://node7:8000, tokenizer: org/t}}\ntasks: {gsm8k: }\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "url"),
+    [
+        ("http://node7:8000", "http://node7:8000"),
+        ("http://node7:8000/", "http://node7:8000"),
+        ("http://node7:8000/v1", "http://node7:8000"),
+        ("http://Node7:8000/v1/", "http://node7:8000"),
+        ("https://models.org", "https://models.org"),
+        ("HTTPS://models.org:/v1", "https://models.org"),
+        ("http://[::1]:8000", "http://[::1]:8000"),
+        ("https://gateway.org/api/v1", "https://gateway.org/api"),
+        ("https://gateway.org/Team-v1/", "https://gateway.org/Team-v1"),
+    ],
+)
+def test_a_url_becomes_the_address_of_a_server(written, url):
+    model = loaded(AT_A_URL, f"models.m.url={written}").models["m"]
+    assert (model.url, model.path, model.entry, model.tokenizer) == (url, "", "m", "org/t")
+
+
+def test_a_model_at_a_url_may_say_how_the_server_calls_it_and_what_it_serves(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "key-of-the-gateway")
+    model = loaded("""
+models:
+  m:
+    url: http://node7:8000
+    tokenizer: ./tokenizer
+    served_model_name: org/m-awq
+    api_key: ${oc.env:MY_KEY}
+    revision: v2
+    chat: true
+    max_model_len: 4096
+    concurrency: 8
+    trust_remote_code: true
+tasks: {gsm8k: }
+""").models["m"]
+    assert (model.served_model_name, model.api_key, model.revision) == ("org/m-awq", "key-of-the-gateway", "v2")
+    assert model.tokenizer == str(Path.cwd() / "tokenizer")
+
+
+def test_a_url_replaces_a_weaker_path_and_what_was_said_of_our_server():
+    config = loaded("""
+defaults: {model: {device: cpu, env: {A: 1}, dtype: bfloat16, tokenizer: org/t, api_key: "${oc.env:MY_KEY,k}"}}
+models:
+  at: {url: "http://node7:8000"}
+  both:
+    path: org/m
+    server: {max_num_seqs: 8}
+    variants: {ours: , theirs: {url: "http://node8:8000", served_model_name: x}, again: {path: org/n}}
+tasks: {gsm8k: }
+""")
+    assert {name: (model.path, model.url, model.device) for name, model in config.models.items()} == {
+        "at": ("", "http://node7:8000", Device.GPU),
+        "both-ours": ("org/m", None, Device.CPU),
+        "both-theirs": ("", "http://node8:8000", Device.GPU),
+        "both-again": ("org/n", None, Device.CPU),
+    }
+    assert [model.dtype for model in config.models.values()] == ["auto", "bfloat16", "auto", "bfloat16"]
+    assert [model.api_key for model in config.models.values()] == ["k", None, None, None]
+    assert config.models["both-theirs"].server == {}
+
+
+def test_the_python_of_a_server_keeps_its_links_which_make_a_virtual_environment(tmp_path, monkeypatch):
+    Path("old/bin").mkdir(parents=True)
+    Path("old/bin/python").symlink_to(sys.executable)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for written in ("old/bin/python", "./old/bin/../bin/python", "~/old/bin/python", str(tmp_path / "old/bin/python")):
+        model = loaded(SMALL, f"models.qwen.server_python={written}").models["qwen"]
+        assert model.server_python == str(tmp_path / "old/bin/python")
+
+
+def test_a_server_python_beside_an_engine_that_replaces_all_is_refused(monkeypatch):
+    monkeypatch.setenv("LMSWEEP_ENGINE", "engine")
+    message = refused(SMALL, f"models.qwen.server_python={sys.executable}")
+    assert message.startswith("command line: models.qwen.server_python: LMSWEEP_ENGINE is set and replaces every")
+
+
 def test_keys_with_nothing_behind_them_are_empty():
     config = loaded(SMALL + "suites:\nextends:\nwandb:\ncells:\ndefaults:\n  model:\n")
     assert config == loaded(SMALL)
@@ -258,6 +337,11 @@ def test_overrides_may_add_a_task_and_a_model_that_has_a_path():
     config = loaded(SMALL, "tasks.gsm9k={}", "models.new.path=org/new", "models.new.chat=true")
     assert config.tasks["gsm9k"].task == "gsm9k"
     assert config.models["new"].chat
+
+
+def test_an_override_may_add_a_model_that_has_a_url():
+    config = loaded(SMALL, "models.new.url=http://node7:8000/v1", "models.new.tokenizer=org/t")
+    assert config.models["new"].url == "http://node7:8000"
 
 
 # --- Mistakes: one line with the source, the key, what was wrong, the nearest known name -----------------------------
@@ -304,8 +388,10 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         (
             "models: {m: }\n" + ONE_TASK,
             [],
-            "conf/s.yaml: models.m.path: missing value; give a hub id or a local folder",
+            "conf/s.yaml: models.m.path: missing value; give a hub id or a local folder, or url for a server that",
         ),
+        ("models: {m: {path: ''}}\n" + ONE_TASK, [], "conf/s.yaml: models.m.path: missing value; give a hub id"),
+        (SMALL, ["models.new.chat=true"], "no such model (a new one needs a path or url)"),
         ("models: {m: {path: '???'}}\n" + ONE_TASK, [], "conf/s.yaml: models.m.path: missing value"),
         (ONE_TASK, [], "conf/s.yaml: models: missing value; a sweep needs at least one model"),
         (ONE_MODEL, [], "conf/s.yaml: tasks: missing value; a sweep needs at least one task, or a suite"),
@@ -336,6 +422,50 @@ ONE_TASK = "tasks: {gsm8k: }\n"
             [],
             "limit: wants an integer or a number, got '5'; write it without quotes, an i",
         ),
+        # models at a url
+        (AT_A_URL, ["models.m.path=org/m"], "command line: models.m.path: the model is what the server at url serves"),
+        (SMALL, ["models.qwen.url=http://n:1"], "conf/s.yaml: models.qwen.path: the model is what the server at url"),
+        (AT_A_URL, ["models.m.checkpoints=[a/*]"], "command line: models.m.checkpoints: the model is what the server"),
+        (
+            "models: {m: {url: 'http://n:1'}}\n" + ONE_TASK,
+            [],
+            "conf/s.yaml: models.m.tokenizer: missing value; a model at a url needs its hub id or folder, as prompts",
+        ),
+        *(
+            (AT_A_URL, [f"models.m.{key}={value}"], f"command line: models.m.{key}: has no effect with url: ")
+            for key, value in {
+                "server": "{max_num_seqs: 8}",
+                "env": "{A: b}",
+                "device": "cpu",
+                "tensor_parallel": "2",
+                "gpus": "1.0",
+                "replicas": "2",
+                "quantization": "awq",
+                "dtype": "auto",
+                "generation_config": "auto",
+                "adapters": "{sql: org/sql}",
+                "server_python": sys.executable,
+            }.items()
+        ),
+        (SMALL, ["models.qwen.served_model_name=x"], "served_model_name: has no effect without url: our servers se"),
+        (SMALL, ["models.qwen.api_key=${oc.env:N,k}"], "models.qwen.api_key: has no effect without url: our servers"),
+        (AT_A_URL, ["models.m.url=node7:8000"], "got 'node7:8000'; did you mean 'http://node7:8000'?"),
+        (AT_A_URL, ["models.m.url=ftp://node7"], "models.m.url: wants http://host:port of an OpenAI-compatible server"),
+        (AT_A_URL, ["models.m.url=http://"], "got 'http://'"),
+        (AT_A_URL, ["models.m.url=http://node7:x"], "got 'http://node7:x'"),
+        (AT_A_URL, ["models.m.url=http://node7:80000"], "got 'http://node7:80000'"),
+        (AT_A_URL, ["models.m.url='http://node 7'"], "got 'http://node 7'"),
+        (AT_A_URL, ["models.m.url=http://[::1"], "got 'http://[::1'"),
+        (
+            AT_A_URL,
+            ["models.m.url=http://node7:8000/v1/completions"],
+            "got 'http://node7:8000/v1/completions'; did you mean 'http://node7:8000'?",
+        ),
+        # the Python of a server
+        (SMALL, ["models.qwen.server_python=/gone/python"], "models.qwen.server_python: no file '/gone/python'"),
+        (SMALL, ["models.qwen.server_python=."], "is a folder; did you mean '/"),
+        (SMALL, ["models.qwen.server_python=conf/s.yaml"], "cannot be executed; give a Python that has vLLM"),
+        (SMALL, ["models.qwen.server_python=conf/s.yml"], "/conf/s.yml'; did you mean 's.yaml'?"),
         # names
         ("models: {qwen2.5: {path: o/m}}\n" + ONE_TASK, [], "conf/s.yaml: models.qwen2.5: a name holds only letters"),
         (ONE_MODEL + "tasks: {a/b: }", [], "tasks.a/b: a name holds only letters, digits, - and _; call it 'a-b'"),
@@ -355,6 +485,7 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         (SMALL, ["models.qwen.tensor_parallel=0"], "command line: models.qwen.tensor_parallel: wants 1 or more, got 0"),
         (SMALL, ["models.qwen.replicas=0"], "command line: models.qwen.replicas: wants 1 or more, got 0"),
         (SMALL, ["models.qwen.concurrency=-1"], "command line: models.qwen.concurrency: wants 1 or more, got -1"),
+        (SMALL, ["models.qwen.hang_timeout_s=0.0"], "hang_timeout_s: wants more than 0 seconds, got 0.0"),
         (SMALL, ["models.qwen.gpus=1.5"], "models.qwen.gpus: wants a share below 1 or whole GPUs, got 1.5"),
         (SMALL, ["models.qwen.gpus=0.5", "models.qwen.tensor_parallel=2"], "gpus: tensor_parallel spans 2 whole GPUs"),
         (SMALL, ["models.qwen.device=cpu", "models.qwen.tensor_parallel=2"], "spans GPUs, but device is cpu; got 2"),
@@ -485,6 +616,51 @@ def test_a_secret_that_is_written_down_is_refused_with_the_cure_and_not_repeated
     assert "sk-0123456789" not in message
 
 
+@pytest.mark.parametrize("place", ["models.m", "models.m.variants.a", "defaults.model"])
+def test_the_key_of_a_server_at_a_url_is_a_secret_like_any_other(place, monkeypatch):
+    assert "sk-0123456789" not in refused(AT_A_URL, f"{place}.api_key=sk-0123456789")
+    monkeypatch.setenv("MY_KEY", "sk-0123456789")
+    config = loaded(AT_A_URL, f"{place}.api_key=${{oc.env:MY_KEY}}")
+    (model,) = config.models.values()
+    assert model.api_key == "sk-0123456789"
+    assert "sk-0123456789" in secrets_of(config)
+    assert "sk-0123456789" not in dump(config) + repr(config)
+
+
+@pytest.mark.parametrize("url", ["http://me:sk-0123456789@node7:8000", "http://node7:8000/v1?api_key=sk-0123456789"])
+def test_a_secret_in_a_url_is_refused_and_not_repeated(url):
+    message = refused(AT_A_URL, f"models.m.url={url}")
+    assert "command line: models.m.url: " in message
+    assert "give the key as api_key" in message
+    assert "sk-0123456789" not in message
+
+
+@pytest.mark.parametrize("key", ["sk-0123456789\n", "sk 0123456789", "sk-0123456789ä"])
+@pytest.mark.parametrize("place", ["api_key", "models.m.api_key"])
+def test_a_key_that_fits_into_no_header_is_refused_and_not_repeated(place, key, monkeypatch):
+    monkeypatch.setenv("MY_KEY", key)
+    message = refused(AT_A_URL, f"{place}=${{oc.env:MY_KEY}}")
+    assert f"command line: {place}: holds a blank, a line break or a letter beyond ASCII" in message
+    assert "0123456789" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("api_key", True),
+        ("api-key", True),
+        ("HF_TOKEN", True),
+        ("AWS_SECRET_ACCESS_KEY", True),
+        ("DB_PASSWORD", True),
+        ("eos_token", False),
+        ("max_tokens", False),
+        ("KEYBOARD", False),
+    ],
+)
+def test_the_end_of_a_name_tells_a_secret(name, secret):
+    assert is_secret(name) is secret
+
+
 def test_the_dump_is_the_resolved_config(monkeypatch):
     config = loaded(SMALL, "limit=4", "models.qwen.device=cpu", "wandb.tags=[a,b]")
     saved = yaml.safe_load(dump(config))
@@ -540,6 +716,6 @@ def test_the_qwen_sweep_holds_the_models_and_tasks_of_the_original_recipe():
 
 def test_importing_the_config_loads_nothing_heavy():
     heavy = "{'torch', 'vllm', 'ray', 'lm_eval', 'transformers', 'wandb', 'datasets', 'numpy'}"
-    code = f"import sys, sweep.loading; print(*{heavy} & set(sys.modules))"
+    code = f"import sys, sweep.planning.loading; print(*{heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SHIPPED.parent)
     assert found.stdout.strip() == ""

@@ -1,17 +1,18 @@
 """What a machine carries, and refusing at once what it does not."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from sweep import machine
-from sweep.config import Device, Model, RayConfig
 from sweep.errors import ResourceError
-from sweep.machine import Capacity, local_capacity, local_gpus, require, starts_local
-from sweep.plan import ServerPlan
+from sweep.planning.config import Device, Model, RayConfig
+from sweep.planning.plan import ServerPlan
+from sweep.running import machine
+from sweep.running.machine import Capacity, local_capacity, local_gpus, require, starts_local
 
 
 def gpus_listed(path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -126,6 +127,13 @@ def plans(*needs: tuple[str, Device, float]) -> dict[str, ServerPlan]:
 
 def capacity(gpus: float, largest: float) -> Capacity:
     return Capacity(gpus=gpus, largest_node_gpus=largest, cpu_servers=1, evaluators=1)
+
+
+def test_a_server_that_someone_else_runs_needs_no_gpu() -> None:
+    model = Model(url="http://gpu-box:8000", tokenizer="org/m")
+    theirs = ServerPlan(name="m", model=model, revision=None, adapters={"m": None}, gpus=0, replicas=1)
+    require({"m": theirs}, capacity(0, 0))
+    require({"m": replace(theirs, gpus=4)}, capacity(0, 0))
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from sweep.config import CellOverride, Device, Model, SweepConfig, Task
 from sweep.errors import ConfigError
 from sweep.overview import describe, document, rendered
-from sweep.plan import Plan, make_plan
-from sweep.store import RunDirectory
+from sweep.planning.config import CellOverride, Device, Model, SweepConfig, Task
+from sweep.planning.plan import Plan, make_plan
+from sweep.results.store import RunDirectory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -17,6 +17,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture(autouse=True)
 def _nothing_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "/hf")
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
     for name in ("HF_TOKEN", "LMSWEEP_ENGINE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -67,7 +70,31 @@ def test_a_plan_is_cells_tasks_and_servers_with_their_commands() -> None:
         "    the commit of org/tiny is not known here; it is asked for when the sweep runs",
         "    python -m vllm.entrypoints.openai.api_server --model org/tiny --served-model-name tiny-awq "
         "--host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm --disable-uvicorn-access-log",
+        "",
+        "missing here, in /hf",
+        f"  model org/base@{COMMIT}: not here",
+        "  model org/tiny@main: not here",
+        "  data set openai/gsm8k (main): not here",
+        "  data set Idavidrein/gpqa (gpqa_main): not here",
+        "  `python launch.py fetch` with the same arguments brings it",
     ]
+
+
+def test_a_server_that_someone_else_runs_has_an_address_and_no_command() -> None:
+    theirs = Model(url="http://node7:8000", tokenizer="org/base", served_model_name="org/x", revision="v2")
+    config = sweep(models={"theirs": theirs})
+    shown = lines(config)
+    start = shown.index("servers")
+    assert shown[start + 1 : start + 3] == [
+        "  theirs: no GPU of ours, concurrency auto",
+        "    org/x at http://node7:8000, which someone else runs: not started, not stopped",
+    ]
+    assert not any("vllm" in line for line in shown)
+    saved = document(planned(config))
+    assert saved["servers"]["theirs"] == {"gpus": 0.0, "replicas": 1, "url": "http://node7:8000"}
+    known = {"url": "http://node7:8000", "revision": "v2", "commit": None, "server": "theirs"}
+    assert saved["models"]["theirs"].items() >= known.items()
+    assert "path" not in saved["models"]["theirs"]
 
 
 def test_a_cell_with_settings_of_its_own_says_them() -> None:
@@ -99,6 +126,27 @@ def test_the_saved_plan_is_json_with_what_a_later_launch_needs() -> None:
     assert saved["servers"]["base"]["gpus"] == 2
     assert "--tensor-parallel-size" in saved["servers"]["base"]["command"]
     assert saved["commits"] == {f"org/base@{COMMIT}": COMMIT}
+
+
+def test_a_server_is_shown_with_its_own_python_and_variables_and_what_became_of_older_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "NOTE": "two words", "JUDGE_API_KEY": "sk-very-secret", "VLLM_USE_V1": "0"}
+    server = {"swap_space": 4, "override_generation_config": {"note": "sk-very-secret"}}
+    model = Model(path="org/m", revision=COMMIT, server_python="/o/bin/python", env=env, server=server)
+    shown = lines(sweep(models={"m": model}))
+    start = shown.index("servers")
+    assert shown[start + 2 : start + 5] == [
+        "    VLLM_CPU_KVCACHE_SPACE=1 NOTE='two words' JUDGE_API_KEY=*** /o/bin/python -m "
+        f"vllm.entrypoints.openai.api_server --model org/m --revision {COMMIT} --served-model-name m "
+        "--host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm --disable-uvicorn-access-log "
+        """--override-generation-config '{"note": "***"}'""",
+        "    models.m.server.swap_space is dropped: vLLM no longer swaps preempted requests to the CPU, it computes "
+        "them again",
+        "    models.m.env.VLLM_USE_V1 is dropped: vLLM has only the V1 engine now",
+    ]
+    assert not any("very-secret" in line for line in shown)
 
 
 def test_an_option_that_is_not_set_there_is_refused() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import constants, errors
+from huggingface_hub import constants
 
-from sweep.config import CellOverride, Device, Model, Overflow, Seeds, SweepConfig, Task
 from sweep.errors import ConfigError
-from sweep.plan import Plan, ServerPlan, make_plan, on_cpu, resolve_revision
+from sweep.planning.config import CellOverride, Device, Model, Overflow, Seeds, SweepConfig, Task
+from sweep.planning.plan import Plan, ServerPlan, make_plan, on_cpu, served_name
 from sweep.record import Record, Status
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -101,6 +101,8 @@ NUMBERS: list[dict[str, Any]] = [
     {"server": {"kv_cache_dtype": "fp8"}},
     {"server": {"some_option_of_tomorrow": 1}},
     {"env": {"VLLM_ATTENTION_BACKEND": "FLASHINFER"}},
+    {"server_python": "/old/bin/python"},
+    {"url": "http://node7:8000"},
 ]
 SPEED: list[dict[str, Any]] = [
     {"tensor_parallel": 2},
@@ -108,6 +110,7 @@ SPEED: list[dict[str, Any]] = [
     {"replicas": 3},
     {"concurrency": 7},
     {"startup_timeout_s": 1.0},
+    {"hang_timeout_s": 1.0},
     {"device": Device.CPU},
     {"server": {"max_num_seqs": 7}},
     {"server": {"enable_prefix_caching": False, "gpu_memory_utilization": 0.5, "enforce_eager": True}},
@@ -136,6 +139,76 @@ def test_what_changes_numbers_changes_the_fingerprint(hub: Hub, changes: dict[st
 def test_what_changes_speed_alone_does_not(changes: dict[str, Any]) -> None:
     model = Model(path="org/m")
     assert fingerprint(replace(model, **changes)) == fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "digest"),
+    [
+        (Model(path="org/m", revision=COMMIT), "ef129a04784b6866870e2ab2134d6438"),
+        (Model(path="org/u", tokenizer="org/t"), "77458195f3f48c14ebb2bca40d2461f0"),
+        (
+            Model(
+                path="org/m",
+                revision=COMMIT,
+                dtype="float16",
+                quantization="awq",
+                max_model_len=99,
+                trust_remote_code=True,
+                generation_config="auto",
+                server={"hf_overrides": {"rope_theta": 1}, "max_num_seqs": 3},
+                env={"A": "1", "HF_TOKEN": "x"},
+            ),
+            "ed30f1c1a9bd073a73fdfc9dc4c75bc7",
+        ),
+    ],
+    ids=["plain", "tokenizer", "many settings"],
+)
+def test_answers_that_are_stored_stay_valid(model: Model, digest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fingerprints of run directories that exist; another digest here costs their users every answer they have."""
+    monkeypatch.delenv("LMSWEEP_ENGINE", raising=False)
+    assert fingerprint(model) == digest
+
+
+AT_A_URL = Model(url="http://node7:8000", tokenizer="org/t", entry="m")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"url": "http://node8:8000"},
+        {"served_model_name": "other"},
+        {"revision": "v2"},
+        {"tokenizer": "org/t2"},
+        {"max_model_len": 99},
+        {"trust_remote_code": True},
+    ],
+    ids=ids,
+)
+def test_what_changes_the_answers_of_a_url_changes_the_fingerprint(changes: dict[str, Any]) -> None:
+    assert fingerprint(replace(AT_A_URL, **changes)) != fingerprint(AT_A_URL)
+
+
+def test_a_model_at_a_url_is_what_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(AT_A_URL)
+    assert fingerprint(AT_A_URL, "n") != before
+    assert fingerprint(replace(AT_A_URL, served_model_name="m"), "n") == before
+    assert fingerprint(replace(AT_A_URL, api_key="k", hang_timeout_s=1.0, concurrency=3)) == before
+    monkeypatch.setenv("LMSWEEP_ENGINE", "an engine in place of those that we start")
+    assert fingerprint(AT_A_URL) == before
+
+
+def test_a_tokenizer_that_moves_makes_other_prompts_for_a_url(hub: Hub) -> None:
+    hub.commits["org/t", "main"] = COMMIT
+    before = planned(sweep({"m": AT_A_URL}), ask_hub=True)
+    hub.commits["org/t", "main"] = OTHER_COMMIT
+    after = planned(sweep({"m": AT_A_URL}), ask_hub=True)
+    assert before.models["m"].fingerprint != after.models["m"].fingerprint
+    assert (before.models["m"].tokenizer_revision, after.models["m"].tokenizer_revision) == (COMMIT, OTHER_COMMIT)
+
+
+def test_two_pythons_of_one_model_share_no_answer() -> None:
+    prints = {fingerprint(Model(path="org/m", server_python=python)) for python in (None, "/a/python", "/b/python")}
+    assert len(prints) == 3
 
 
 @pytest.mark.parametrize("changes", [{"chat": True}, {"system_instruction": "be brief"}])
@@ -235,7 +308,7 @@ def test_each_seed_changes_the_cell(seed: str) -> None:
 
 def test_the_version_of_lm_eval_changes_the_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     before = planned(sweep()).cells[0].fingerprint
-    monkeypatch.setattr("sweep.plan.version", lambda _: "9.9")
+    monkeypatch.setattr("sweep.planning.plan.version", lambda _: "9.9")
     assert planned(sweep()).cells[0].fingerprint != before
 
 
@@ -404,6 +477,42 @@ def test_adapters_of_one_base_share_a_server() -> None:
     assert [cell.model.server for cell in plan.cells] == ["m", "m", "n"]
 
 
+def test_a_server_at_a_url_takes_nothing_of_the_cluster() -> None:
+    plan = planned(sweep({"m": AT_A_URL, "n": Model(path="org/n", tensor_parallel=2)}))
+    server = plan.servers["m"]
+    assert (server.external, server.gpus, server.replicas) == (True, 0.0, 1)
+    assert not on_cpu(server, cluster_gpus=0)
+    assert (plan.servers["n"].external, plan.servers["n"].gpus) == (False, 2.0)
+    assert list(plan.owed_servers) == ["m", "n"]
+
+
+def test_a_label_of_what_is_at_a_url_is_no_revision_on_the_hub(hub: Hub) -> None:
+    hub.commits["org/t", "main"] = COMMIT
+    plan = planned(sweep({"m": replace(AT_A_URL, revision="v2")}), ask_hub=True)
+    assert hub.asked == [("org/t", "main")]
+    assert plan.models["m"].revision is None
+    assert plan.commits == {"org/t@main": COMMIT}
+
+
+def test_a_tokenizer_that_is_missing_costs_the_cells_of_its_url(tmp_path: Path) -> None:
+    plan = planned(sweep({"m": replace(AT_A_URL, tokenizer=str(tmp_path / "gone"))}))
+    assert not plan.owed
+    assert plan.refused["m/gsm8k"].error == f"models.m.tokenizer: no file or folder '{tmp_path / 'gone'}'"
+
+
+def test_a_model_is_asked_for_by_its_key_unless_a_url_calls_it_otherwise() -> None:
+    base = Model(path="org/m", entry="m")
+    models = {
+        "m": base,
+        "m-sql": replace(base, adapter="org/sql"),
+        "at": replace(AT_A_URL, entry="at"),
+        "named": replace(AT_A_URL, entry="named", served_model_name="org/m-awq"),
+    }
+    plan = planned(sweep(models))
+    assert [served_name(model) for model in plan.models.values()] == ["m", "m-sql", "at", "org/m-awq"]
+    assert [served_name(server) for server in plan.servers.values()] == ["m", "at", "org/m-awq"]
+
+
 @pytest.mark.parametrize(
     ("device", "cluster_gpus", "cpu"),
     [
@@ -421,54 +530,9 @@ def test_auto_means_the_cpu_only_where_there_is_no_gpu(device: Device, cluster_g
 # Commits
 
 
-def test_the_hub_s_word_comes_before_the_local_copy(hub: Hub) -> None:
-    hub.caches("org/m", "main", OTHER_COMMIT)
-    hub.commits["org/m", "main"] = COMMIT
-    assert resolve_revision("org/m", None, ask_hub=True, earlier=OTHER_COMMIT) == COMMIT
-    assert hub.asked == [("org/m", "main")]
-
-
-def test_a_plan_asks_nobody(hub: Hub) -> None:
-    hub.caches("org/m", "v1", COMMIT)
-    assert resolve_revision("org/m", "v1", ask_hub=False) == COMMIT
-    assert resolve_revision("org/m", "v2", ask_hub=False) is None
-    assert resolve_revision("org/m", None, ask_hub=False) is None
-    assert hub.asked == []
-
-
-def test_the_offline_switch_is_honoured(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub.caches("org/m", "main", COMMIT)
-    assert resolve_revision("org/m", None, ask_hub=True) == COMMIT
-    assert hub.asked == []
-
-
-def test_a_commit_stands_for_itself(hub: Hub) -> None:
-    assert resolve_revision("org/m", COMMIT, ask_hub=True) == COMMIT
-    assert hub.asked == []
+def test_a_commit_is_served_as_it_was_asked_for(hub: Hub) -> None:
     assert planned(sweep({"m": Model(path="org/m", revision=COMMIT)})).models["m"].revision == COMMIT
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        errors.HTTPError("404 Client Error.\nRepository Not Found"),
-        errors.OfflineModeIsEnabled("offline"),
-        errors.HFValidationError("Repo id must be in the form 'repo_name' or 'namespace/repo_name'"),
-        TimeoutError("timed out"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_hub_that_does_not_answer_is_said_in_one_line_and_costs_nothing_else(
-    hub: Hub, error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    hub.error = error
-    assert resolve_revision("org/m", None, ask_hub=True) is None
-    assert resolve_revision("org/m", None, ask_hub=True, earlier=COMMIT) == COMMIT
-    hub.caches("org/m", "main", OTHER_COMMIT)
-    assert resolve_revision("org/m", None, ask_hub=True) == OTHER_COMMIT
-    assert "org/m@main" in caplog.messages[0]
-    assert "\n" not in caplog.messages[0]
+    assert hub.asked == []
 
 
 def test_the_commit_is_part_of_the_fingerprint_and_is_what_is_served(hub: Hub) -> None:

@@ -11,8 +11,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from sweep.progress import PROGRESS_EVERY_S, Terminal
 from sweep.record import Counts, Record, Score, Status
+from sweep.running.progress import PROGRESS_EVERY_S, Terminal
 
 ACC = Score(
     task="gsm8k",

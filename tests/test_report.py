@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sweep.record import Counts, Record, Score, Status
-from sweep.report import COLUMNS, caveats, csv_text, failures, markdown, reason
+from sweep.results.report import COLUMNS, caveats, csv_text, failures, markdown, reason
 
 
 def score(task: str = "gsm8k", **changes: Any) -> Score:

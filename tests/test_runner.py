@@ -1,10 +1,12 @@
 """The loop on a scripted cluster, and whole sweeps as a user starts them: on real Ray and lm-eval, without a model."""
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -12,14 +14,16 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import termios
+import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import psutil
@@ -28,8 +32,16 @@ import yaml
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from sweep import evaluator as ev
-from sweep.cluster import (
+from sweep.errors import StoreError
+from sweep.evaluating import evaluator as ev
+from sweep.evaluating.preflight import Check, Expected, Facts
+from sweep.evaluating.preflight import Outcome as Checked
+from sweep.evaluating.scoring import Method
+from sweep.planning.config import Device, Model, Seeds, Task
+from sweep.planning.plan import Cell, ModelPlan, Plan, ServerPlan
+from sweep.record import Counts, Record, Status
+from sweep.results.store import Response, RunDirectory, Store, read_records, response_key
+from sweep.running.cluster import (
     ClusterEvent,
     EvaluatorLost,
     EvaluatorSaid,
@@ -38,22 +50,18 @@ from sweep.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.config import Device, Model, Seeds, Task
-from sweep.errors import StoreError
-from sweep.machine import Capacity
-from sweep.plan import Cell, ModelPlan, Plan, ServerPlan
-from sweep.preflight import Facts
-from sweep.progress import Terminal
-from sweep.record import Record, Status
-from sweep.runner import LOSSES_MOST, Runner
-from sweep.scoring import Method
-from sweep.server import Endpoint
-from sweep.store import Response, RunDirectory, Store, read_records, response_key
+from sweep.running.machine import Capacity
+from sweep.running.progress import Terminal
+from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
+from sweep.running.runner import DEATHS_MOST, Runner
+from sweep.serving.server import Endpoint
 
 ROOT = Path(__file__).parent.parent
 
 # The loop on a scripted cluster
 
+
+LONGEST_REST_S = BACKOFF_S * 2**LOSSES_MOST
 
 FACTS = Facts(max_model_len=2048, engine_version="1", methods=(Method.ECHO,))
 
@@ -69,6 +77,10 @@ class ScriptedCluster:
         self.started: list[str] = []
         """Lives of servers."""
         self.stopped: list[str] = []
+        self.expected: dict[str, Mapping[str, Expected]] = {}
+        """Life -> what it was to be."""
+        self.now = 1000.0
+        """The runner's clock."""
         self._script = script(self)
         self._settling = False
 
@@ -76,8 +88,9 @@ class ScriptedCluster:
         self.evaluators.append(name)
         self.sent[name] = []
 
-    def start_server(self, plan: ServerPlan, life: str, log_path: Path) -> None:
+    def start_server(self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected]) -> None:
         self.started.append(life)
+        self.expected[life] = expected
 
     def stop_server(self, life: str) -> None:
         self.stopped.append(life)
@@ -109,13 +122,18 @@ class ScriptedCluster:
         while work := self.taken(ev.CheckTask) + self.taken(ev.CheckModel):
             yield [said(name, passed(check)) for name, check in work]
 
+    def after(self, seconds: float) -> Iterator[list[ClusterEvent]]:
+        """Nothing happens but that so much time passes."""
+        self.now += seconds
+        yield []
+
     def running(self) -> dict[str, tuple[str, ev.RunCell]]:
         """Cell -> its evaluator and order, of the cells begun since the last time."""
         return {run.cell.key: (name, run) for name, run in self.taken(ev.RunCell)}
 
-    def ready(self, life: str) -> ServerReady:
+    def ready(self, life: str, facts: Facts = FACTS) -> ServerReady:
         endpoint = Endpoint(server=life, url="http://x", api_key="k", max_model_len=2048, engine_version="1")
-        return ServerReady(life=life, endpoint=endpoint, facts=FACTS)
+        return ServerReady(life=life, endpoint=endpoint, facts=facts)
 
 
 Script = Callable[[ScriptedCluster], Iterator[list[ClusterEvent]]]
@@ -131,9 +149,13 @@ def passed(check: ev.CheckTask | ev.CheckModel) -> ev.Checked:
     return ev.Checked(model=check.model.name)
 
 
-def done(evaluator: str, run: ev.RunCell) -> EvaluatorSaid:
+def done(evaluator: str, run: ev.RunCell, *, asked: int = 3) -> EvaluatorSaid:
     record = Record(
-        model=run.cell.model.name, task=run.cell.task_name, fingerprint=run.cell.fingerprint, status=Status.DONE
+        model=run.cell.model.name,
+        task=run.cell.task_name,
+        fingerprint=run.cell.fingerprint,
+        status=Status.DONE,
+        counts=Counts(requests=3, asked=asked, reused=3 - asked),
     )
     return said(evaluator, ev.CellDone(cell=run.cell.key, attempt=run.attempt, record=record, files={}))
 
@@ -202,7 +224,14 @@ class Loop:
         records: dict[str, Record] = {}
         try:
             Runner(
-                plan=plan, store=store, cluster=cluster, terminal=terminal, tracker=nobody, secrets=(), records=records
+                plan=plan,
+                store=store,
+                cluster=cluster,
+                terminal=terminal,
+                tracker=nobody,
+                secrets=(),
+                records=records,
+                clock=lambda: cluster.now,
             ).run()
         finally:
             store.close()
@@ -278,16 +307,17 @@ def test_a_check_is_tried_again_when_its_evaluator_dies_and_fails_when_that_goes
             if getattr(check, "task_name", None) == "deadly" or not lost:
                 lost += 1
                 yield [EvaluatorLost(evaluator=name, reason="killed")]
+                yield from cluster.after(LONGEST_REST_S)
             else:
                 yield [said(name, passed(check))]
-        assert lost == 1 + LOSSES_MOST
+        assert lost == 1 + DEATHS_MOST
         yield [cluster.ready("a-0")]
         yield [done(*cluster.running()["a/harmless"])]
 
     records = loop(a_plan(["a"], ["harmless", "deadly"]), script)
     assert statuses(records) == {"a/harmless": "done", "a/deadly": "failed"}
     assert re.match(
-        rf"load task deadly: the process that did it died {LOSSES_MOST} times, last: killed \(see .*evaluator\.\d",
+        rf"load task deadly: the process that did it died {DEATHS_MOST} times, last: killed \(see .*evaluator\.\d",
         str(records["a/deadly"].error),
     )
 
@@ -320,8 +350,10 @@ def test_a_cell_that_has_failed_stays_failed_when_its_evaluator_dies_before_it_c
         name, _ = cluster.running()["a/t"]
         yield [ServerFailed(life="a-0", error="no"), EvaluatorLost(evaluator=name, reason="killed")]
         assert cluster.started == ["a-0", "b-0"]
-        assert cluster.evaluators == ["evaluator.0", "evaluator.1"]
         yield [cluster.ready("b-0")]
+        assert cluster.evaluators == ["evaluator.0"]
+        yield from cluster.after(BACKOFF_S)
+        assert cluster.evaluators == ["evaluator.0", "evaluator.1"]
         yield [done(*cluster.running()["b/t"])]
 
     assert statuses(loop(a_plan(["a", "b"], ["t"]), script)) == {"a/t": "failed", "b/t": "done"}
@@ -331,35 +363,132 @@ def test_a_cell_goes_to_another_evaluator_when_its_own_dies_and_fails_when_that_
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()
         yield [cluster.ready("a-0")]
-        for attempt in range(1, LOSSES_MOST + 1):
+        for attempt in range(1, DEATHS_MOST + 1):
             name, run = cluster.running()["a/deadly"]
             assert run.attempt == attempt
             assert run.facts == (FACTS if attempt > 1 else None)
             yield [EvaluatorLost(evaluator=name, reason="killed")]
+            yield from cluster.after(BACKOFF_S)  # its work is to blame, so that the pause does not grow
         yield [done(*cluster.running()["a/harmless"])]
 
     records = loop(a_plan(["a"], ["deadly", "harmless"]), script)
     assert statuses(records) == {"a/deadly": "failed", "a/harmless": "done"}
     assert re.match(
-        r"its evaluator died 3 times, last: killed \(see .*evaluator\.2\.log\)", str(records["a/deadly"].error)
+        rf"its evaluator died {DEATHS_MOST} times, last: killed \(see .*evaluator\.2\.log\)",
+        str(records["a/deadly"].error),
     )
 
 
-def test_a_lost_server_is_replaced_and_its_model_fails_when_that_goes_on_with_nothing_finished(loop: Loop) -> None:
+def lost(life: str) -> ServerLost:
+    return ServerLost(life=life, reason="exited with code 1")
+
+
+def test_a_dead_server_gets_no_requests_at_once_and_holds_its_place_until_nothing_of_it_is_left(loop: Loop) -> None:
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()
         yield [cluster.ready("a-0")]
-        first = cluster.running()["a/first"]
-        yield [asks(*first), ServerLost(life="a-0", reason="exited with code 1")]
+        run = cluster.running()["a/t"]
+        assert [e.server for e, _ in cluster.taken(ev.PoolChanged)[-1][1].shares] == ["a-0"]
+        yield [asks(*run), ServerLost(life="a-0", reason="answered no request for 600 s")]
         assert cluster.taken(ev.PoolChanged)[-1][1].shares == ()
+        yield from cluster.after(LONGEST_REST_S)
+        assert cluster.started == ["a-0"]
+        yield [ServerStopped(life="a-0")]
+        assert cluster.started == ["a-0", "a-1"]
+        assert not cluster.stopped  # a dead one is not asked to stop
         yield [cluster.ready("a-1")]
         assert [e.server for e, _ in cluster.taken(ev.PoolChanged)[-1][1].shares] == ["a-1"]
-        yield [done(*first)]  # from here the count of losses begins anew
+        yield [done(*run)]
+
+    assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
+    shown = loop.screen.getvalue()
+    assert f"server a: lost, a-0 answered no request for 600 s (see {loop.folder}/logs/a-0.log); next start in" in shown
+    assert "stopped" not in shown
+
+
+def test_a_lost_server_starts_again_after_a_rest_that_doubles_until_it_was_healthy(loop: Loop) -> None:
+    rests = [BACKOFF_S * 2**n for n in range(LOSSES_MOST - 1)]
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        number = 0
+
+        def dies(rest_s: float) -> Iterator[list[ClusterEvent]]:
+            nonlocal number
+            yield [lost(f"a-{number}"), ServerStopped(life=f"a-{number}")]
+            number += 1
+            yield from cluster.after(rest_s - 0.1)
+            assert len(cluster.started) == number
+            yield from cluster.after(0.1)
+            assert len(cluster.started) == number + 1
+            yield [cluster.ready(f"a-{number}")]
+
+        yield [cluster.ready("a-0")]
+        run = cluster.running()["a/first"]
+        yield [asks(*run)]
+        for rest_s in rests:
+            yield from dies(rest_s)
+        yield from cluster.after(600 + HEALTHY_S)  # hang_timeout_s
+        for rest_s in rests:  # the first of them ends a healthy life
+            yield from dies(rest_s)
+        yield [done(*run)]
         second = cluster.running()["a/second"]
-        yield [asks(*second), ServerLost(life="a-1", reason="exited with code 1")]
-        for life in ("a-2", "a-3"):
-            yield [cluster.ready(life), ServerLost(life=life, reason="exited with code 1")]
-        assert cluster.started == ["a-0", "a-1", "a-2", "a-3", "b-0"]
+        yield [asks(*second)]
+        for rest_s in rests:  # as does the first of these: a cell was finished
+            yield from dies(rest_s)
+        yield [done(*second)]
+
+    assert statuses(loop(a_plan(["a"], ["first", "second"]), script)) == {"a/first": "done", "a/second": "done"}
+
+
+@pytest.mark.parametrize(
+    ("later", "anew"),
+    [
+        (FACTS, False),
+        (replace(FACTS, notes=("slow",)), False),
+        (replace(FACTS, engine_version="2"), True),
+        (replace(FACTS, max_model_len=1024), True),
+        (replace(FACTS, methods=(Method.ECHO, Method.NEXT_TOKEN)), True),
+    ],
+)
+def test_what_runs_is_planned_anew_when_its_next_server_can_do_other_things(
+    later: Facts, anew: bool, loop: Loop
+) -> None:
+    """Else answers would carry the old version, or come by a method that this server was not seen to be right in."""
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        run = cluster.running()["a/first"]
+        yield [asks(*run), lost("a-0"), ServerStopped(life="a-0")]
+        yield from cluster.after(BACKOFF_S)
+        yield [cluster.ready("a-1", later)]
+        assert [name for name, _ in cluster.taken(ev.CancelCell)] == ([run[0]] if anew else [])
+        if anew:
+            yield [cancelled(*run)]
+            run = cluster.running()["a/first"]
+            assert run[1].facts == later
+        yield [done(*run)]
+
+    assert statuses(loop(a_plan(["a"], ["first"]), script)) == {"a/first": "done"}
+
+
+def test_a_crash_loop_takes_its_model_out_with_the_reason_and_the_others_go_on(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        first = cluster.running()["a/first"]
+        yield [asks(*first), cluster.ready("a-0"), done(*first)]
+        second = cluster.running()["a/second"]
+        yield [asks(*second)]
+        # Lost and not started count alike.
+        for number in range(LOSSES_MOST):
+            life = f"a-{number}"
+            if number == 2:
+                yield [ServerFailed(life=life, error=f"{life} did not start: out of memory", passing=True)]
+            else:
+                yield [cluster.ready(life), lost(life), ServerStopped(life=life)]
+            yield from cluster.after(LONGEST_REST_S)
+        assert cluster.started == [*(f"a-{number}" for number in range(LOSSES_MOST)), "b-0"]
         yield [cancelled(*second)]
         yield [cluster.ready("b-0")]
         yield [done(*cluster.running()["b/first"])]
@@ -367,12 +496,61 @@ def test_a_lost_server_is_replaced_and_its_model_fails_when_that_goes_on_with_no
 
     records = loop(a_plan(["a", "b"], ["first", "second"]), script)
     assert statuses(records) == {"a/first": "done", "a/second": "failed", "b/first": "done", "b/second": "done"}
-    assert re.match(
-        r"its server was lost 3 times, last: a-3 exited with code 1 \(see .*a-3\.log\)", str(records["a/second"].error)
+    logs, last = f"{loop.folder}/logs/a-*.log", f"a-{LOSSES_MOST - 1}"
+    assert records["a/second"].error == (
+        f"crash loop: lost {LOSSES_MOST} times in a row (logs: {logs}), "
+        f"last: {last} exited with code 1 (see {loop.folder}/logs/{last}.log)"
     )
 
 
-def test_a_replica_that_does_not_start_leaves_its_model_with_the_servers_that_it_has(loop: Loop) -> None:
+def test_a_start_that_fails_for_good_is_not_tried_again(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        refused = Check(model="a", name="chat logprobs", outcome=Checked.FAILED, detail="none came")
+        yield [ServerFailed(life="a-0", error="a-0: chat logprobs: none came", checks=(refused,)), cancelled(name, run)]
+        yield from cluster.after(LONGEST_REST_S)
+        assert cluster.started == ["a-0", "b-0"]
+        yield [cluster.ready("b-0")]
+        yield [done(*cluster.running()["b/t"])]
+
+    records = loop(a_plan(["a", "b"], ["t"]), script)
+    assert records["a/t"].error == "a-0: chat logprobs: none came"
+
+
+def test_a_start_that_fails_for_a_passing_reason_is_tried_again(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        run = cluster.running()["a/t"]
+        yield [asks(*run), ServerFailed(life="a-0", error="a-0 did not start: port taken", passing=True)]
+        assert cluster.started == ["a-0"]
+        yield from cluster.after(BACKOFF_S)
+        assert cluster.started == ["a-0", "a-1"]
+        yield [cluster.ready("a-1")]
+        assert not cluster.taken(ev.CancelCell)  # it kept its evaluator
+        yield [done(*run)]
+
+    assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
+
+
+def test_a_replica_in_a_crash_loop_leaves_its_model_with_the_servers_that_it_has(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        run = cluster.running()["a/t"]
+        yield [asks(*run)]
+        for number in range(1, LOSSES_MOST + 1):
+            yield [cluster.ready(f"a-{number}"), lost(f"a-{number}"), ServerStopped(life=f"a-{number}")]
+            assert [e.server for e, _ in cluster.taken(ev.PoolChanged)[-1][1].shares] == ["a-0"]
+            yield from cluster.after(LONGEST_REST_S)
+        assert len(cluster.started) == 1 + LOSSES_MOST
+        yield [done(*run)]
+
+    assert statuses(loop(a_plan(["a"], ["t"], replicas=2), script, cpu_servers=2)) == {"a/t": "done"}
+    assert f"a goes on with 1 server, another is in a crash loop: lost {LOSSES_MOST} times" in loop.screen.getvalue()
+
+
+def test_a_replica_that_cannot_start_leaves_its_model_with_the_servers_that_it_has(loop: Loop) -> None:
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()
         assert cluster.started == ["a-0", "a-1"]
@@ -405,7 +583,7 @@ def test_stored_answers_are_looked_at_without_a_server_which_comes_when_they_do_
     assert statuses(records) == {"a/replay": "done", "a/new": "done"}
 
 
-def test_a_lost_server_comes_back_before_another_model_takes_its_place_and_waits_for_its_evaluators(loop: Loop) -> None:
+def test_the_place_of_a_resting_server_is_kept_while_its_cells_hold_the_evaluators(loop: Loop) -> None:
     """Both models would wait for ever: the one for a server slot, the other for an evaluator."""
 
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
@@ -415,7 +593,9 @@ def test_a_lost_server_comes_back_before_another_model_takes_its_place_and_waits
         yield [asks(name, run), cluster.ready("b-0")]
         yield [cancelled(name, run)]
         holder = cluster.running()["b/t"]
-        yield [asks(*holder), ServerLost(life="b-0", reason="died")]
+        yield [asks(*holder), ServerLost(life="b-0", reason="died"), ServerStopped(life="b-0")]
+        assert cluster.started == ["b-0"]  # and not a-0, whose turn it would be
+        yield from cluster.after(BACKOFF_S)
         assert cluster.started == ["b-0", "b-1"]
         yield [cluster.ready("b-1")]
         yield [done(*holder)]
@@ -425,6 +605,142 @@ def test_a_lost_server_comes_back_before_another_model_takes_its_place_and_waits
 
     records = loop(a_plan(["a", "b"], ["t"]), script, known=("a",))
     assert statuses(records) == {"a/t": "done", "b/t": "done"}
+
+
+def test_a_cell_that_first_asks_while_its_server_rests_waits_for_it(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        run = cluster.running()["a/t"]
+        yield [lost("a-0"), ServerStopped(life="a-0")]
+        yield [asks(*run)]
+        assert not cluster.taken(ev.CancelCell)
+        assert cluster.started == ["a-0"]  # and not b-0, whose cells would miss the evaluator
+        yield from cluster.after(BACKOFF_S)
+        assert cluster.started == ["a-0", "a-1"]
+        yield [cluster.ready("a-1")]
+        yield [done(*run)]
+        yield [ServerStopped(life="a-1")]
+        yield [cluster.ready("b-0")]
+        yield [done(*cluster.running()["b/t"])]
+
+    assert statuses(loop(a_plan(["a", "b"], ["t"]), script)) == {"a/t": "done", "b/t": "done"}
+
+
+def test_evaluators_that_die_without_a_word_end_the_launch_with_the_reason(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        for number in range(LOSSES_MOST):
+            assert len(cluster.evaluators) == 2 * (number + 1)
+            yield [EvaluatorLost(evaluator=name, reason="no module") for name in cluster.evaluators[-2:]]
+            yield from cluster.after(BACKOFF_S * 2**number)
+
+    tasks = [f"t{number}" for number in range(2 * LOSSES_MOST)]  # so many that none of them is to blame alone
+    records = loop(a_plan(["a", "b"], tasks), script, evaluators=2)
+    last = f"evaluator.{2 * LOSSES_MOST - 1}"
+    assert {record.error for record in records.values()} == {
+        f"no evaluator can work: {LOSSES_MOST} died in a row, last: no module (see {loop.folder}/logs/{last}.log)"
+    }
+    assert len(records) == 2 * len(tasks)
+
+
+def test_idle_evaluators_that_come_to_die_one_after_the_other_end_the_launch_too(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        for number in range(LOSSES_MOST):  # a first server may take so long
+            yield [EvaluatorLost(evaluator=cluster.evaluators[-1], reason="killed")]
+            yield from cluster.after(BACKOFF_S * 2**number)
+
+    plan = a_plan(["a"], ["t"])
+    records = loop(plan, script, evaluators=1, cpu_servers=0)
+    assert str(records["a/t"].error).startswith(f"evaluators die one after the other: {LOSSES_MOST} died in a row")
+
+
+def test_many_deadly_tasks_cost_themselves_and_not_the_evaluators(loop: Loop) -> None:
+    deadly = [f"deadly{number}" for number in range(LOSSES_MOST)]
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        while work := cluster.taken(ev.CheckTask) + cluster.taken(ev.CheckModel):
+            ((name, check),) = work
+            if getattr(check, "task_name", None) in deadly:
+                yield [EvaluatorLost(evaluator=name, reason="killed")]
+                yield from cluster.after(BACKOFF_S)
+            else:
+                yield [said(name, passed(check))]
+        yield [cluster.ready("a-0")]
+        yield [done(*cluster.running()["a/fine"])]
+
+    records = loop(a_plan(["a"], ["fine", *deadly]), script)
+    assert statuses(records) == {"a/fine": "done", **{f"a/{task}": "failed" for task in deadly}}
+
+
+def test_a_server_is_compared_with_what_its_models_tokenizers_said(loop: Loop) -> None:
+    ids = ((1, 2), (3,))
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        while work := cluster.taken(ev.CheckTask) + cluster.taken(ev.CheckModel):
+            yield [
+                said(name, ev.Checked(model="a", token_ids=ids) if isinstance(check, ev.CheckModel) else passed(check))
+                for name, check in work
+            ]
+        assert cluster.expected["a-0"] == {"a": Expected(served_name="a", max_model_len=512, token_ids=ids)}
+        yield [cluster.ready("a-0")]
+        yield [done(*cluster.running()["a/t"])]
+
+    loop(a_plan(["a"], ["t"], max_model_len=512), script)
+
+
+def test_what_preflight_saw_is_shown_in_a_line_and_kept_with_the_facts(loop: Loop) -> None:
+    checks = (
+        Check(model="a", name="key", outcome=Checked.PASSED, detail="401 without it"),
+        Check(model="a", name="echo", outcome=Checked.PASSED, detail="12 probes"),
+        Check(model="a", name="next_token", outcome=Checked.NOTED, detail="differs from echo by 0.3"),
+    )
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        ready = cluster.ready("a-0")
+        yield [replace(ready, facts=replace(ready.facts, checks=checks))]
+        yield [done(*cluster.running()["a/t"])]
+
+    loop(a_plan(["a"], ["t"]), script)
+    shown = loop.screen.getvalue()
+    assert "server a: ready, scores by echo; 2 checks passed, 1 noted" in shown
+    assert "a-0: next_token noted for a: differs from echo by 0.3" in shown
+    assert "401" not in shown
+    stored = msgspec.json.decode(RunDirectory(loop.folder).facts("a").read_bytes())
+    assert msgspec.convert(stored["facts"], Facts).checks == checks
+
+
+def test_facts_that_an_older_version_stored_are_read(loop: Loop) -> None:
+    path = RunDirectory(loop.folder).facts("a")
+    path.parent.mkdir(parents=True)
+    path.write_text('{"of": ["of a"], "facts": {"max_model_len": 2048, "engine_version": "1", "methods": ["echo"]}}')
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        assert run.facts == FACTS
+        yield [done(name, run)]
+
+    assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
+
+
+def test_a_server_at_a_url_takes_no_slot_and_starts_beside_the_others(loop: Loop) -> None:
+    plan = a_plan(["a", "b"], ["t"])
+    at_url = replace(plan.servers["b"], model=Model(url="http://x", tokenizer="/m"), gpus=0)
+    plan = replace(plan, servers={**plan.servers, "b": at_url})
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        assert cluster.started == ["a-0", "b-0"]  # one slot
+        yield [cluster.ready("a-0"), cluster.ready("b-0")]
+        cells = cluster.running()
+        yield [done(*cells["a/t"]), done(*cells["b/t"])]
+
+    assert statuses(loop(plan, script, evaluators=2)) == {"a/t": "done", "b/t": "done"}
 
 
 def test_answers_are_durable_whatever_became_of_the_attempt_that_asked(loop: Loop) -> None:
@@ -458,7 +774,9 @@ def test_the_shares_of_a_server_follow_the_cells_that_run_on_it(loop: Loop) -> N
         assert sorted(told().values()) == [4, 4]
         name, _ = cells["a/one"]
         yield [EvaluatorLost(evaluator=name, reason="killed")]
-        assert told()[cells["a/two"][0]] in (4, 8)  # alone until the cell runs again
+        assert told()[cells["a/two"][0]] == 8  # alone until the cell runs again
+        yield from cluster.after(BACKOFF_S)
+        assert told()[cells["a/two"][0]] == 4
         again = cluster.running()["a/one"]
         yield [done(*again)]
         assert told()[cells["a/two"][0]] == 8
@@ -585,10 +903,10 @@ class Bench:
         self.directory = RunDirectory(self.folder / "runs" / "sweep")
         self.requests = self.folder / "requests.jsonl"
 
-    def start(self, *arguments: str) -> "Launch":
+    def start(self, *arguments: str, in_terminal: bool = False) -> "Launch":
         path = self.folder / "sweep.yaml"
         path.write_text(yaml.safe_dump({"name": "sweep", "runs_dir": str(self.folder / "runs"), **self.settings}))
-        return Launch(self, [f"conf={path}", *arguments])
+        return Launch(self, [f"conf={path}", *arguments], in_terminal=in_terminal)
 
     def run(self, *arguments: str) -> Ended:
         return self.start(*arguments).end()
@@ -603,12 +921,11 @@ class Bench:
         return found
 
     def evaluator(self, name: str) -> psutil.Process | None:
-        """The child process behind an evaluator, known by the log that it writes to."""
+        """The child process behind an evaluator, not its supervisor."""
         for process in self.processes():
-            with contextlib.suppress(psutil.Error, OSError):
-                if "sweep.evaluator" in process.cmdline() and os.path.samefile(
-                    f"/proc/{process.pid}/fd/1", self.directory.server_log(name)
-                ):
+            with contextlib.suppress(psutil.Error):
+                line = process.cmdline()
+                if line[1:4] == ["-P", "-m", "sweep.evaluating.evaluator"] and line[-1] == name:
                     return process
         return None
 
@@ -649,14 +966,39 @@ class Bench:
         return [b for b in bodies if b["prompt"][:8] != list(range(b["prompt"][0], b["prompt"][0] + 8))]
 
 
-class Launch:
-    """`python launch.py` while it runs, in a process group of its own as from a shell."""
+class Screen:
+    """A terminal in which a launch runs; what it shows goes to a file until it is closed."""
 
-    def __init__(self, bench: Bench, arguments: list[str]) -> None:
+    def __init__(self, output: IO[str]) -> None:
+        self._ours, self.theirs = os.openpty()
+        self._output = output
+        self._closing = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while not self._closing.is_set():
+            if select.select([self._ours], [], [], 0.05)[0]:
+                self._output.buffer.write(os.read(self._ours, 65536))
+                self._output.flush()
+
+    def close(self) -> None:
+        """The kernel sends SIGHUP, and from then on no write succeeds."""
+        self._closing.set()
+        self._reader.join()  # the terminal is there as long as someone reads it
+        os.close(self._ours)
+
+
+class Launch:
+    """`python launch.py` while it runs, in a process group of its own as from a shell, or in a terminal of its own."""
+
+    def __init__(self, bench: Bench, arguments: list[str], *, in_terminal: bool) -> None:
         self._bench = bench
         self._asked_before = len(bench.bodies())
         self._log_before = self._log_size()
         self._output = (bench.folder / "output.txt").open("w+")
+        self.screen = Screen(self._output) if in_terminal else None
+        output = self.screen.theirs if self.screen else self._output
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "WANDB_", "STAND_IN_"))}
         self.started = time.monotonic()
         self.process = subprocess.Popen(
@@ -670,10 +1012,17 @@ class Launch:
                 "HF_HUB_OFFLINE": "1",
                 **bench.environment,
             },
-            stdout=self._output,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=(lambda: fcntl.ioctl(1, termios.TIOCSCTTY, 0)) if self.screen else None,
         )
+        if self.screen:
+            os.close(self.screen.theirs)
+
+    def close_terminal(self) -> None:
+        assert self.screen is not None
+        self.screen.close()
 
     def _log_size(self) -> int:
         path = self._bench.directory.driver_log
@@ -964,10 +1313,12 @@ def keys(bench: Bench) -> set[bytes]:
         return {key for (key,) in database.execute("SELECT key FROM responses")}
 
 
-def stop_in_the_middle(bench: Bench, stop: Callable[[Launch], None], *, after: int = 8) -> Stopped:
+def stop_in_the_middle(
+    bench: Bench, stop: Callable[[Launch], None], *, after: int = 8, in_terminal: bool = False
+) -> Stopped:
     """Launch, wait until so many more answers are durable, `stop` it and see that nothing is left."""
     known = keys(bench)
-    launch = bench.start()
+    launch = bench.start(in_terminal=in_terminal)
     launch.until(lambda: bench.stored() >= len(known) + after, "some answers were stored")
     was_up = {kind for process in bench.processes() if (kind := kind_of(process))}
     stop(launch)
@@ -988,10 +1339,10 @@ def kind_of(process: psutil.Process) -> str | None:
         line = shlex.join(process.cmdline())
         for kind, sign in {
             "raylet": "raylet/raylet",
-            "evaluator": "sweep.evaluator",
+            "evaluator": "sweep.evaluating.evaluator",
             "supervisor": "supervisor.py",
             "server": STAND_IN[1],
-            "tracking": "sweep.mirror",
+            "tracking": "sweep.results.mirror",
         }.items():
             if sign in line:
                 return kind
@@ -1005,8 +1356,9 @@ def interrupted(made: Made, benches: OpenBench) -> Interrupted:
     bench.settings["wandb"] = {"mode": "offline"}
     stops["SIGTERM"] = stop_in_the_middle(bench, lambda launch: launch.process.terminate())
     stops["SIGINT"] = stop_in_the_middle(bench, lambda launch: os.killpg(launch.process.pid, signal.SIGINT))
+    stops["SIGHUP"] = stop_in_the_middle(bench, Launch.close_terminal, in_terminal=True)
     bench.settings["wandb"] = {"mode": "disabled"}
-    bench.settings["models"]["doomed"] = {"path": made.model("doomed"), "env": {"STAND_IN_DIE_AFTER": "45"}}
+    bench.settings["models"]["doomed"] = {"path": made.model("doomed"), "env": {"STAND_IN_DIE_AFTER": "72"}}
     bench.settings["ray"] = {"evaluators": 2, "cpu_servers": 2}
 
     def kill_a_server_and_an_evaluator(launch: Launch) -> None:
@@ -1026,7 +1378,7 @@ def kill(process: psutil.Process | None) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_stopped_launch_keeps_its_answers_and_leaves_nothing_running(
     interrupted: Interrupted, name: str, code: int
 ) -> None:
@@ -1039,7 +1391,7 @@ def test_a_stopped_launch_keeps_its_answers_and_leaves_nothing_running(
     assert f"{stopped.stored_before} responses stored" in stopped.ended.log
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", stopped.port)) != 0
-    if name != "SIGKILL":
+    if name not in ("SIGKILL", "SIGHUP"):  # nobody hears the last words of what ran in a closed terminal
         assert "the same command goes on where it stopped" in stopped.ended.output
 
 
@@ -1064,8 +1416,8 @@ def test_nothing_durable_is_asked_again(interrupted: Interrupted, made: Made) ->
     assert {key(body) for launch in launches for body in launch.ended.asked if "stop" in body} <= keys(
         interrupted.bench
     )
-    # Three ended drivers, a server and an evaluator.
-    assert EXPORTS <= seen <= EXPORTS + 5 * ASKED_TWICE_MOST
+    # Four ended drivers, a server and an evaluator.
+    assert EXPORTS <= seen <= EXPORTS + 6 * ASKED_TWICE_MOST
 
 
 @pytest.mark.ray
@@ -1095,12 +1447,16 @@ def test_a_killed_server_is_replaced_and_a_killed_evaluators_cell_is_finished_by
 def test_a_model_whose_server_dies_always_fails_alone_with_the_reason(interrupted: Interrupted) -> None:
     ended = interrupted.last.ended
     assert ended.code == 1, ended.output
+    assert "server doomed-0 is ready" in ended.log  # it dies at work: preflight asks 65 completions of its 72
     assert [life for life in re.findall(r"start server (\S+):", ended.log) if "doomed" in life] == [
         f"doomed-{i}" for i in range(LOSSES_MOST)
     ]
     for task in ("exports", "pairs"):
         record = interrupted.bench.records()[f"doomed/{task}"]
         assert record.status is Status.FAILED
+        last = f"doomed-{LOSSES_MOST - 1}"
         assert re.match(
-            r"its server was lost 3 times, last: doomed-2 exited with code 1 \(see .*doomed-2\.log\)", str(record.error)
+            rf"crash loop: lost {LOSSES_MOST} times in a row \(logs: .*doomed-\*\.log\), "
+            rf"last: {last} exited with code 1 \(see .*{last}\.log\)",
+            str(record.error),
         )

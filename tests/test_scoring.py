@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sweep.errors import PassingFault, RequestError
-from sweep.scoring import (
+from sweep.evaluating.scoring import (
     NEXT_TOKEN_MOST,
     EchoCall,
     GenerateCall,

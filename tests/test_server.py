@@ -1,8 +1,10 @@
 """The command line and environment as tables; starting, failing and stopping on the stand-in server."""
 
+import contextlib
 import http.client
 import json
 import logging
+import os
 import re
 import shlex
 import socket
@@ -10,19 +12,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from hub_stub import hub_stub, reach
 
-from sweep import server
-from sweep.config import Model
-from sweep.errors import ConfigError, ServerError
-from sweep.plan import ServerPlan
-from sweep.server import Endpoint, Server, command, environment, served_names
+from sweep.errors import ServerError, ServerFault
+from sweep.planning.config import Model
+from sweep.planning.hub import snapshot
+from sweep.planning.plan import ServerPlan
+from sweep.serving import engine, gpu, server, watch
+from sweep.serving.server import Endpoint, Server
 
 STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in_server.py"))]
 KEY = "key-for-tests-0123456789"
@@ -41,10 +45,6 @@ def plan(*, adapters: dict[str, str | None] | None = None, gpus: float = 1.0, **
     )
 
 
-def arguments(given: ServerPlan) -> list[str]:
-    return command(given, python="py", host="127.0.0.1", port=20000)
-
-
 def until(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -57,194 +57,6 @@ def _no_engine_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LMSWEEP_ENGINE", raising=False)
 
 
-# The command line
-
-
-def test_a_plain_model_gets_this_command_line() -> None:
-    assert shlex.join(arguments(plan())) == (
-        "py -m vllm.entrypoints.openai.api_server --model org/m --served-model-name m --host 127.0.0.1 --port 20000"
-        " --dtype auto --generation-config vllm --disable-uvicorn-access-log"
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"revision": "v1"}, "--revision v1"),
-        ({"tokenizer": "org/t"}, "--tokenizer org/t"),
-        ({"dtype": "float16"}, "--dtype float16"),
-        ({"max_model_len": 4096}, "--max-model-len 4096"),
-        ({"quantization": "awq"}, "--quantization awq"),
-        ({"trust_remote_code": True}, "--trust-remote-code"),
-        ({"generation_config": "auto"}, "--generation-config auto"),
-        ({"tensor_parallel": 2}, "--tensor-parallel-size 2 --distributed-executor-backend mp"),
-        ({"gpus": 0.5}, "--gpu-memory-utilization 0.46"),
-        ({"gpus": 0.5, "server": {"gpu_memory_utilization": 0.3}}, "--gpu-memory-utilization 0.3"),
-        ({"server": {"max_num_seqs": 64}}, "--max-num-seqs 64"),
-        ({"server": {"enable-prefix-caching": True}}, "--enable-prefix-caching"),
-        ({"server": {"enable_prefix_caching": False}}, "--no-enable-prefix-caching"),
-        ({"server": {"disable_uvicorn_access_log": False}}, "--no-disable-uvicorn-access-log"),
-        ({"server": {"hf_overrides": {"rope_theta": 1.5}}}, """--hf-overrides '{"rope_theta": 1.5}'"""),
-        ({"server": {"logits_processors": ["a:B", "c:D"]}}, "--logits-processors a:B c:D"),
-        ({"server": {"cudagraph_capture_sizes": [1, 2]}}, "--cudagraph-capture-sizes 1 2"),
-        (
-            {"adapters": {"m": None, "m-lora": "/l", "m-other": "org/o"}},
-            "--served-model-name m --host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm"
-            " --disable-uvicorn-access-log --enable-lora --lora-modules m-lora=/l m-other=org/o --max-loras 2",
-        ),
-    ],
-)
-def test_a_setting_becomes_these_arguments(changes: dict[str, Any], expected: str) -> None:
-    line = shlex.join(arguments(plan(**changes)))
-    assert f"{expected} " in f"{line} "
-    flags = re.findall(r"(?<= )--(?:no-)?([a-z-]+)", line)
-    assert len(flags) == len(set(flags))
-
-
-@pytest.mark.parametrize(
-    ("changes", "absent"),
-    [
-        ({"server": {"disable_log_stats": False}}, "log-stats"),
-        ({"server": {"disable_uvicorn_access_log": None}}, "access-log"),
-        ({}, "trust-remote-code"),
-        ({}, "max-model-len"),
-        ({}, "quantization"),
-    ],
-)
-def test_what_is_left_to_vllm_is_not_said(changes: dict[str, Any], absent: str) -> None:
-    assert absent not in shlex.join(arguments(plan(**changes)))
-
-
-def test_the_commit_that_was_planned_is_served() -> None:
-    line = arguments(replace(plan(revision="main"), revision="abc123"))
-    assert line[line.index("--revision") + 1] == "abc123"
-
-
-@pytest.mark.parametrize(
-    ("adapters", "names"),
-    [({"m": None}, ["m"]), ({"a": "/a", "m": None}, ["m", "a"]), ({"a": "/a"}, ["m", "a"])],
-)
-def test_a_server_serves_its_base_and_its_adapters(adapters: dict[str, str | None], names: list[str]) -> None:
-    assert served_names(plan(adapters=adapters)) == names
-
-
-@pytest.mark.parametrize("option", ["swap_space", "swap-space", "disable_log_requests"])
-def test_an_option_of_older_recipes_is_dropped_with_a_warning(option: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert arguments(plan(server={option: 4})) == arguments(plan())
-    assert f"m: the option {option} is dropped: vLLM " in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("option", "instead"),
-    [("dtype", "`dtype`"), ("port", "a free port"), ("api-key", "the sweep's `api_key`"), ("hf_token", "HF_TOKEN")],
-)
-def test_an_option_that_has_a_place_of_its_own_is_refused(option: str, instead: str) -> None:
-    with pytest.raises(ConfigError, match=rf"models\.m\.server\.{option}: not set here; use .*{re.escape(instead)}"):
-        arguments(plan(server={option: "x"}))
-
-
-def test_another_engine_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LMSWEEP_ENGINE", "my-engine --with 'two words'")
-    assert arguments(plan())[:5] == ["my-engine", "--with", "two words", "--model", "org/m"]
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_the_installed_vllm_understands_everything_that_we_say() -> None:
-    pytest.importorskip("vllm.version", reason="vLLM is not installed")
-    fullest = plan(
-        adapters={"m": None, "l": "/l"},
-        gpus=0.5,
-        revision="r",
-        tokenizer="t",
-        max_model_len=128,
-        quantization="awq",
-        trust_remote_code=True,
-        tensor_parallel=2,
-        server={
-            "enable_prefix_caching": False,
-            "enable-log-requests": False,
-            "disable_log_stats": False,
-            "hf_overrides": {"a": 1},
-            "logits_processors": ["a:B"],
-            "swap_space": 4,
-            "disable_log_requests": True,
-        },
-    )
-    code = (
-        "import json, sys\n"
-        "from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args\n"
-        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-        "found = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])\n"
-        "validate_parsed_serve_args(found)\n"
-        "print(json.dumps([found.served_model_name, [m.name for m in found.lora_modules], found.enable_prefix_caching,"
-        " found.disable_uvicorn_access_log, found.hf_overrides, found.logits_processors, found.generation_config,"
-        " found.gpu_memory_utilization, found.tensor_parallel_size]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *arguments(fullest)[3:]],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == [["m"], ["l"], False, True, {"a": 1}, ["a:B"], "vllm", 0.46, 2]
-
-
-# The environment
-
-
-BASE = {
-    "PATH": "/bin",
-    "OMP_NUM_THREADS": "1",
-    "RAY_ADDRESS": "x",
-    "WANDB_API_KEY": "w",
-    "VLLM_PORT": "1",
-    "HF_TOKEN": "h",
-}
-
-
-def variables(given: ServerPlan, gpu_ids: list[str], base: dict[str, str] | None = None) -> dict[str, str]:
-    return environment(given, api_key=KEY, gpu_ids=gpu_ids, base=BASE if base is None else base)
-
-
-def test_a_server_inherits_only_what_it_should() -> None:
-    assert variables(plan(), ["3", "10", "2"]) == {
-        "PATH": "/bin",
-        "HF_TOKEN": "h",
-        "VLLM_API_KEY": KEY,
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_MAX_STOP_STRINGS": "64",
-        "CUDA_VISIBLE_DEVICES": "2,3,10",
-    }
-
-
-@pytest.mark.parametrize(
-    ("gpu_ids", "changes", "base", "expected"),
-    [
-        (["GPU-b", "GPU-a"], {}, {}, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}),
-        ([], {}, {"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "2"}),
-        ([], {}, {"VLLM_CPU_KVCACHE_SPACE": "9"}, {"VLLM_CPU_KVCACHE_SPACE": "9"}),
-        ([], {"env": {"VLLM_CPU_KVCACHE_SPACE": "5"}}, {}, {"VLLM_CPU_KVCACHE_SPACE": "5"}),
-        ([], {"server": {"gpu-memory-utilization": 0.1}}, {}, {"VLLM_CPU_KVCACHE_SPACE": None}),
-        (["0"], {}, {}, {"VLLM_CPU_KVCACHE_SPACE": None}),
-        (["0"], {"env": {"OMP_NUM_THREADS": "4"}}, {"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "4"}),
-        (["0"], {"env": {"VLLM_API_KEY": "mine", "CUDA_VISIBLE_DEVICES": "9"}}, {}, {"CUDA_VISIBLE_DEVICES": "0"}),
-    ],
-)
-def test_a_variable_gets_this_value(
-    gpu_ids: list[str], changes: dict[str, Any], base: dict[str, str], expected: dict[str, str | None]
-) -> None:
-    found = variables(plan(**changes), gpu_ids, base)
-    assert {name: found.get(name) for name in expected} == expected
-    assert found["VLLM_API_KEY"] == KEY
-
-
-def test_a_variable_of_older_recipes_is_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    assert "VLLM_USE_V1" not in variables(plan(env={"VLLM_USE_V1": "0"}), ["0"])
-    assert "m: the variable VLLM_USE_V1 is dropped: vLLM has only the V1 engine now" in caplog.text
-
-
 # Starting and stopping, on the stand-in
 
 
@@ -255,16 +67,29 @@ class Bench:
         self.folder = folder
         self.servers: list[Server] = []
 
-    def __call__(self, executable: list[str] | None = None, *, timeout_s: float = 30.0, **options: Any) -> Server:
+    def __call__(
+        self,
+        executable: list[str] | None = None,
+        *,
+        timeout_s: float = 30.0,
+        hang_timeout_s: float = 600.0,
+        gpus: float = 1.0,
+        gpu_ids: Sequence[str] = (),
+        server: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Server:
         made = Server(
             plan(
+                gpus=gpus,
                 max_model_len=512,
                 startup_timeout_s=timeout_s,
+                hang_timeout_s=hang_timeout_s,
+                server=server or {},
                 env={f"STAND_IN_{name.upper()}": str(value) for name, value in options.items()},
             ),
             name=f"m-{len(self.servers)}",
             api_key=KEY,
-            gpu_ids=[],
+            gpu_ids=gpu_ids,
             log_path=self.folder / "logs" / f"m-{len(self.servers)}.log",
             executable=executable or STAND_IN,
         )
@@ -311,9 +136,9 @@ def test_a_server_starts_answers_and_stops(bench: Bench) -> None:
     port = int(endpoint.url.rpartition(":")[2])
     assert port in server.PORTS
     assert ask(endpoint, "/v1/models", key="wrong") == (401, {"error": "Unauthorized"})
+    # Two of the supervisor, then the three of the server; the last of them may come after the server is ready.
+    until(lambda: len(running()) == 5)
     family = running()
-    # Two of the supervisor, then the three of the server.
-    assert len(family) == 5
     for process in family:
         assert KEY not in shlex.join(process.cmdline())
     one.stop()
@@ -326,16 +151,127 @@ def test_a_server_starts_answers_and_stops(bench: Bench) -> None:
         free.bind(("127.0.0.1", port))
 
 
-def test_the_death_of_the_server_is_told(bench: Bench) -> None:
-    one = bench()
+def test_the_death_of_the_server_is_told_at_once_and_stop_waits_until_nothing_is_left(bench: Bench) -> None:
+    one = bench(tree=1)
     endpoint = one.start()
-    found: list[str] = []
-    watcher = threading.Thread(target=lambda: found.append(one.wait()))
-    watcher.start()
-    api_server(endpoint).kill()
-    watcher.join(5)
-    assert found == ["was killed by SIGKILL (the kernel does that when memory runs out)"]
+    api = api_server(endpoint)
+    until(lambda: len(api.children(recursive=True)) == 2)
+    children = api.children(recursive=True)
+    for child in children:
+        child.suspend()  # so that it minds no SIGTERM, as an engine in the middle of a step
+    told: list[tuple[str, float]] = []
+    waiter = threading.Thread(target=lambda: told.append((one.wait(), time.monotonic())))
+    waiter.start()
+    died = time.monotonic()
+    api.kill()
+    waiter.join(15)
+    [(reason, at)] = told
+    assert reason == "was killed by SIGKILL (the kernel does that when memory runs out)"
+    assert at - died < 1
     assert not one.alive()
+    assert any(child.is_running() for child in children)
+    one.stop()
+    assert not any(child.is_running() for child in children)
+    assert running() == []
+
+
+# A server that runs and counts as dead
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence may last longer than stillness: a tenth of a few seconds would be too short for a busy machine."""
+    monkeypatch.setattr(watch, "SILENT_SHARE", 2.5)
+
+
+def in_the_background(endpoint: Endpoint, times: int = 1) -> None:
+    """Completion requests whose answers nobody waits for."""
+
+    def send() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            ask(endpoint, "/v1/completions", {"model": "m", "prompt": [1], "max_tokens": 1})
+
+    for _ in range(times):
+        threading.Thread(target=send, daemon=True).start()
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_server_whose_requests_stand_still_is_ended_and_the_reason_told(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = bench(latency_s=600, hang_timeout_s=4, server={"max_num_seqs": 1}, tree=1)
+    in_the_background(one.start(), times=2)
+    reason = one.wait()
+    assert re.fullmatch(
+        r"hung: it has 1 running and [12] waiting requests( and owes the answer to a request for one token)?, "
+        r"and nothing moved for [45](\.\d+)? s \(hang_timeout_s = 4\)",
+        reason,
+    )
+    assert not one.alive()
+    until(lambda: running() == [])
+    assert f"lmsweep: {reason}; it is ended" in one.log_path.read_text()
+    assert f"m-0 {reason}" in caplog.text
+
+
+@pytest.mark.usefixtures("patient")
+def test_an_engine_that_hangs_while_it_shows_itself_idle_is_found_out(bench: Bench) -> None:
+    one = bench(hang_after=1, hang_timeout_s=4)
+    endpoint = one.start()
+    assert ask(endpoint, "/v1/completions", {"model": "m", "prompt": [1], "max_tokens": 1})[0] == 200
+    assert "hung: it owes the answer to a request for one token, and nothing moved for" in one.wait()
+    until(lambda: running() == [])
+
+
+@pytest.mark.usefixtures("patient")
+def test_an_idle_server_lives_on(bench: Bench) -> None:
+    requests = bench.folder / "requests.jsonl"
+    one = bench(hang_timeout_s=4, requests_log=requests)
+    one.start()
+    until(lambda: requests.exists() and len(requests.read_text().splitlines()) == 2, timeout_s=30)
+    assert one.alive()
+    assert all(json.loads(line)["body"]["max_tokens"] == 1 for line in requests.read_text().splitlines())
+
+
+def test_a_server_that_does_not_answer_health_is_ended(bench: Bench) -> None:
+    one = bench(mute_after=1, hang_timeout_s=15)
+    endpoint = one.start()
+    assert ask(endpoint, "/v1/completions", {"model": "m", "prompt": [1]})[0] == 200
+    asked = time.monotonic()
+    assert re.fullmatch(
+        r"was silent: /health did not answer for 1\.\d+ s, the last time with TimeoutError: timed out "
+        r"\(a tenth of hang_timeout_s = 15\)",
+        one.wait(),
+    )
+    assert time.monotonic() - asked > 1
+    until(lambda: running() == [])
+
+
+def test_a_server_that_is_frozen_is_ended_without_its_help(bench: Bench) -> None:
+    one = bench(hang_timeout_s=15)
+    api_server(one.start()).suspend()
+    assert "was silent: " in one.wait()
+    until(lambda: running() == [])
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_server_without_figures_is_watched_for_silence_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = threading.Event()
+
+    def no_figures(*_: object) -> None:
+        if one.log_path.read_text().count("lmsweep: a hang of the engine will not be seen"):
+            looked.set()
+        raise ValueError("/metrics has no vllm:num_requests_running")
+
+    monkeypatch.setattr(server, "snapshot", no_figures)
+    one = bench(hang_timeout_s=2)
+    one.start()
+    assert looked.wait(20)
+    assert one.alive()
+    one.stop()
+    assert one.log_path.read_text().count("lmsweep: ") == 1
+
+
+# What comes before and instead of a start
 
 
 def test_a_server_that_exits_by_itself_says_so(bench: Bench) -> None:
@@ -436,26 +372,70 @@ def test_a_well_known_cause_is_named_with_its_cure(log: str, cause: str, bench: 
     assert log.splitlines()[0] in str(caught.value).partition("\n")[2]
 
 
-def test_an_unknown_cause_shows_the_end_of_the_log_without_the_key(bench: Bench) -> None:
-    lines = "\\n".join([*(f"line {i}" for i in range(40)), f"the key is {KEY}"])
-    with pytest.raises(ServerError) as caught:
+def test_an_unknown_cause_shows_the_end_of_the_log_without_the_key(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_a-token-of-the-user")
+    lines = "\\n".join([*(f"line {i}" for i in range(40)), f"the key is {KEY}", "and hf_a-token-of-the-user"])
+    with pytest.raises(ServerFault) as caught:
         bench(refuse=lines).start()
     text = str(caught.value)
     assert "m-0 did not start: exited with code 1; see " in text
     assert "line 39" in text
     assert "the key is ***" in text
+    assert "and ***" in text
     assert "line 20" not in text
-    assert KEY not in text
+    for shown in (text, bench.servers[0].log_path.read_text()):
+        assert KEY not in shown
+        assert "hf_a-token" not in shown
 
 
 def test_a_server_that_does_not_get_ready_in_time_is_stopped(bench: Bench) -> None:
     one = bench(start_delay_s=600, timeout_s=0.6)
     with pytest.raises(
         ServerError, match=r"not ready after startup_timeout_s = 0\.6 s \(it did not answer\); raise it"
-    ):
+    ) as caught:
         one.start()
+    assert caught.type is ServerError
     assert not one.alive()
     assert running() == []
+
+
+def test_a_start_that_was_killed_may_succeed_another_time(bench: Bench) -> None:
+    one = bench(tree=1, start_delay_s=600)
+    kill = threading.Thread(
+        target=lambda: (until(lambda: len(running()) == 5), min(running()[2:], key=lambda p: p.create_time()).kill())
+    )
+    kill.start()
+    with pytest.raises(ServerFault, match=r"m-0 did not start: was killed by SIGKILL \(the kernel does that when"):
+        one.start()
+    kill.join()
+    assert running() == []
+
+
+def test_an_engine_that_is_not_supported_is_refused_by_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "supported", lambda version: f"no vLLM {version}, please")
+    with pytest.raises(ServerError, match=r"m-0 is not used: no vLLM 0\.32\.0, please") as caught:
+        bench().start()
+    assert caught.type is ServerError
+    assert running() == []
+
+
+def test_the_planned_commit_of_an_adapter_is_served(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"planned"}
+    with hub_stub() as hub:
+        reach(hub, tmp_path / "hf", monkeypatch)
+        commit = hub.add("org/a", files)
+        hub.add("org/a", {**files, "adapter_model.safetensors": b"retrained"})
+        adapters = replace(plan(adapters={"m": None, "tuned": "org/a"}), adapter_revisions={"tuned": commit})
+        tuned = bench()
+        tuned.plan = adapters
+        tuned.start()
+    folder = snapshot("org/a", commit)
+    assert f"--lora-modules tuned={folder} " in tuned.log_path.read_text()
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"planned"
 
 
 def test_a_program_that_does_not_exist_is_named(bench: Bench) -> None:
@@ -466,7 +446,7 @@ def test_a_program_that_does_not_exist_is_named(bench: Bench) -> None:
 def test_a_port_lost_to_a_stranger_is_replaced_by_another(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "sweep.server")
+    caplog.set_level(logging.INFO, "sweep.serving.server")
     claim = server._claim_port
     strangers: list[socket.socket] = []
 
@@ -485,6 +465,8 @@ def test_a_port_lost_to_a_stranger_is_replaced_by_another(
     assert len(taken) == 2
     assert int(endpoint.url.rpartition(":")[2]) not in taken
     assert all(f"m-0 lost port {port} to another program" in caplog.text for port in taken)
+    log = bench.servers[0].log_path.read_text()
+    assert all(f"--port {port}" in log for port in taken), "every attempt is kept"
     for stranger in strangers:
         stranger.close()
 
@@ -513,7 +495,7 @@ def test_a_port_that_is_lost_every_time_is_an_error(bench: Bench, monkeypatch: p
         stranger.bind(("127.0.0.1", 0))
         port = stranger.getsockname()[1]
         monkeypatch.setattr(server, "_claim_port", lambda host: (port, socket.socket()))
-        with pytest.raises(ServerError, match="its port was taken by another program, 5 times"):
+        with pytest.raises(ServerFault, match="its port was taken by another program, 5 times"):
             bench().start()
 
 
@@ -521,11 +503,266 @@ def test_two_servers_of_ours_never_claim_the_same_port(monkeypatch: pytest.Monke
     first, held = server._claim_port("127.0.0.1")
     with held:
         monkeypatch.setattr(server, "PORTS", range(first, first + 1))
-        with pytest.raises(ServerError, match=r"no free port on 127\.0\.0\.1"):
+        with pytest.raises(ServerFault, match=r"no free port on 127\.0\.0\.1"):
             server._claim_port("127.0.0.1")
     again, held = server._claim_port("127.0.0.1")
     held.close()
     assert again == first
+
+
+# GPUs
+
+
+def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, memory: str, apps: str = "") -> None:
+    """An nvidia-smi that gives these answers."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncase $1 in --query-gpu*) echo '{memory}';; *) echo '{apps}';; esac\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_gpu_whose_memory_others_hold_is_a_fault_that_names_them(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "3, GPU-x, Disabled, 70000, 10000", "GPU-x, 4711, VLLM::EngineCore, 69000")
+    monkeypatch.setattr(server, "GPU_WAIT_S", 0.0)
+    with pytest.raises(ServerFault) as caught:
+        bench(gpu_ids=["3"], server={"gpu_memory_utilization": 0.5}).start()
+    assert str(caught.value) == (
+        "m-0 did not start: not enough GPU memory is free, after 0 s: GPU 3 (GPU-x) has 10,000 of 40,000 MiB free; "
+        "held by VLLM::EngineCore (pid 4711, 69000 MiB); end those processes, or lower gpu_memory_utilization "
+        "(or `gpus`), which is 0.5 here"
+    )
+    assert not bench.servers[0].log_path.exists(), "it was not even tried"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "share"),
+    [
+        (1, {}, 0.92),
+        (4, {}, 0.92),
+        (0.5, {}, 0.46),
+        (0.5, {"gpu_memory_utilization": 0.3}, 0.3),
+        (1, {"gpu_memory_utilization": 0.8}, 0.8),
+    ],
+)
+def test_the_memory_that_is_waited_for_is_what_the_server_is_told_to_take(
+    gpus: float, options: dict[str, Any], share: float
+) -> None:
+    assert server._memory_share(plan(gpus=gpus, server=options)) == share
+    told = engine.arguments(plan(gpus=gpus, server=options), host="h", port=1)
+    if "--gpu-memory-utilization" in told:
+        assert float(told[told.index("--gpu-memory-utilization") + 1]) == share
+    else:
+        assert share == engine.SHARED_GPU_MEMORY
+
+
+def test_a_start_goes_on_where_nvidia_smi_cannot_tell_and_its_log_says_so(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "0, GPU-x, Enabled, 70000, 10000")
+    one = bench(gpu_ids=["MIG-1"])
+    one.start()
+    assert one.log_path.read_text().startswith(
+        "lmsweep: whether GPU memory is free was not seen: MIG-1 is a slice of a GPU"
+    )
+
+
+def test_servers_that_share_a_gpu_start_one_after_another(bench: Bench) -> None:
+    shared = f"shared-{os.getpid()}"
+    first = bench(gpus=0.5, gpu_ids=[shared], start_delay_s=600)
+    second = bench(gpus=0.5, gpu_ids=[shared])
+    other = bench(gpus=0.5, gpu_ids=[f"{shared}-other"])
+
+    def start_in_vain() -> None:
+        with contextlib.suppress(ServerError):
+            first.start()
+
+    starting = threading.Thread(target=start_in_vain)
+    starting.start()
+    until(first.alive)
+    ready: list[Endpoint] = []
+    waiting = threading.Thread(target=lambda: ready.append(second.start()))
+    waiting.start()
+    other.start()  # takes longer than anything that does not wait
+    assert waiting.is_alive()
+    assert not second.alive()
+    assert not second.log_path.exists()
+    first.stop()
+    starting.join(20)
+    waiting.join(30)
+    assert [endpoint.server for endpoint in ready] == ["m-1"]
+
+
+def test_a_turn_ends_when_the_server_is_ready(bench: Bench) -> None:
+    shared = f"shared-{os.getpid()}"
+    both = [bench(gpus=0.5, gpu_ids=[shared]) for _ in range(2)]
+    assert len({one.start().url for one in both}) == 2
+
+
+def test_waiting_for_a_turn_is_not_start_up_time_and_ends_with_a_stop(bench: Bench) -> None:
+    shared = f"shared-{os.getpid()}"
+    one = bench(gpus=0.5, gpu_ids=[shared], timeout_s=5)
+    two = bench(gpus=0.5, gpu_ids=[shared], timeout_s=0.1)
+    ends: list[str] = []
+
+    def start(server: Server) -> None:
+        try:
+            ends.append(server.start().server)
+        except ServerError as error:
+            ends.append(str(error))
+
+    with gpu.turn([shared], threading.Event()):
+        waiting = [threading.Thread(target=start, args=(server,)) for server in (one, two)]
+        for thread in waiting:
+            thread.start()
+        waiting[0].join(5.5)
+        assert waiting[0].is_alive()
+        assert waiting[1].is_alive()
+        two.stop()
+        waiting[1].join(5)
+        assert ends == ["m-1 was stopped while it started"]
+    waiting[0].join(20)
+    assert ends[1:] == ["m-0"]
+
+
+# Four servers at once, on real Ray
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_four_actors_start_servers_at_once_and_no_collision_reaches_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty times, on ten ports of which a stranger has three and takes one more during every other start."""
+    from sweep.running.machine import prepare_local_ray
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_worker_niceness"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # what is set below ends with the test
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    prepare_local_ray()
+    import ray
+
+    rounds, actors, first_port = 20, 4, 29_880
+    served = plan(max_model_len=512)
+
+    class Host:  # goes to the actors whole, so it calls nothing of this file
+        """Starts one server after another; every first attempt of every other start loses its port."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+            self.server: Server | None = None
+            server.PORTS = range(first_port, first_port + 10)
+
+        def start(self, turn: int) -> tuple[Endpoint, int]:
+            claim = server._claim_port
+            strangers: list[socket.socket] = []
+
+            def lose_one(host: str) -> tuple[int, socket.socket]:
+                port, held = claim(host)
+                if not strangers and (turn + self.number) % 2:
+                    stranger = socket.socket()
+                    stranger.bind((host, port))
+                    strangers.append(stranger)
+                return port, held
+
+            self.server = Server(
+                served,
+                name=f"m-{self.number}-{turn}",
+                api_key=f"key-of-actor-{self.number}-{turn}",
+                gpu_ids=[],
+                log_path=tmp_path / f"m-{self.number}-{turn}.log",
+                executable=STAND_IN,
+            )
+            server._claim_port = lose_one
+            try:
+                return self.server.start(), len(strangers)
+            finally:
+                server._claim_port = claim
+                for stranger in strangers:
+                    stranger.close()
+
+        def stop(self) -> None:
+            assert self.server is not None
+            self.server.stop(0.5)
+
+    ray.init(address="local", num_cpus=actors, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    strangers = []
+    try:
+        for port in (first_port, first_port + 4, first_port + 9):
+            strangers.append(socket.socket())
+            strangers[-1].bind(("127.0.0.1", port))
+        hosts = [ray.remote(num_cpus=1)(Host).remote(number) for number in range(actors)]
+        lost = 0
+        for turn in range(rounds):
+            started = ray.get([host.start.remote(turn) for host in hosts], timeout=120)
+            endpoints = [endpoint for endpoint, _ in started]
+            lost += sum(times for _, times in started)
+            assert len({endpoint.url for endpoint in endpoints}) == actors
+            for endpoint in endpoints:
+                assert ask(endpoint, "/v1/models", key=endpoint.api_key)[0] == 200
+                others = {other.api_key for other in endpoints} - {endpoint.api_key}
+                assert {ask(endpoint, "/v1/models", key=other)[0] for other in others} == {401}
+            ray.get([host.stop.remote() for host in hosts], timeout=60)
+        assert lost == rounds * actors // 2
+    finally:
+        for stranger in strangers:
+            stranger.close()
+        ray.shutdown()
+
+
+# Real vLLM
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"server": {"max_num_sqs": 4}}, ServerError, "vLLM does not know --max-num-sqs"),
+        ({"path": "/no/such/model"}, ServerError, "there is no such model, no folder /no/such/model"),
+        ({"max_model_len": 999_999}, ServerError, "max_model_len 999999 is more than the checkpoint was made for"),
+    ],
+    ids=["bad option", "missing model", "too long"],
+)
+def test_real_vllm_that_does_not_start_says_why(
+    changes: dict[str, Any], kind: type[ServerError], message: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("vllm.version", reason="vLLM is not installed")
+    one = real(tmp_path, **{"path": str(tiny_model), **changes})
+    with pytest.raises(ServerError) as caught:
+        one.start()
+    assert message in str(caught.value).splitlines()[0]
+    assert caught.type is kind
+    assert running() == []
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_real_vllm_that_loses_its_port_is_started_again(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vllm.version", reason="vLLM is not installed")
+    monkeypatch.setattr(server, "PORT_ATTEMPTS", 1)
+    claim = server._claim_port
+    with socket.socket() as stranger:
+
+        def lose(host: str) -> tuple[int, socket.socket]:
+            port, held = claim(host)
+            stranger.bind((host, port))
+            stranger.listen()
+            return port, held
+
+        monkeypatch.setattr(server, "_claim_port", lose)
+        with pytest.raises(ServerFault, match="its port was taken by another program, 1 times"):
+            real(tmp_path, path=str(tiny_model)).start()
+    assert running() == []
+
+
+def real(folder: Path, **changes: Any) -> Server:
+    changes = {"max_model_len": 512, "startup_timeout_s": 300.0, "dtype": "float32", **changes}
+    return Server(plan(gpus=0.0, **changes), name="m-0", api_key=KEY, gpu_ids=[], log_path=folder / "m-0.log")
 
 
 # The stand-in is honest
@@ -576,12 +813,21 @@ def test_the_stand_in_answers_in_vllms_own_types(bench: Bench) -> None:
     pytest.importorskip("vllm.version", reason="vLLM is not installed")
     endpoint = bench().start()
     body = {"model": "m", "prompt": [[1, 2], [3]], "max_tokens": 2, "logprobs": 1, "echo": True}
-    answers = [ask(endpoint, "/v1/completions", body)[1], ask(endpoint, "/v1/models")[1]]
+    hello = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    answers = [
+        ask(endpoint, "/v1/completions", body)[1],
+        ask(endpoint, "/v1/models")[1],
+        ask(endpoint, "/v1/chat/completions", {**hello, "logprobs": True, "top_logprobs": 1})[1],
+        ask(endpoint, "/tokenize", {"model": "m", "prompt": "Hi", "add_special_tokens": False})[1],
+    ]
     code = (
         "import json, sys\n"
+        "from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse\n"
         "from vllm.entrypoints.openai.completion.protocol import CompletionResponse\n"
         "from vllm.entrypoints.serve.engine.protocol import ModelList\n"
-        "for kind, answer in zip((CompletionResponse, ModelList), json.load(sys.stdin), strict=True):\n"
+        "from vllm.entrypoints.serve.tokenize.protocol import TokenizeResponse\n"
+        "kinds = CompletionResponse, ModelList, ChatCompletionResponse, TokenizeResponse\n"
+        "for kind, answer in zip(kinds, json.load(sys.stdin), strict=True):\n"
         "    assert kind.model_validate(answer).model_dump() == answer, kind\n"
     )
     subprocess.run(

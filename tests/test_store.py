@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sweep import store as module
 from sweep.errors import StoreError
 from sweep.record import Counts, Record, Score, Status
-from sweep.store import (
+from sweep.results import store as module
+from sweep.results.store import (
     Response,
     RunDirectory,
     Store,
@@ -79,7 +79,7 @@ def test_an_answer_survives_a_kill_right_after_it_was_put(directory: RunDirector
     code = f"""if True:
         import os, signal
         from pathlib import Path
-        from sweep.store import Response, RunDirectory, Store
+        from sweep.results.store import Response, RunDirectory, Store
         store = Store(RunDirectory(Path({str(directory.root)!r})))
         store.put([Response(key=b"k", cell="m/t", method="echo", answer=b"42")])
         os.kill(os.getpid(), signal.SIGKILL)
@@ -143,7 +143,7 @@ def test_a_driver_that_was_killed_holds_nobody_up(directory: RunDirectory) -> No
     code = f"""if True:
         import os, signal
         from pathlib import Path
-        from sweep.store import RunDirectory, Store
+        from sweep.results.store import RunDirectory, Store
         store = Store(RunDirectory(Path({str(directory.root)!r})))
         os.kill(os.getpid(), signal.SIGKILL)
     """

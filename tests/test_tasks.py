@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sweep import tasks
 from sweep.errors import ConfigError
-from sweep.tasks import Kind, catalog, render, tasks_command
+from sweep.planning import tasks
+from sweep.planning.tasks import Kind, catalog, render, tasks_command
 
 
 def write(folder: Path, **files: str) -> str:
@@ -306,7 +306,7 @@ def test_the_command_finds_the_users_tasks_too(tmp_path):
 
 def test_a_search_needs_neither_lm_eval_nor_anything_heavy():
     code = (
-        "import sys; from sweep.tasks import tasks_command; tasks_command(['mmlu', 'anatomy']);"
+        "import sys; from sweep.planning.tasks import tasks_command; tasks_command(['mmlu', 'anatomy']);"
         "print([m for m in ('lm_eval', 'torch', 'datasets', 'transformers', 'ray', 'vllm') if m in sys.modules])"
     )
     root = Path(__file__).parent.parent

@@ -16,11 +16,11 @@ import psutil
 import pytest
 from wandb_stub import KEY, Stub
 
-from sweep import mirror, tracking
-from sweep.config import WandbConfig
-from sweep.mirror import run_id
+from sweep.planning.config import WandbConfig
 from sweep.record import Counts, Record, Score, Status
-from sweep.tracking import Tracker, scrub, summary
+from sweep.results import mirror, tracking
+from sweep.results.mirror import run_id
+from sweep.results.tracking import Tracker, scrub, summary
 
 SECRET = "planted-secret-4711"
 

@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sweep import vllm_plugin  # noqa: E402 (needs torch)
+from sweep.serving import vllm_plugin  # noqa: E402 (needs torch)
 
 
 @pytest.mark.parametrize("with_zeros", [True, False], ids=["zero points", "symmetric"])

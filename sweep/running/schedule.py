@@ -4,6 +4,7 @@ In this form it starts servers in the order of the plan as resources allow, give
 CELLS_PER_MODEL cells of a model at a time and retires servers that have nothing left to do.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,10 +19,14 @@ class ServerView:
     name: str
     gpus: float
     """Of one life; 0 on the CPU, where it takes one of the CPU server slots."""
+    external: bool
+    """Someone else runs it: a life of it takes no GPU and no slot."""
     replicas: int | None
     """None: as many as help."""
     lives: tuple[str, ...]
     """Starting and ready ones."""
+    resting: bool
+    """It was lost and may not start again yet."""
     unfinished_cells: int
     wanted: bool
     """Some cell has requests without a stored answer, or may have."""
@@ -83,13 +88,19 @@ def _retirements(view: View) -> list[RetireServer]:
 
 
 def _starts(view: View) -> Iterator[StartServer]:
-    wanted = [server for server in view.servers if server.wanted and server.unfinished_cells]
-    yield from _filled([server for server in wanted if server.gpus], view.free_gpus)
-    yield from _filled([server for server in wanted if not server.gpus], view.free_cpu_servers)
+    wanted = [server for server in view.servers if server.unfinished_cells and (server.wanted or server.resting)]
+    ours = [server for server in wanted if not server.external]
+    yield from _filled([server for server in ours if server.gpus], view.free_gpus)
+    yield from _filled([server for server in ours if not server.gpus], view.free_cpu_servers)
+    yield from _filled([server for server in wanted if server.external], math.inf)
 
 
 def _filled(wanted: Sequence[ServerView], free: float) -> Iterator[StartServer]:
-    """What to start of `wanted`, all of which need GPUs or all a CPU slot, while `free` of these are there."""
+    """What to start of `wanted`, all of which need GPUs or all a CPU slot, while `free` of these are there.
+
+    A resting server keeps its place and what it needs: its cells wait with the evaluators that they have, and a model
+    that took its place would wait for these evaluators, both for ever.
+    """
     # GPU fractions add up with rounding errors.
     free += 1e-6
     for server in wanted:
@@ -98,8 +109,11 @@ def _filled(wanted: Sequence[ServerView], free: float) -> Iterator[StartServer]:
                 # The next one may be smaller, but overtaking would starve a large model for ever.
                 return
             free -= _cost(server)
-            yield StartServer(server=server.name, reason=f"first server, {server.unfinished_cells} cells owed")
+            if not server.resting:
+                yield StartServer(server=server.name, reason=f"first server, {server.unfinished_cells} cells owed")
     for server in wanted:
+        if server.resting:
+            continue
         # More servers than cells that may run at a time would idle at the end of the model's work.
         most = server.replicas if server.replicas is not None else server.unfinished_cells
         for _ in range(most - max(1, len(server.lives))):

@@ -2,9 +2,7 @@
 
 import fnmatch
 import hashlib
-import logging
 import os
-import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -15,12 +13,11 @@ from typing import Any
 
 import msgspec
 
-from sweep.config import Device, Model, Seeds, SweepConfig, Task
 from sweep.errors import ConfigError, boundary, nearest, nearest_file
+from sweep.planning.config import Device, Model, Seeds, SweepConfig, Task
+from sweep.planning.hub import Part, Source, at, resolve_revision
+from sweep.planning.tasks import Catalog, catalog
 from sweep.record import Record, Status
-from sweep.tasks import Catalog, catalog
-
-log = logging.getLogger(__name__)
 
 SPEED_ONLY_OPTIONS = frozenset(
     {
@@ -81,9 +78,6 @@ SAMPLES, SAMPLE_BYTES = 8, 65_536
 SMALL_FILES = frozenset({".json", ".jinja", ".txt", ".model", ".py"})
 """Of a checkpoint: configuration, tokenizer and template, hashed by content. All else counts by samples."""
 
-DEFAULT_BRANCH = "main"
-HUB_TIMEOUT_S = 10.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPlan:
@@ -92,30 +86,59 @@ class ModelPlan:
     name: str
     model: Model
     revision: str | None
-    """The commit that `model.revision` resolves to; None for a local folder or while the hub cannot be asked."""
+    """The commit that `model.revision` resolves to; None for a local folder, for a model at a `url`, where it is a
+    label, and while the hub cannot be asked."""
     fingerprint: str
     """Hex; of all that changes the model's answers. The first part of every response's key."""
     server: str
     """Name of the server that serves it (ServerPlan.name)."""
     tokenizer_revision: str | None = None
     """The commit of a hub tokenizer that is not the model's own."""
+    adapter_revision: str | None = None
+    """The commit of a hub adapter."""
     problem: str | None = None
     """Why it cannot be served at all; its cells fail, the others go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerPlan:
-    """One vLLM command line and the models behind it (several only when they are adapters of one base)."""
+    """One vLLM command line and the models behind it (several only when they are adapters of one base), or the server
+    at a `url`, which is not ours to start."""
 
     name: str
     model: Model
     revision: str | None
     tokenizer_revision: str | None = None
     adapters: dict[str, str | None]
-    """Served model name -> LoRA adapter, None for the base model itself. One entry for a plain server."""
+    """Model -> LoRA adapter, None for the base model itself; our servers serve them under these names. One entry for a
+    plain server."""
+    adapter_revisions: dict[str, str] = field(default_factory=dict)
+    """Model -> commit of its adapter from the hub, where it is known."""
     gpus: float
-    """GPUs of one server on a GPU machine: a fraction shares one. Not used where `on_cpu` decides for the CPU."""
+    """GPUs of one server on a GPU machine: a fraction shares one. Not used where `on_cpu` decides for the CPU; 0 for an
+    external server."""
     replicas: int | str
+
+    @property
+    def external(self) -> bool:
+        """Whether someone else runs it: it takes nothing of this cluster and is neither started nor stopped by us."""
+        return self.model.url is not None
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What it takes from the hub: the model, a tokenizer of another repository, adapters; of a model at a `url`
+        only the tokenizer, with which its prompts are made here."""
+        load_format = str(self.model.server.get("load_format", "auto"))
+        wanted = [
+            (self.model.path, self.model.revision, self.revision, Part.MODEL, load_format),
+            (self.model.tokenizer, None, self.tokenizer_revision, Part.TOKENIZER, ""),
+            *((a, None, self.adapter_revisions.get(name), Part.ADAPTER, "") for name, a in self.adapters.items()),
+        ]
+        return tuple(
+            Source(repository=repository, branch=branch, commit=commit, part=part, load_format=load_format)
+            for repository, branch, commit, part, load_format in wanted
+            if repository and not is_local(repository)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +179,14 @@ class Plan:
         """The servers of models with owed cells, in plan order."""
         names = {cell.model.server for cell in self.owed}
         return {name: server for name, server in self.servers.items() if name in names}
+
+
+def served_name(plan: ModelPlan | ServerPlan) -> str:
+    """The name under which a model is asked for: its key, unless a server at a `url` knows it under another.
+
+    Of a server it is that of its base model.
+    """
+    return plan.model.served_model_name or plan.name
 
 
 def failure(cell: Cell, error: str) -> Record:
@@ -270,19 +301,15 @@ def _resolve_all(models: Iterable[Model], earlier: Mapping[str, str], *, ask_hub
         (source, revision)
         for model in models
         for source, revision in ((model.path, model.revision), (model.tokenizer, None), (model.adapter, None))
-        if source is not None and not is_local(source)
+        if source and not is_local(source)
     )
 
     def resolve(source: tuple[str, str | None]) -> str | None:
-        return resolve_revision(*source, ask_hub=ask_hub, earlier=earlier.get(_at(*source)))
+        return resolve_revision(*source, ask_hub=ask_hub, earlier=earlier.get(at(*source)))
 
     # At the same time: where packets to the hub get lost, each would take the whole timeout.
     with ThreadPoolExecutor() as pool:
-        return dict(zip((_at(*source) for source in sources), pool.map(resolve, sources), strict=True))
-
-
-def _at(source: str, revision: str | None) -> str:
-    return f"{source}@{revision or DEFAULT_BRANCH}"
+        return dict(zip((at(*source) for source in sources), pool.map(resolve, sources), strict=True))
 
 
 def _plan_models(models: Mapping[str, Model], commits: Mapping[str, str | None]) -> dict[str, ModelPlan]:
@@ -290,10 +317,11 @@ def _plan_models(models: Mapping[str, Model], commits: Mapping[str, str | None])
         name: ModelPlan(
             name=name,
             model=model,
-            revision=commits.get(_at(model.path, model.revision)),
+            revision=commits.get(at(model.path, model.revision)),
             fingerprint=_model_fingerprint(name, model, commits),
             server=model.entry or name,
-            tokenizer_revision=commits.get(_at(model.tokenizer, None)) if model.tokenizer else None,
+            tokenizer_revision=commits.get(at(model.tokenizer, None)) if model.tokenizer else None,
+            adapter_revision=commits.get(at(model.adapter, None)) if model.adapter else None,
             problem=_problem(name, model),
         )
         for name, model in models.items()
@@ -319,10 +347,17 @@ def _plan_servers(models: Mapping[str, ModelPlan]) -> dict[str, ServerPlan]:
             revision=plan.revision,
             tokenizer_revision=plan.tokenizer_revision,
             adapters=adapters,
-            gpus=model.gpus if model.gpus is not None else float(model.tensor_parallel),
+            adapter_revisions={name: commit for name in adapters if (commit := models[name].adapter_revision)},
+            gpus=_gpus(model),
             replicas=model.replicas,
         )
     return servers
+
+
+def _gpus(model: Model) -> float:
+    if model.url is not None:
+        return 0.0
+    return model.gpus if model.gpus is not None else float(model.tensor_parallel)
 
 
 def is_local(path: str) -> bool:
@@ -334,46 +369,26 @@ def on_cpu(server: ServerPlan, *, cluster_gpus: float) -> bool:
     return server.model.device is Device.CPU or (server.model.device is Device.AUTO and not cluster_gpus)
 
 
-def resolve_revision(path: str, revision: str | None, *, ask_hub: bool, earlier: str | None = None) -> str | None:
-    """The commit that a hub model's branch or tag stands for; None when neither the hub nor the local cache tells it.
-
-    The hub comes first where it may be asked, since a branch moves; HF_HUB_OFFLINE is honoured. Without its word
-    `earlier` counts, what an earlier launch took it for: what vLLM fetched by commit left no name in the cache.
-    """
-    name = revision or DEFAULT_BRANCH
-    if re.fullmatch("[0-9a-f]{40}", name):
-        return name
-
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HTTPError
-    from huggingface_hub.file_download import repo_folder_name
-
-    if ask_hub and not constants.HF_HUB_OFFLINE:
-        try:
-            sha = HfApi().model_info(path, revision=name, timeout=HUB_TIMEOUT_S).sha
-            return str(sha) if sha else None
-        except (HTTPError, OSError, ValueError) as error:
-            # Gated, unknown, misspelt or out of reach: what is known here may do, and else vLLM gives the hub's words.
-            log.warning(
-                "the hub does not tell the commit of %s: %s", _at(path, revision), str(error).partition("\n")[0]
-            )
-    ref = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="model"), "refs", name)
-    return earlier or (ref.read_text().strip() if ref.is_file() else None)
-
-
 def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None]) -> str:
     def identity(source: str | None, revision: str | None = None) -> Any:
         """What tells one state of a checkpoint, tokenizer or adapter from another."""
         if source is not None and is_local(source) and not os.path.exists(source):
             return [source, "missing"]
         if source is None or not is_local(source):
-            return source and [source, commits[_at(source, revision)]]
+            return source and [source, commits[at(source, revision)]]
         with boundary(ConfigError, f"models.{name}: read {source}"):
             return _checkpoint_digest(Path(source))
 
+    if model.url is None:
+        weights, engine = identity(model.path, model.revision), os.environ.get("LMSWEEP_ENGINE")
+    else:
+        # All that tells one state of what is served there from another; the last is the user's own word for it.
+        weights, engine = ["url", model.url, model.served_model_name or name, model.revision], None
+    # A key of its own only where it is set: answers that are stored under older fingerprints stay valid.
+    program = {"server_python": model.server_python} if model.server_python else {}
     return _digest(
         {
-            "weights": identity(model.path, model.revision),
+            "weights": weights,
             "adapter": identity(model.adapter),
             "tokenizer": identity(model.tokenizer),
             "dtype": model.dtype,
@@ -385,7 +400,8 @@ def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None
             "server": {k: v for k, v in model.server.items() if k not in SPEED_ONLY_OPTIONS},
             "env": {k: v for k, v in model.env.items() if k not in SPEED_ONLY_ENVIRONMENT},
             # Another engine in vLLM's place (see server.py) answers differently.
-            "engine": os.environ.get("LMSWEEP_ENGINE"),
+            "engine": engine,
+            **program,
         }
     )
 

@@ -5,15 +5,25 @@ import os
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from types import FrameType
 
 import msgspec
 
-from sweep import evaluator as ev
-from sweep.cluster import (
+from sweep.errors import StoreError, boundary
+from sweep.evaluating import evaluator as ev
+from sweep.evaluating.concurrency import automatic_limit, shares
+from sweep.evaluating.preflight import Check, Facts, expectation
+from sweep.evaluating.preflight import Outcome as Checked
+from sweep.planning.config import SweepConfig
+from sweep.planning.loading import masked
+from sweep.planning.plan import Cell, Plan, ServerPlan, failure, on_cpu
+from sweep.record import Record, Status
+from sweep.results.store import Store, write_file
+from sweep.results.tracking import Outcome, Tracker
+from sweep.running.cluster import (
     Cluster,
     ClusterEvent,
     EvaluatorLost,
@@ -23,28 +33,19 @@ from sweep.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.concurrency import automatic_limit, shares
-from sweep.config import SweepConfig
-from sweep.errors import StoreError, boundary
-from sweep.loading import masked
-from sweep.machine import require
-from sweep.plan import Cell, Plan, ServerPlan, failure, on_cpu
-from sweep.preflight import Facts
-from sweep.progress import Terminal
-from sweep.record import Record, Status
-from sweep.schedule import CellView, RetireServer, RunCell, ServerView, StartServer, View, schedule
-from sweep.server import Endpoint
-from sweep.store import Store, write_file
-from sweep.tracking import Outcome, Tracker
+from sweep.running.machine import require
+from sweep.running.progress import Terminal
+from sweep.running.restarts import LOSSES_MOST, NEVER_LOST, Restarts, healthy
+from sweep.running.schedule import CellView, RetireServer, RunCell, ServerView, StartServer, View, schedule
+from sweep.serving.server import Endpoint
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 """Between two looks at what happened: how late an answer to an evaluator, a decision or a signal may be."""
 
-LOSSES_MOST = 3
-"""A server that is lost so often without any cell finished in between takes its models out; a check or a cell ends
-after so many lost evaluators."""
+DEATHS_MOST = 3
+"""A check or a cell that so many evaluators died at is the cause of it; one or two may be the memory of a moment."""
 
 CLOSE_WANDB_S = 120.0
 """What W&B has not taken by then is left for later; the run directory has it all."""
@@ -83,7 +84,14 @@ class _Life:
     server: str
     endpoint: Endpoint | None = None
     """None while it starts."""
+    ready_at_s: float = 0.0
+    """Set with the endpoint, on the runner's clock."""
+    finished_cell: bool = False
+    """One of its server's cells was finished while it was ready."""
     retiring: bool = False
+    """Asked to stop."""
+    lost: bool = False
+    """Dead, and what is left of it still holds its GPUs."""
 
 
 @dataclass(kw_only=True)
@@ -92,8 +100,16 @@ class _ServerState:
     replicas: int | None
     """None: as many as help."""
     started: int = 0
-    losses: int = 0
-    """Since a cell of it was finished."""
+    restarts: Restarts = NEVER_LOST
+
+
+@dataclass(kw_only=True)
+class _Seat:
+    """Room for one evaluator."""
+
+    evaluator: str | None = None
+    """None while it rests."""
+    restarts: Restarts = NEVER_LOST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +130,12 @@ def carry_out(config: SweepConfig, plan: Plan, store: Store, *, api_key: str, se
     """
     records = dict(plan.done)
     with (
-        _signals() as stop,
+        stop_signals() as stop,
         Terminal(models=list(plan.models), cells=[cell.key for cell in plan.cells]) as terminal,
         _warnings_on(terminal),
-        closing(Cluster(config.ray, api_key=api_key)) as cluster,
+        closing(Cluster(config.ray, api_key=api_key, secrets=secrets)) as cluster,
     ):
-        _listen(stop)  # Ray has put a handler of its own in place
+        listen(stop)  # Ray has put a handler of its own in place
         require(plan.owed_servers, cluster.capacity)
         tracker = Tracker(
             config.wandb,
@@ -170,16 +186,22 @@ class Runner:
     """Masked in every message that a record keeps: a server may print what its environment holds."""
     records: dict[str, Record]
     """By cell key; begins with what was done before and grows as cells end."""
+    clock: Callable[[], float] = time.monotonic
     _cells: dict[str, _CellState] = field(default_factory=dict)
     _servers: dict[str, _ServerState] = field(default_factory=dict)
     _lives: dict[str, _Life] = field(default_factory=dict)
     _facts: dict[str, Facts] = field(default_factory=dict)
+    _token_ids: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """Model -> what its tokenizer makes of preflight's texts."""
+    _seats: list[_Seat] = field(default_factory=list)
     _evaluators: dict[str, str | None] = field(default_factory=dict)
     """Name -> what it does: a cell's key, `check`, or None when idle."""
     _checks: deque[ev.CheckTask | ev.CheckModel] = field(default_factory=deque)
     _checking: dict[str, ev.CheckTask | ev.CheckModel] = field(default_factory=dict)
     _check_losses: Counter[str] = field(default_factory=Counter)
     _evaluators_started: int = 0
+    _evaluators_work: bool = False
+    """One of them has said something."""
     _last_tracked: float = 0.0
 
     def run(self, stop: Sequence[int] = ()) -> int:
@@ -193,6 +215,7 @@ class Runner:
                 self._observe(event)
             if stop:
                 return stop[0]
+            self._fill_seats()
             self._dispatch_checks()
             for action in schedule(self._view()):
                 self._carry_out(action)
@@ -219,14 +242,17 @@ class Runner:
         for model in dict.fromkeys(cell.model.name for cell in owed):
             self._checks.append(ev.CheckModel(model=self.plan.models[model]))
         log.info("%d cells owed, %d done, %d responses stored", len(owed), len(self.plan.done), self.store.count())
-        for _ in range(min(self.cluster.capacity.evaluators, max(len(owed), 1))):
-            self._start_evaluator()
+        self._seats = [_Seat() for _ in range(min(self.cluster.capacity.evaluators, max(len(owed), 1)))]
+        self._fill_seats()
 
-    def _start_evaluator(self) -> None:
-        name = f"evaluator.{self._evaluators_started}"  # no model has a dot, so no server's log is called so
-        self._evaluators_started += 1
-        self._evaluators[name] = None
-        self.cluster.start_evaluator(name, self.store.directory.server_log(name))
+    def _fill_seats(self) -> None:
+        for seat in self._seats:
+            if seat.evaluator is None and not seat.restarts.rest_s(self.clock()):
+                name = f"evaluator.{self._evaluators_started}"  # no model has a dot, so no server's log is called so
+                self._evaluators_started += 1
+                seat.evaluator = name
+                self._evaluators[name] = None
+                self.cluster.start_evaluator(name, self.store.directory.server_log(name))
 
     def _facts_identity(self, plan: ServerPlan) -> list[str]:
         """Facts of a server hold for the same models."""
@@ -254,13 +280,12 @@ class Runner:
         match event:
             case ServerReady():
                 self._server_ready(event)
-            case ServerFailed(life=life, error=error):
-                self._server_failed(life, error)
+            case ServerFailed():
+                self._server_failed(event)
             case ServerLost(life=life, reason=reason):
                 self._server_lost(life, reason)
             case ServerStopped(life=life):
-                server = self._lives.pop(life).server
-                self._show_server(server, "stopped")
+                self._server_stopped(life)
             case EvaluatorSaid(evaluator=name, event=said):
                 self._heard(name, said)
             case EvaluatorLost(evaluator=name, reason=reason):
@@ -269,7 +294,7 @@ class Runner:
     def _server_ready(self, event: ServerReady) -> None:
         life = self._lives[event.life]
         plan = self._servers[life.server].plan
-        others = [other for other in self._live(life.server) if self._lives[other].endpoint is not None]
+        others = self._ready(life.server)
         if others and not event.facts.serves_as(self._facts[life.server]):
             # Cells are planned by what the first server can do; a lesser one would fail them.
             self.terminal.note(f"replica {event.life} is stopped, it cannot do what {others[0]} does: {event.facts}")
@@ -277,47 +302,100 @@ class Runner:
             life.retiring = True
             self.cluster.stop_server(event.life)
             return
-        life.endpoint = event.endpoint
+        life.endpoint, life.ready_at_s = event.endpoint, self.clock()
         if not others:
+            before = self._facts.get(life.server)
             self._facts[life.server] = event.facts
+            if before is not None and not event.facts.plans_as(before):
+                self._plan_anew(life.server)
         with boundary(StoreError, f"write what is known of server {life.server}"):
             write_file(
                 self.store.directory.facts(life.server),
                 msgspec.json.encode({"of": self._facts_identity(plan), "facts": self._facts[life.server]}),
             )
         log.info("server %s is ready at %s: %s", event.life, event.endpoint.url, event.facts)
-        self._show_server(life.server, "ready", f"scores by {', '.join(event.facts.methods)}")
-        for note in event.facts.notes:
-            self.terminal.note(f"{event.life}: {note}")
+        self._show_server(life.server, "ready", _in_one_line(event.facts))
+        self._note_checks(event.life, event.facts.checks)
         self._share(life.server)
 
-    def _server_failed(self, life: str, error: str) -> None:
-        name, error = self._lives.pop(life).server, masked(error, self.secrets)
-        log.info("server %s failed: %s", life, error)  # the terminal tells it below
-        if others := [other for other in self._lives.values() if other.server == name]:
-            # The model goes on with the servers that it has.
-            self._servers[name].replicas = len(others)
-            self.terminal.note(f"replica {life} did not start: {error}")
-            return
-        self._show_server(name, "failed", error.splitlines()[0])
-        self._fail_server(name, error)
+    def _plan_anew(self, server: str) -> None:
+        """Take back what runs on facts that no longer hold: other methods, another length, another version of vLLM.
 
-    def _server_lost(self, life: str, reason: str) -> None:
-        name, reason = self._lives.pop(life).server, masked(reason, self.secrets)
+        What was answered is kept; a cell that has all its answers ends all the same.
+        """
+        for state in self._cells_of(server):
+            if state.state == "running" and state.evaluator is not None:
+                log.info("%s is planned anew, its server can do other things than before", state.cell.key)
+                self.cluster.send(state.evaluator, ev.CancelCell(reason="its server is another one now"))
+
+    def _note_checks(self, life: str, checks: Sequence[Check]) -> None:
+        for check in checks:
+            if check.outcome is not Checked.PASSED:
+                self.terminal.note(f"{life}: {check.name} {check.outcome} for {check.model}: {check.detail}")
+
+    def _server_failed(self, event: ServerFailed) -> None:
+        name, error = self._lives.pop(event.life).server, masked(event.error, self.secrets)
         server = self._servers[name]
-        server.losses += 1
-        log.info("server %s was lost: %s", life, reason)
-        reason = f"{reason} (see {self.store.directory.server_log(life)})"
-        self._show_server(name, "lost", reason)
-        if server.losses >= LOSSES_MOST:
-            self._fail_server(name, f"its server was lost {server.losses} times, last: {life} {reason}")
+        log.info("server %s failed: %s", event.life, error)  # the terminal tells it below
+        if event.passing:
+            self._again(name, server.restarts.lost(self.clock()), error)
+        elif others := self._live(name):
+            # The model goes on with the servers that it has.
+            server.replicas = len(others)
+            self.terminal.note(f"replica {event.life} did not start: {error}")
         else:
-            self._share(name)
+            self._fail_server(name, error)
+
+    def _server_lost(self, name_of_life: str, reason: str) -> None:
+        life = self._lives[name_of_life]
+        life.lost, reason = True, masked(reason, self.secrets)
+        log.info("server %s was lost: %s", name_of_life, reason)
+        server, now = self._servers[life.server], self.clock()
+        was_healthy = healthy(
+            ready_s=now - life.ready_at_s,
+            hang_timeout_s=server.plan.model.hang_timeout_s,
+            finished_cell=life.finished_cell,
+        )
+        log_path = self.store.directory.server_log(name_of_life)
+        self._again(
+            life.server, server.restarts.lost(now, healthy=was_healthy), f"{name_of_life} {reason} (see {log_path})"
+        )
+        self._share(life.server)
+
+    def _again(self, name: str, restarts: Restarts, reason: str) -> None:
+        """A server was lost or did not start, which may pass: another start after a rest, or no more."""
+        server = self._servers[name]
+        server.restarts = restarts
+        others = self._live(name)
+        if not restarts.exhausted:
+            rest_s = restarts.rest_s(self.clock())
+            brief = f"{reason.splitlines()[0]}; next start in {rest_s:g} s, loss {restarts.losses} of {LOSSES_MOST}"
+            if others:
+                self.terminal.note(f"a server of {name} was lost: {brief}")
+            else:
+                self._show_server(name, "lost", brief)
+            return
+        logs = self.store.directory.server_log(f"{name}-*")
+        error = f"crash loop: lost {restarts.losses} times in a row (logs: {logs}), last: {reason}"
+        if others:
+            server.replicas = len(others)
+            server.restarts = NEVER_LOST  # those were not the losses of the others
+            count = "1 server" if len(others) == 1 else f"{len(others)} servers"
+            self.terminal.note(f"{name} goes on with {count}, another is in a {error}")
+        else:
+            self._fail_server(name, error)
+
+    def _server_stopped(self, name_of_life: str) -> None:
+        life = self._lives.pop(name_of_life)
+        log.info("nothing is left of server %s", name_of_life)
+        if life.retiring and not self._live(life.server):
+            self._show_server(life.server, "stopped")
 
     def _fail_server(self, name: str, error: str) -> None:
         """Take the server's models out; the others go on."""
-        for state in self._cells.values():
-            if state.cell.model.server == name and state.unfinished:
+        self._show_server(name, "failed", error.splitlines()[0])
+        for state in self._cells_of(name):
+            if state.unfinished:
                 self._fail(state, error)
 
     def _fail(self, state: _CellState, error: str) -> None:
@@ -335,16 +413,37 @@ class Runner:
         elif work is not None and (state := self._cells[work]).evaluator == name:  # else it was cancelling the cell
             state.losses += 1
             self._take_back(state)
-            if state.losses >= LOSSES_MOST:
+            if state.losses >= DEATHS_MOST:
                 self._fail(state, f"its evaluator died {state.losses} times, last: {reason}")
             self._share(state.cell.model.server)
-        self._start_evaluator()
+        self._leave_seat(name, reason, at_work=work is not None)
+
+    def _leave_seat(self, name: str, reason: str, *, at_work: bool) -> None:
+        """Its next evaluator starts after a rest; seats whose evaluators die by themselves are given up.
+
+        Where evaluators have been seen to work, one that dies at work is counted with its work alone: several deadly
+        tasks must not cost the others their evaluators.
+        """
+        seat = next(seat for seat in self._seats if seat.evaluator == name)
+        before = NEVER_LOST if at_work and self._evaluators_work else seat.restarts
+        seat.evaluator, seat.restarts = None, before.lost(self.clock())
+        if not seat.restarts.exhausted:
+            return
+        self._seats.remove(seat)
+        what = "evaluators die one after the other" if self._evaluators_work else "no evaluator can work"
+        error = f"{what}: {seat.restarts.losses} died in a row, last: {reason}"
+        if self._seats:
+            self.terminal.note(f"{len(self._seats)} evaluators go on without one: {error}")
+            return
+        for state in self._cells.values():
+            if state.unfinished:
+                self._fail(state, error)
 
     def _check_lost(self, check: ev.CheckTask | ev.CheckModel, reason: str) -> None:
         """Once more, since memory may have been short for a moment; a check that kills every evaluator has failed."""
         what = f"task {check.task.task}" if isinstance(check, ev.CheckTask) else f"model {check.model.name}"
         self._check_losses[what] += 1
-        if (losses := self._check_losses[what]) < LOSSES_MOST:
+        if (losses := self._check_losses[what]) < DEATHS_MOST:
             self._checks.append(check)
             return
         error = f"load {what}: the process that did it died {losses} times, last: {reason}"
@@ -354,6 +453,10 @@ class Runner:
             self._checked(ev.Checked(model=check.model.name, error=error))
 
     def _heard(self, name: str, said: ev.Event) -> None:
+        self._evaluators_work = True
+        for seat in self._seats:
+            if seat.evaluator == name:
+                seat.restarts = NEVER_LOST
         match said:
             case ev.Checked():
                 self._evaluators[name] = None
@@ -376,7 +479,7 @@ class Runner:
                 self.cluster.send(name, ev.KnownAnswers(answers=self.store.answers(keys)))
             case ev.NeedServer(requests=requests):
                 state.needs_server = True
-                if not self._live(cell.model.server):
+                if not self._expected_back(cell.model.server):
                     # An evaluator that waits here would be missing where servers wait for cells.
                     log.info("%s needs a server for %d requests", cell.key, requests)
                     self.cluster.send(name, ev.CancelCell(reason="its server has yet to be started"))
@@ -401,6 +504,8 @@ class Runner:
         self.terminal.cell(state.cell.key, state="waiting")
 
     def _checked(self, said: ev.Checked) -> None:
+        if said.model is not None:
+            self._token_ids[said.model] = said.token_ids
         if said.error is not None:
             for state in self._cells.values():
                 if state.unfinished and (state.cell.task_name == said.task_name or state.cell.model.name == said.model):
@@ -411,7 +516,7 @@ class Runner:
                     state.state = "waiting"
 
     def _progressed(self, state: _CellState, said: ev.CellProgress) -> None:
-        now, asked = time.monotonic(), said.done - said.reused
+        now, asked = self.clock(), said.done - said.reused
         then, before = state.first_answers
         # Since the first answers: the time before is the server's start, and a burst of a moment is no rate.
         if before and now > then + RATE_S:
@@ -433,8 +538,9 @@ class Runner:
         record = replace(record, files=tuple(str(folder / name) for name in sorted(files)))
         self.store.write_record(record, files)
         state.state, state.evaluator = ("done" if record.status is Status.DONE else "failed"), None
-        if record.status is Status.DONE:
-            self._servers[state.cell.model.server].losses = 0
+        if record.status is Status.DONE and record.counts.asked:
+            for life in self._ready(state.cell.model.server):
+                self._lives[life].finished_cell = True
         self.records[state.cell.key] = record
         self.tracker.cell(record)
         done = sum(r.status is Status.DONE for r in self.records.values())
@@ -452,13 +558,28 @@ class Runner:
     # Deciding and carrying out.
 
     def _live(self, server: str) -> list[str]:
-        return [name for name, life in self._lives.items() if life.server == server and not life.retiring]
+        """Its lives that start or are ready."""
+        return [n for n, life in self._lives.items() if life.server == server and not (life.retiring or life.lost)]
+
+    def _ready(self, server: str) -> list[str]:
+        return [name for name in self._live(server) if self._lives[name].endpoint is not None]
+
+    def _resting(self, server: str) -> bool:
+        return self._servers[server].restarts.rest_s(self.clock()) > 0
+
+    def _expected_back(self, server: str) -> bool:
+        """Whether a cell may keep its evaluator while it waits: what the server needs is its own already."""
+        return bool(self._live(server)) or self._resting(server)
+
+    def _cells_of(self, server: str) -> list[_CellState]:
+        return [state for state in self._cells.values() if state.cell.model.server == server]
 
     def _view(self) -> View:
         capacity = self.cluster.capacity
         on_cpus = {name: self._on_cpu(name) for name in self._servers}
-        used = [self._servers[life.server].plan.gpus for life in self._lives.values() if not on_cpus[life.server]]
-        cpu_lives = sum(on_cpus[life.server] for life in self._lives.values())
+        ours = [life.server for life in self._lives.values() if not self._servers[life.server].plan.external]
+        used = [self._servers[name].plan.gpus for name in ours if not on_cpus[name]]
+        cpu_lives = sum(on_cpus[name] for name in ours)
         unfinished = [c for c in self._cells.values() if c.unfinished]
         running: dict[str, int] = dict.fromkeys(self._servers, 0)
         for state in unfinished:
@@ -469,13 +590,17 @@ class Runner:
                 ServerView(
                     name=name,
                     gpus=0 if on_cpus[name] else server.plan.gpus,
+                    external=server.plan.external,
                     replicas=server.replicas,
                     lives=tuple(self._live(name)),
+                    resting=self._resting(name),
                     unfinished_cells=sum(c.cell.model.server == name for c in unfinished),
                     wanted=any(c.cell.model.server == name and self._wants_server(c) for c in unfinished),
                 )
                 # A lost server comes back before others begin: evaluators that wait for it are missing elsewhere.
-                for name, server in sorted(self._servers.items(), key=lambda item: not running[item[0]])
+                for name, server in sorted(
+                    self._servers.items(), key=lambda item: not (running[item[0]] or self._resting(item[0]))
+                )
             ),
             waiting=tuple(
                 CellView(key=key, server=c.cell.model.server, can_start=self._can_start(c))
@@ -511,7 +636,8 @@ class Runner:
                 self._lives[life] = _Life(server=name)
                 log.info("start server %s: %s", life, reason)
                 self._show_server(name, "starting")
-                self.cluster.start_server(server.plan, life, self.store.directory.server_log(life))
+                expected = expectation(server.plan, self.plan.models, self._token_ids)
+                self.cluster.start_server(server.plan, life, self.store.directory.server_log(life), expected)
             case RetireServer(life=life, reason=reason):
                 log.info("stop server %s: %s", life, reason)
                 self._lives[life].retiring = True
@@ -556,7 +682,7 @@ class Runner:
             self.terminal.server(model, state, detail)
 
     def _track(self) -> None:
-        now = time.monotonic()
+        now = self.clock()
         if now - self._last_tracked < TRACK_S:
             return
         self._last_tracked = now
@@ -573,15 +699,27 @@ class Runner:
             )
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that gets the number of the first SIGINT or SIGTERM; a second one ends the process at once.
+def _in_one_line(facts: Facts) -> str:
+    """`scores by echo, next_token; 21 checks passed, 1 noted`."""
+    passed = sum(check.outcome is Checked.PASSED for check in facts.checks)
+    noted = len(facts.checks) - passed
+    return f"scores by {', '.join(facts.methods)}; {passed} checks passed{f', {noted} noted' if noted else ''}"
 
-    Supervisors clean up behind a process that ends so.
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, what batch systems send, and a terminal that was closed."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that gets the number of the first of SIGNALS; a second one ends the process at once, but for SIGHUP.
+
+    Supervisors clean up behind a process that ends so. SIGHUP often comes twice, from the shell and from the kernel, or
+    right after SIGTERM, and nobody is waiting.
     """
     got: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    _listen(got)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    listen(got)
     try:
         yield got
     except SystemExit as exited:  # how Ray's own handler of SIGTERM ends us while Ray starts
@@ -589,13 +727,27 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _leave_dead_terminal()
 
 
-def _listen(got: list[int]) -> None:
+def listen(got: list[int]) -> None:
     def note(number: int, _frame: FrameType | None) -> None:
-        if got:
+        if got and number != signal.SIGHUP:
             os._exit(128 + number)
         got.append(number)
+        _leave_dead_terminal()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` wants to outlive the terminal
+            signal.signal(number, note)
+
+
+def _leave_dead_terminal() -> None:
+    """Let what is still to be written vanish where the terminal has gone, so that tidying up cannot fail of it."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -18,13 +18,13 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import handle_stop_sequences
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from sweep.client import Call, Client
-from sweep.config import Overflow
 from sweep.errors import TaskError
-from sweep.preflight import Facts
+from sweep.evaluating.client import Call, Client
+from sweep.evaluating.preflight import Facts
+from sweep.evaluating.scoring import EchoCall, GenerateCall, Method, NextTokenCall, Scored, scoring_calls
+from sweep.planning.config import Overflow
 from sweep.record import Counts
-from sweep.scoring import EchoCall, GenerateCall, Method, NextTokenCall, Scored, scoring_calls
-from sweep.store import Response, response_key
+from sweep.results.store import Response, response_key
 
 GENERATION_SEED = 1234
 """What `local-completions` sends with every request."""

@@ -1,8 +1,8 @@
 """What we add to vLLM, given to our own servers by option; imported inside vLLM's workers and nowhere else.
 
-`--worker-extension-cls sweep.vllm_plugin.CpuAwq` lets a CPU without AVX-512 serve AWQ checkpoints: vLLM 0.32 picks its
-4-bit kernel on every x86 CPU, but leaves it out of the library that it loads on AVX2 alone. The server then starts,
-answers /health and dies at the first request ("'_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'").
+`--worker-extension-cls sweep.serving.vllm_plugin.CpuAwq` lets a CPU without AVX-512 serve AWQ checkpoints: vLLM 0.32
+picks its 4-bit kernel on every x86 CPU, but leaves it out of the library that it loads on AVX2 alone. The server then
+starts, answers /health and dies at the first request ("'_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'").
 """
 
 import torch

@@ -5,26 +5,40 @@ Both kinds of actor are made without restarts or retries: what happens after a l
 """
 
 import logging
-from collections.abc import Iterator
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sweep.config import RayConfig
-from sweep.errors import ResourceError, SweepError
-from sweep.evaluator import EvaluatorProcess, Event
-from sweep.machine import CPU_SERVER, EVALUATOR, Capacity, local_capacity, starts_local
-from sweep.plan import ServerPlan, on_cpu
-from sweep.preflight import Facts, inspect
-from sweep.server import Endpoint, Server
+from sweep.errors import ResourceError, ServerError, ServerFault, SweepError
+from sweep.evaluating.evaluator import EvaluatorProcess, Event
+from sweep.evaluating.preflight import Check, Expected, Facts, Inspection, inspect
+from sweep.planning.config import RayConfig
+from sweep.planning.plan import ServerPlan, on_cpu
+from sweep.running.machine import CPU_SERVER, EVALUATOR, Capacity, local_capacity, starts_local
+from sweep.serving.external import ExternalServer
+from sweep.serving.server import Endpoint, Server
 
 log = logging.getLogger(__name__)
 
 STOP_S = 20.0
 """Servers get so long to end by themselves; what hangs after that is left to their supervisors, which kill it."""
+
+DEATH_SEEN_S = 1.0
+"""A server's death is known after so long at the latest; a request that it fails may be known earlier."""
+
+DEATH_PERIOD_S = 0.05
+
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
+"""What these are where the sweep is launched holds for its servers and evaluators on every node, whose own environment
+is that of whoever started Ray there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +50,19 @@ class ServerReady:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerFailed:
-    """It never became ready."""
+    """It never became ready, and nothing of it is left."""
 
     life: str
     error: str
+    passing: bool = False
+    """Another start may succeed."""
+    checks: tuple[Check, ...] = ()
+    """What preflight had seen of it, when it came so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerLost:
-    """It was ready and is gone, unasked."""
+    """It was ready and is dead, unasked; ServerStopped follows when nothing of it is left and its GPUs are free."""
 
     life: str
     reason: str
@@ -75,25 +93,64 @@ ClusterEvent = ServerReady | ServerFailed | ServerLost | ServerStopped | Evaluat
 class _ServerHost:
     """One server's life on its node."""
 
-    def __init__(self, plan: ServerPlan, life: str, api_key: str, log_path: str, loopback: bool) -> None:
-        _be_ordinary()
-        self._plan = plan
-        self._server = Server(
-            plan,
-            name=life,
-            api_key=api_key,
-            gpu_ids=[str(gpu) for gpu in ray.get_gpu_ids()],
-            log_path=Path(log_path),
-            host="127.0.0.1" if loopback else ray.util.get_node_ip_address(),
-        )
+    def __init__(
+        self,
+        plan: ServerPlan,
+        life: str,
+        api_key: str,
+        log_path: str,
+        loopback: bool,
+        secrets: Sequence[str],
+        variables: Mapping[str, str],
+    ) -> None:
+        _be_ordinary(variables)
+        self._life = life
+        self._log_path = log_path
+        self._server: Server | ExternalServer
+        if plan.external:
+            self._server = ExternalServer(plan, name=life)
+        else:
+            self._server = Server(
+                plan,
+                name=life,
+                api_key=api_key,
+                gpu_ids=[str(gpu) for gpu in ray.get_gpu_ids()],
+                secrets=secrets,
+                log_path=Path(log_path),
+                host="127.0.0.1" if loopback else ray.util.get_node_ip_address(),
+            )
 
-    def start(self) -> tuple[Endpoint, Facts]:
+    def start(self, expected: Mapping[str, Expected]) -> tuple[Endpoint, Inspection]:
+        """Nothing is left of a server that is refused, as of one whose start raises."""
         endpoint = self._server.start()
         try:
-            return endpoint, inspect(endpoint, tuple(self._plan.adapters))
+            inspection = self._inspect(endpoint, expected)
         except BaseException:
             self._server.stop()
             raise
+        if inspection.refusal is not None:
+            self._server.stop()
+        return endpoint, inspection
+
+    def _inspect(self, endpoint: Endpoint, expected: Mapping[str, Expected]) -> Inspection:
+        """Raises ServerFault when the server died of it or before: its answers then tell nothing of what it can do."""
+        try:
+            inspection = inspect(endpoint, expected)
+        except ServerError as error:
+            self._see_alive(str(error))
+            raise
+        if inspection.refusal is not None:
+            self._see_alive(inspection.refusal)
+        return inspection
+
+    def _see_alive(self, seen: str) -> None:
+        deadline = time.monotonic() + DEATH_SEEN_S
+        while self._server.alive():
+            if time.monotonic() > deadline:
+                return
+            time.sleep(DEATH_PERIOD_S)
+        log.info("%s died in preflight: %s", self._life, seen)
+        raise ServerFault(f"{self._life} died in preflight: {self._server.wait()} (see {self._log_path})")
 
     @ray.method(concurrency_group="sentinel")
     def wait(self) -> str:
@@ -107,9 +164,9 @@ class _ServerHost:
 class _EvaluatorHost:
     """One evaluator's child process on its node."""
 
-    def __init__(self, log_path: str) -> None:
-        _be_ordinary()
-        self._process = EvaluatorProcess(Path(log_path))
+    def __init__(self, log_path: str, secrets: Sequence[str], variables: Mapping[str, str]) -> None:
+        _be_ordinary(variables)
+        self._process = EvaluatorProcess(Path(log_path), secrets=secrets)
 
     @ray.method(num_returns="streaming")
     def events(self) -> Iterator[Event]:
@@ -142,8 +199,12 @@ _EvaluatorActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0
 )
 
 
-def _be_ordinary() -> None:
-    """Ray marks its workers as the first to be killed when memory runs out; a server of ours is no such thing."""
+def _be_ordinary(variables: Mapping[str, str]) -> None:
+    """Take over `variables`, and Ray's mark off this process.
+
+    Ray marks its workers as the first to be killed when memory runs out; a server of ours is no such thing.
+    """
+    os.environ.update(variables)
     try:
         Path("/proc/self/oom_score_adj").write_text("0")
     except OSError as error:  # lowering it takes a privilege
@@ -153,24 +214,32 @@ def _be_ordinary() -> None:
 class Cluster:
     """A connection to Ray with this sweep's actors. Close it always: `close` ends every process it started."""
 
-    def __init__(self, config: RayConfig, *, api_key: str) -> None:
+    def __init__(self, config: RayConfig, *, api_key: str, secrets: Sequence[str] = ()) -> None:
         """Connect, or start a local cluster. Raises ResourceError when that fails."""
         self._api_key = api_key
+        self._secrets = tuple(secrets)
+        """Masked in evaluators' logs, besides what the environment of their node holds."""
+        self._variables = {name: os.environ[name] for name in OFFLINE if name in os.environ}
         self._servers: dict[str, Any] = {}
         self._evaluators: dict[str, Any] = {}
         self._starting: dict[Any, str] = {}
         self._sentinels: dict[Any, str] = {}
         self._stopping: dict[Any, str] = {}
         self._streams: dict[Any, str] = {}
+        self._session: Path | None = None
+        """Ray's folder of logs and sockets of a cluster that is ours alone, to be removed with it."""
         try:
             self.capacity = self._start_local(config) if starts_local(config) else self._connect(config)
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise ResourceError(f"connect to Ray at {config.address or 'a local cluster'}: {error}") from error
-        self._loopback = len([node for node in ray.nodes() if node["Alive"]]) == 1
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        # Servers are heard on loopback only when all that asks them is on their node, and a node may join later: a
+        # sweep that begins on one node, which is all that its capacity counts, stays there.
+        self._only_node: str | None = nodes[0] if len(nodes) == 1 else None
 
     def _start_local(self, config: RayConfig) -> Capacity:
         capacity = local_capacity(config)
-        ray.init(
+        context = ray.init(
             address="local",
             num_gpus=int(capacity.gpus),
             resources={CPU_SERVER: capacity.cpu_servers, EVALUATOR: capacity.evaluators},
@@ -178,6 +247,7 @@ class Cluster:
             log_to_driver=False,
             configure_logging=False,
         )
+        self._session = Path(context.address_info["session_dir"])
         return capacity
 
     def _connect(self, config: RayConfig) -> Capacity:
@@ -194,13 +264,13 @@ class Cluster:
             evaluators=evaluators,
         )
 
-    def start_server(self, plan: ServerPlan, life: str, log_path: Path) -> None:
-        """Begin a server's life; ServerReady or ServerFailed follows."""
-        cpu = on_cpu(plan, cluster_gpus=self.capacity.gpus)
-        resources = self._slot(CPU_SERVER) if cpu else {"num_gpus": plan.gpus}
-        actor = _ServerActor.options(**resources).remote(plan, life, self._api_key, str(log_path), self._loopback)
+    def start_server(self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected]) -> None:
+        """Begin a server's life; ServerReady or ServerFailed follows. `expected` is what it must be, by model."""
+        actor = _ServerActor.options(**self._needs(plan), **self._placement()).remote(
+            plan, life, self._api_key, str(log_path), self._only_node is not None, self._secrets, self._variables
+        )
         self._servers[life] = actor
-        self._starting[actor.start.remote()] = life
+        self._starting[actor.start.remote(expected)] = life
 
     def stop_server(self, life: str) -> None:
         """Ask a server to end; ServerStopped follows when its process is gone."""
@@ -209,7 +279,9 @@ class Cluster:
         self._stopping[self._servers[life].stop.remote()] = life
 
     def start_evaluator(self, name: str, log_path: Path) -> None:
-        actor = _EvaluatorActor.options(**self._slot(EVALUATOR)).remote(str(log_path))
+        actor = _EvaluatorActor.options(**self._slot(EVALUATOR), **self._placement()).remote(
+            str(log_path), self._secrets, self._variables
+        )
         self._evaluators[name] = actor
         self._streams[actor.events.remote()] = name
 
@@ -219,6 +291,17 @@ class Cluster:
         if (actor := self._evaluators.get(evaluator)) is not None:
             actor.send.remote(message)
 
+    def _needs(self, plan: ServerPlan) -> dict[str, Any]:
+        if plan.external:
+            return {}
+        cpu = on_cpu(plan, cluster_gpus=self.capacity.gpus)
+        return self._slot(CPU_SERVER) if cpu else {"num_gpus": plan.gpus}
+
+    def _placement(self) -> dict[str, Any]:
+        if self._only_node is None:
+            return {}
+        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(self._only_node, soft=False)}
+
     def _slot(self, name: str) -> dict[str, Any]:
         """One slot where the cluster declares them, a whole CPU where it does not."""
         return {"resources": {name: 1}} if name in ray.cluster_resources() else {"num_cpus": 1}
@@ -226,6 +309,9 @@ class Cluster:
     def events(self, timeout_s: float) -> list[ClusterEvent]:
         """What happened in the next `timeout_s`; many events at a time cost the driver half as much as one by one."""
         references = [*self._starting, *self._sentinels, *self._stopping, *self._streams]
+        if not references:  # all that there was has died and rests
+            time.sleep(timeout_s)
+            return []
         ready, _ = ray.wait(references, num_returns=len(references), timeout=timeout_s, fetch_local=False)
         if not ready:
             return []
@@ -236,13 +322,9 @@ class Cluster:
             elif reference in self._starting:
                 events.append(self._started(reference))
             elif reference in self._sentinels:
-                life = self._sentinels.pop(reference)
-                events.append(ServerLost(life=life, reason=self._reason(reference)))
-                self._end_server(life)
+                events += self._lost(reference)
             elif reference in self._stopping:
-                life = self._stopping.pop(reference)
-                self._end_server(life)
-                events.append(ServerStopped(life=life))
+                events.append(self._stopped(reference))
         return events
 
     def _heard(self, stream: Any) -> Iterator[ClusterEvent]:
@@ -255,7 +337,7 @@ class Cluster:
         except StopIteration:
             reason = "its process ended; its log tells why"
         except RayError as error:
-            reason = _named(error)
+            reason = self._of_ray(error)
         del self._streams[stream]
         ray.kill(self._evaluators.pop(name))
         yield EvaluatorLost(evaluator=name, reason=reason)
@@ -263,22 +345,53 @@ class Cluster:
     def _started(self, reference: Any) -> ClusterEvent:
         life = self._starting.pop(reference)
         try:
-            endpoint, facts = ray.get(reference)
-        except RayError as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
+            endpoint, inspection = ray.get(reference)
+        except RayTaskError as error:
             self._end_server(life)
-            if isinstance(cause, SweepError):
-                return ServerFailed(life=life, error=str(cause))
+            if isinstance(error.cause, SweepError):
+                return ServerFailed(life=life, error=str(error.cause), passing=isinstance(error.cause, ServerFault))
             log.info("%s did not start", life, exc_info=error)
-            return ServerFailed(life=life, error=f"{life} did not start: {_named(cause)}")
-        self._sentinels[self._servers[life].wait.remote()] = life
-        return ServerReady(life=life, endpoint=endpoint, facts=facts)
-
-    def _reason(self, reference: Any) -> str:
-        try:
-            return str(ray.get(reference))
+            return ServerFailed(life=life, error=f"{life} did not start: {_named(error.cause)}")
         except RayError as error:
+            # The process above the server has died, or its node; why is nobody's to know here.
+            self._end_server(life)
+            return ServerFailed(life=life, error=f"{life} did not start: {self._of_ray(error)}", passing=True)
+        if inspection.facts is None:
+            self._end_server(life)
+            return ServerFailed(
+                life=life, error=str(inspection.refusal), passing=inspection.passing, checks=inspection.checks
+            )
+        self._sentinels[self._servers[life].wait.remote()] = life
+        return ServerReady(life=life, endpoint=endpoint, facts=inspection.facts)
+
+    def _lost(self, sentinel: Any) -> Iterator[ClusterEvent]:
+        life = self._sentinels.pop(sentinel)
+        try:
+            yield ServerLost(life=life, reason=str(ray.get(sentinel)))
+        except RayError as error:
+            # There is nobody left to ask for a stop. The supervisor ends the server when its owner is gone, and the
+            # next server on these GPUs waits for their memory.
+            self._end_server(life)
+            yield ServerLost(life=life, reason=self._of_ray(error))
+            yield ServerStopped(life=life)
+            return
+        self._stopping[self._servers[life].stop.remote()] = life
+
+    def _stopped(self, reference: Any) -> ServerStopped:
+        life = self._stopping.pop(reference)
+        try:
+            ray.get(reference)
+        except RayError as error:
+            log.warning("%s did not stop as it should, its supervisor ends it: %s", life, self._of_ray(error))
+        self._end_server(life)
+        return ServerStopped(life=life)
+
+    def _of_ray(self, error: RayError) -> str:
+        """A failure of Ray's own in words; it may have to be looked up in Ray's logs, which then stay."""
+        if self._session is None:
             return _named(error)
+        kept, self._session = self._session, None
+        return f"{_named(error)} (Ray's logs: {kept / 'logs'})"
 
     def _end_server(self, life: str) -> None:
         ray.kill(self._servers.pop(life))
@@ -301,9 +414,19 @@ class Cluster:
             for actor in actors:
                 ray.kill(actor)
         except RayError as error:
-            log.warning("Ray failed while it was stopped, supervisors end what is left: %s", _named(error))
+            log.warning("Ray failed while it was stopped, supervisors end what is left: %s", self._of_ray(error))
         finally:
             ray.shutdown()
+            if self._session is not None:
+                _remove_session(self._session)
+
+
+def _remove_session(folder: Path) -> None:
+    """Remove what a local cluster leaves in Ray's folder for temporary files: some megabytes of logs a launch."""
+    latest = folder.with_name("session_latest")
+    if latest.is_symlink() and latest.resolve() == folder.resolve():
+        latest.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an agent of Ray's may still write its last line
 
 
 def _named(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from sweep.record import Record, Status
-from sweep.report import caveats, figure, reason
+from sweep.results.report import caveats, figure, reason
 
 PROGRESS_EVERY_S = 15.0
 """Between two plain lines about one thing in one state: the log of a night stays readable."""

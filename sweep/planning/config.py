@@ -23,10 +23,19 @@ class Overflow(StrEnum):
 class Model:
     """One model of the sweep, after `defaults`, `variants`, `checkpoints` and `adapters` have been resolved."""
 
-    path: str
-    """Hub id or absolute local folder, given to vLLM as it is."""
+    path: str = ""
+    """Hub id or absolute local folder, given to vLLM as it is; empty for a model at a `url`."""
+    url: str | None = None
+    """`http://host:port` (or https, and what a gateway has before /v1) of an OpenAI-compatible server that someone else
+    runs: it needs no GPU of ours and is never stopped by us. `tokenizer` must then say with which tokenizer its prompts
+    are encoded."""
+    served_model_name: str | None = None
+    """The name under which a server at `url` knows the model; unset means the model's key."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key of the server at `url`, from the environment (`${oc.env:NAME}`); unset means that it wants none."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model; the commit that it resolves to is what is served and recorded."""
+    """Branch, tag or commit of a hub model; the commit that it resolves to is what is served and recorded. With `url` a
+    label of your own for what is served there: change it when that changes, and no stored answer is taken for new."""
     tokenizer: str | None = None
     """Hub id or folder of another tokenizer than the model's own."""
     chat: bool = False
@@ -58,8 +67,14 @@ class Model:
     """Environment variables of the server process."""
     tasks: tuple[str, ...] = ()
     """Only these tasks, or with a leading `!` all but these; empty means all."""
+    server_python: str | None = None
+    """Absolute path of the Python whose vLLM serves this model; unset means the one that runs the sweep. So two
+    versions of vLLM can be compared in one sweep."""
     startup_timeout_s: float = 900.0
     """Covers weight loading and CUDA-graph capture."""
+    hang_timeout_s: float = 600.0
+    """A server that has requests and computes nothing for so long counts as dead, as does one that does not answer
+    /health for a tenth of it. Longer than the slowest single step: a long prompt on a CPU takes minutes."""
     entry: str = ""
     """Models with the same entry share a server: the model's own name, or for an adapter the name of its base model."""
     adapter: str | None = None

@@ -3,35 +3,50 @@
 An evaluator is a child process whose main thread runs lm-eval: some tasks time their own scoring with SIGALRM
 (minerva_math), which Python allows in the main thread only, and they take the error that any other thread gets for a
 wrong answer. A second thread reads messages, so that answers and endpoints arrive while lm-eval computes; a third sends
-responses in small batches. Both ends of the connection are plain pickles over a socket pair; when the driver's end
-closes, the process ends, and with it whatever a task has forked (code execution, data-set workers).
+responses in small batches. Both ends of the connection are plain pickles over a socket pair. The child runs under
+supervisor.py: when the driver's end is gone, however that happened, the process ends, and with it whatever a task has
+forked (code execution, data-set workers) and its temporary files.
+
+Some tasks execute code that a model wrote (humaneval, mbpp), in processes forked from this one. What they can and
+cannot get at:
+
+- The environment of an evaluator, and of the two processes above it, is free of secrets from the start; os.environ
+  alone would not do, as /proc/<pid>/environ keeps what a process was started with. Tokens for loading arrive over the
+  socket, are in os.environ while something is loaded, and are out of it before the first answer of a cell that executes
+  code is there.
+- The socket to the driver is closed in every fork and every program started, so nothing can speak in our name.
+- Not protected: a fork has this process's memory, in which the tokens and the key of the cell's server lie. Files and
+  processes of the same user stay readable: a token that `hf auth login` wrote, /proc/<pid>/environ of the launch
+  itself and of Ray's processes. The network is open. Code that is not to be trusted at all wants a container.
 """
 
 import functools
 import logging
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from sweep.client import Cancelled, Pool
-from sweep.config import Model, Seeds, Task
+from sweep import ROOT
 from sweep.errors import SweepError
-from sweep.plan import Cell, ModelPlan
-from sweep.preflight import Facts
+from sweep.evaluating.client import Cancelled, Pool
+from sweep.evaluating.preflight import Facts
+from sweep.planning.config import Model, Seeds, Task
+from sweep.planning.loading import is_secret
+from sweep.planning.plan import Cell, ModelPlan
 from sweep.record import Record
-from sweep.server import Endpoint
-from sweep.store import Response
+from sweep.results.store import Response
+from sweep.serving.server import SUPERVISOR, Endpoint
+from sweep.serving.supervisor import PIPE_BYTES, Mask
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +56,28 @@ BATCH_S = 0.5
 
 PROGRESS_S = 0.5
 
+GRACE_S = 1.0
+"""An evaluator ends at once on SIGTERM; a task's code may have other ideas."""
+
+STOP_S = 15.0
+"""The supervisor needs 0.1 s for an evaluator, and 10 s more where the kernel does not let go of a process."""
+
+LOADED_FROM = ("HF_", "HUGGING_FACE_", "AWS_", "AZURE_", "GOOGLE_")
+"""How the names of the secret variables begin that an evaluator needs: those of the hub and of stores that a task's
+data may lie in. It gets no others: W&B is the driver's, and the key of its servers comes with each endpoint."""
+
 FAILURES = (Exception, SystemExit)
 """What costs a cell and not the process: SystemExit too, since a task's code is anyone's."""
 
 
 # To an evaluator.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """The secret variables that loading needs, by name; the first message."""
+
+    variables: Mapping[str, str] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +136,8 @@ class Checked:
 
     task_name: str | None = None
     model: str | None = None
+    token_ids: tuple[tuple[int, ...], ...] = ()
+    """Of a model: what its tokenizer makes of `preflight.PROBE_TEXTS`, to compare with what its server makes of it."""
     error: str | None = None
 
 
@@ -164,28 +198,42 @@ Event = Checked | WantAnswers | NeedServer | Answered | CellProgress | CellDone 
 class EvaluatorProcess:
     """The handle of one child, used inside a Ray actor: starts it, sends it messages, receives its events."""
 
-    def __init__(self, log_path: Path) -> None:
-        """`log_path` takes what lm-eval and its libraries print and log."""
+    def __init__(self, log_path: Path, *, secrets: Sequence[str] = ()) -> None:
+        """`log_path` takes what lm-eval and its libraries print and log; its stem names the child in `ps`.
+
+        `secrets` are masked there and kept out of the child's environment, as are the secret variables of this process.
+        """
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        secret_variables = {name: value for name, value in os.environ.items() if is_secret(name)}
+        hidden = {*secrets, *secret_variables.values()} - {""}
         ours, theirs = socket.socketpair()
-        # Of its own: lm-eval takes a folder under the working directory that is named like a data set for that data
-        # set. Also for temporary files, of which data sets leave gigabytes behind when a process is killed.
-        self._folder = tempfile.TemporaryDirectory(prefix="lmsweep-evaluator-", ignore_cleanup_errors=True)
-        with theirs, log_path.open("ab") as output:
+        with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "sweep.evaluator", str(theirs.fileno()), self._folder.name],
+                [
+                    *(sys.executable, "-S", "-E", str(SUPERVISOR), "--grace", f"{GRACE_S:g}", "--"),
+                    # -P: nothing in whatever folder we are in passes for a library.
+                    *(sys.executable, "-P", "-m", "sweep.evaluating.evaluator", str(theirs.fileno()), log_path.stem),
+                ],
                 pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=self._folder.name,
-                env={**child_environment(os.environ), "TMPDIR": self._folder.name},
-                # Out of a terminal's reach, whose Ctrl-C the driver answers, and ended with all that it started.
-                start_new_session=True,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,  # how it ended: our socket's end says enough
+                stderr=subprocess.PIPE,
+                env=child_environment(os.environ, hidden),
             )
         self._connection = Connection(ours.detach())
         self._sending = threading.Lock()
         self._stopping = threading.Lock()
+        assert self._process.stderr is not None
+        self._log = threading.Thread(
+            target=_copy_masked,
+            args=(self._process.stderr, log_path, hidden),
+            name=f"log of {log_path.stem}",
+            daemon=True,
+        )
+        self._log.start()
+        with suppress(OSError):  # it is gone already, which `receive` tells
+            self.send(Credentials(variables={k: v for k, v in secret_variables.items() if k.startswith(LOADED_FROM)}))
 
     def send(self, message: Any) -> None:
         """Raises OSError when the child is gone; `receive` says so too."""
@@ -204,28 +252,58 @@ class EvaluatorProcess:
     def stop(self) -> None:
         """End the child and what it has started; safe to call twice, from any thread."""
         with self._stopping:
-            if self._process.returncode is None:  # not waited for yet, so its group's number is still its own
-                os.killpg(self._process.pid, signal.SIGKILL)
+            if self._process.returncode is not None:
+                return
+            assert self._process.stdin is not None
+            with suppress(BrokenPipeError), self._process.stdin as pipe:
+                pipe.write(b"0\n")  # seconds of grace: whatever it has to say was sent before
+            # Closing alone is not enough where a forked child of ours still holds the pipe.
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                log.warning("the supervisor %d did not end its evaluator and is killed", self._process.pid)
+                self._process.kill()
                 self._process.wait()
-                self._folder.cleanup()
+            self._log.join(LOG_S)
 
 
-def child_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """An evaluator sees no GPU, no secret but the hub's, and is no part of Ray, which would keep it to one core."""
-    hidden = ("WANDB_API_KEY", "VLLM_API_KEY", "OPENAI_API_KEY", "OMP_NUM_THREADS")
-    kept = {k: v for k, v in base.items() if k not in hidden and not k.startswith("RAY_")}
-    path = os.pathsep.join([os.path.dirname(os.path.dirname(os.path.abspath(__file__))), kept.get("PYTHONPATH", "")])
+LOG_S = 2.0
+"""For the last lines of a log; only a process that left its group and outlived the supervisor keeps it open longer."""
+
+
+def child_environment(base: Mapping[str, str], secrets: Iterable[str] = ()) -> dict[str, str]:
+    """`base` without GPUs, without secrets, known by name or as one of `secrets`, and without Ray, which would keep an
+    evaluator to one core."""
+    hidden = set(secrets)
+    kept = {
+        name: value
+        for name, value in base.items()
+        if not (is_secret(name) or value in hidden or name == "OMP_NUM_THREADS" or name.startswith("RAY_"))
+    }
+    path = os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")])
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path.rstrip(os.pathsep)}
+
+
+def _copy_masked(pipe: IO[bytes], path: Path, secrets: Iterable[str]) -> None:
+    """Thread: all that comes out of `pipe`, without secrets, to the end of the file at `path`."""
+    mask = Mask([text.encode() for text in secrets])
+    with pipe, path.open("ab", buffering=0) as file:
+        while data := pipe.read(PIPE_BYTES):
+            file.write(mask.apply(data))
+        file.write(mask.rest())
 
 
 class _Attempt:
     """One attempt at a cell: what evaluation.py knows as its Channel, and where the driver's words about it arrive."""
 
-    def __init__(self, run: RunCell, say: Callable[[Event], None]) -> None:
+    def __init__(self, run: RunCell, say: Callable[[Event], None], hide: Callable[[], None]) -> None:
+        """`hide` takes the credentials out of the environment."""
         self.cell = run.cell
         self.number = run.attempt
         self.pool = Pool()
         self._say = say
+        self._hide = hide
         self._facts = run.facts
         self._answers: Mapping[bytes, bytes] | None = None
         self._cancelled: str | None = None
@@ -268,6 +346,9 @@ class _Attempt:
         return facts
 
     def known(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
+        # Asked before any answer is there, when the task, its data and the metrics that execute code are loaded.
+        if self.cell.task.unsafe_code:
+            self._hide()
         with self._heard:
             self._answers = None
         self._say(WantAnswers(cell=self.cell.key, attempt=self.number, keys=keys))
@@ -294,11 +375,10 @@ class _Attempt:
 class _Link:
     """The child's end of the connection, and the threads behind it."""
 
-    def __init__(self, connection: Connection, folder: Path) -> None:
-        """`folder` is this process's own and goes with it."""
+    def __init__(self, connection: Connection) -> None:
         self.work: queue.Queue[CheckTask | CheckModel | _Attempt] = queue.Queue()
         self._connection = connection
-        self._folder = folder
+        self._credentials: Mapping[str, str] = {}
         self._sending = threading.Lock()
         self._attempt: _Attempt | None = None
         """The last one asked for: the driver asks for the next only after this one's end."""
@@ -317,20 +397,29 @@ class _Link:
         except Exception:
             log.exception("a message could not be read")
         finally:
-            self._leave()
+            os._exit(1)  # the supervisor ends what a task has forked
 
-    def _leave(self) -> None:
-        """End this process and all that a task has forked, then remove its folder: in this order only from outside."""
-        subprocess.Popen(
-            ["sh", "-c", 'kill -s KILL -- "-$0"; rm -rf -- "$1"', str(os.getpid()), str(self._folder)],
-            start_new_session=True,
-        )
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Credentials are in the environment inside."""
+        os.environ.update(self._credentials)
+        try:
+            yield
+        finally:
+            self.hide()
+
+    def hide(self) -> None:
+        """Take the credentials out of the environment, from now on also of what this process forks."""
+        for name in self._credentials:
+            os.environ.pop(name, None)
 
     def _sort(self, message: Any) -> None:
         match message:
+            case Credentials(variables=variables):
+                self._credentials = variables
             case RunCell():
                 # Here and not when the work is taken up: endpoints may follow before that.
-                self._attempt = _Attempt(message, self.send)
+                self._attempt = _Attempt(message, self.send, self.hide)
                 self.work.put(self._attempt)
             case KnownAnswers() | PoolChanged() | CancelCell():
                 assert self._attempt is not None
@@ -352,7 +441,7 @@ class _Link:
 
 def _work_forever(link: _Link) -> None:
     """Check and run what the driver asks for, one after the other, in the main thread."""
-    from sweep.evaluation import check_task, evaluate, load_tokenizer
+    from sweep.evaluating.evaluation import check_task, evaluate, load_tokenizer, probe_token_ids
 
     tokenizers: dict[str, Any] = {}
 
@@ -364,7 +453,8 @@ def _work_forever(link: _Link) -> None:
     def outcome(attempt: _Attempt) -> CellDone | CellFailed:
         cell, number = attempt.cell, attempt.number
         try:
-            done = evaluate(cell, tokenizer=tokenizer(cell.model), pool=attempt.pool, channel=attempt)
+            with link.loading():
+                done = evaluate(cell, tokenizer=tokenizer(cell.model), pool=attempt.pool, channel=attempt)
         except Cancelled:
             return CellFailed(cell=cell.key, attempt=number, error=None)
         except FAILURES as error:
@@ -373,10 +463,18 @@ def _work_forever(link: _Link) -> None:
 
     def problem(doing: str, work: Callable[[], object]) -> str | None:
         try:
-            work()
+            with link.loading():
+                work()
         except FAILURES as error:
             return _words(doing, error)
         return None
+
+    def checked(plan: ModelPlan) -> Checked:
+        try:
+            with link.loading():
+                return Checked(model=plan.name, token_ids=probe_token_ids(tokenizer(plan)))
+        except FAILURES as error:
+            return Checked(model=plan.name, error=_words(f"load the tokenizer of {plan.name}", error))
 
     while True:
         match link.work.get():
@@ -384,8 +482,7 @@ def _work_forever(link: _Link) -> None:
                 error = problem(f"load task {task.task}", functools.partial(check_task, task, seeds, model))
                 link.send(Checked(task_name=name, error=error))
             case CheckModel(model=plan):
-                error = problem(f"load the tokenizer of {plan.name}", functools.partial(tokenizer, plan))
-                link.send(Checked(model=plan.name, error=error))
+                link.send(checked(plan))
             case attempt:
                 end = outcome(attempt)
                 attempt.flush()
@@ -400,10 +497,17 @@ def _words(doing: str, error: BaseException) -> str:
     return f"{doing}: {type(error).__name__}: {error} (the traceback is in the evaluator's log)"
 
 
-def main(descriptor: int, folder: Path) -> None:
-    """The child's entry point; `EvaluatorProcess` has made it the leader of a process group of its own."""
+def main(descriptor: int) -> None:
+    """The child's entry point; its supervisor has made it the leader of a session of its own."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    link = _Link(Connection(descriptor), folder)
+    # A folder of its own: lm-eval takes a folder under the working directory that is named like a data set for that
+    # data set. The supervisor has made it, also for temporary files, and removes it with the gigabytes that data sets
+    # leave behind when a process is killed.
+    os.chdir(os.environ["TMPDIR"])
+    connection = Connection(descriptor)
+    os.set_inheritable(descriptor, False)
+    os.register_at_fork(after_in_child=connection.close)
+    link = _Link(connection)
     threading.Thread(target=link.read_forever, daemon=True, name="messages").start()
     threading.Thread(target=link.flush_forever, daemon=True, name="responses").start()
     _work_forever(link)
@@ -411,6 +515,6 @@ def main(descriptor: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     # Run as a module of its own name: messages are pickled by class, and `__main__.RunCell` would not be ours.
-    from sweep.evaluator import main as run
+    from sweep.evaluating.evaluator import main as run
 
-    run(int(sys.argv[1]), Path(sys.argv[2]))
+    run(int(sys.argv[1]))

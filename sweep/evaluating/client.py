@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 
 from sweep.errors import PassingFault, RequestError
-from sweep.server import Endpoint
+from sweep.serving.server import Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +233,8 @@ class Client:
 
     async def _post(self, session: aiohttp.ClientSession, endpoint: Endpoint, call: Call) -> Mapping[str, Any]:
         body = msgspec.json.encode({"model": self.model, **call.body()})
-        headers = {"Authorization": f"Bearer {endpoint.api_key}", "Content-Type": "application/json"}
+        key = endpoint.api_key
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         timeout = aiohttp.ClientTimeout(total=DEADLINE_S + DEADLINE_PER_TOKEN_S * call.tokens, sock_connect=10)
         if self.traffic.first_sent is None:
             self.traffic.first_sent = time.monotonic()
@@ -253,7 +254,8 @@ class Client:
                 return msgspec.json.decode(content, type=dict[str, Any])
             except msgspec.DecodeError as error:
                 raise PassingFault(f"{endpoint.server} sent a broken answer: {error}") from None
-        words = content.decode(errors="replace").replace(endpoint.api_key, "***")[:WORDS]
+        said = content.decode(errors="replace")
+        words = (said.replace(key, "***") if key else said)[:WORDS]
         if response.status == 429 or response.status >= 500:
             raise PassingFault(f"{endpoint.server} answered {response.status}: {words}")
         raise RequestError(f"{endpoint.server} refused a request of model {self.model} ({response.status}): {words}")

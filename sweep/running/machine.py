@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import psutil
 
-from sweep.config import RayConfig
 from sweep.errors import ResourceError
-from sweep.plan import ServerPlan, on_cpu
+from sweep.planning.config import RayConfig
+from sweep.planning.plan import ServerPlan, on_cpu
 
 CPU_SERVER = "lmsweep_cpu_server"
 EVALUATOR = "lmsweep_evaluator"
@@ -74,7 +74,8 @@ def require(servers: Mapping[str, ServerPlan], capacity: Capacity) -> None:
     short = [
         f"{server.name} needs {server.gpus:g} GPU{'s' if server.gpus > 1 else ''} on one node"
         for server in servers.values()
-        if not on_cpu(server, cluster_gpus=capacity.gpus) and server.gpus > capacity.largest_node_gpus
+        if not (server.external or on_cpu(server, cluster_gpus=capacity.gpus))
+        and server.gpus > capacity.largest_node_gpus
     ]
     if short:
         there = f"the largest node has {capacity.largest_node_gpus:g}" if capacity.gpus else "there is none here"
@@ -93,5 +94,8 @@ def prepare_local_ray() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Actors without GPUs keep CUDA_VISIBLE_DEVICES as it is: what our children see is set for each of them.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # When the head of a cluster of our own is gone, all of it is. Ray, and the driver with it, would wait a minute for
+    # its return.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     # Ray's default of 15 would be inherited by servers, which then lose every core to whatever else runs.
     os.environ.setdefault("RAY_worker_niceness", "0")

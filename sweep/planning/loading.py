@@ -11,6 +11,7 @@ wrong key or type is said with the file that holds it. What a file may leave ope
       variants: {name: {...}}   several models of one entry, each with its own changes; named <entry>-<name>
       checkpoints: [glob]       one model for each folder that matches; named <entry>-<folder>
       adapters: {name: path}    LoRA adapters that the entry's server serves too; named <entry>-<name>
+      url: http://host:port     in place of path: a server that someone else runs, not one that we start
     tasks.<name>.num_fewshot: [0, 5]   one task for each; named <name>-0shot, <name>-5shot
 
 This module does not know which tasks lm-eval has, which options
@@ -28,13 +29,15 @@ from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sweep.config import CellOverride, Device, Model, RayConfig, Seeds, SweepConfig, Task, WandbConfig
+from sweep import ROOT
 from sweep.errors import ConfigError, nearest, nearest_file
+from sweep.planning.config import CellOverride, Device, Model, RayConfig, Seeds, SweepConfig, Task, WandbConfig
 
 
 def load(conf: str, overrides: Sequence[str] = (), *, conf_dir: Path | None = None) -> SweepConfig:
@@ -44,7 +47,7 @@ def load(conf: str, overrides: Sequence[str] = (), *, conf_dir: Path | None = No
     comes back: defaults, suites, variants, grids, limits, environment variables, absolute paths. Raises ConfigError
     with one line that names the source, the key, what was wrong and the nearest known name.
     """
-    folders = [conf_dir] if conf_dir else [Path("conf"), Path(__file__).resolve().parents[1] / "conf"]
+    folders = [conf_dir] if conf_dir else [Path("conf"), ROOT / "conf"]
     path = _find(conf, folders)
     files = _chain(path)
     line = _command_line(overrides, known=[name for source in files for name in source.data.get("models", {})])
@@ -66,7 +69,7 @@ def dump(config: SweepConfig) -> str:
     def shown(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
             return {key: shown(item, key) for key, item in value.items()}
-        if _SECRET.search(name) and value is not None and not isinstance(value, bool):
+        if is_secret(name) and value is not None and not isinstance(value, bool):
             return "***"
         if isinstance(value, (list, tuple)):
             return [shown(item, name) for item in value]
@@ -82,14 +85,19 @@ def masked(text: str, secrets: Iterable[str]) -> str:
     return reduce(lambda shown, secret: shown.replace(secret, "***"), secrets, text)
 
 
+def is_secret(name: str) -> bool:
+    """Whether a key or environment variable of this name holds what must not be shown: `HF_TOKEN`, not `eos_token`."""
+    return _SECRET.search(name) is not None
+
+
 def secrets_of(config: SweepConfig) -> tuple[str, ...]:
     """The texts that must not be shown, longest first: what stands under secret-looking keys and environment variables.
 
     All variables of this process count, used by the config or not, as a server's log may repeat any of them. Texts of
     fewer than 8 characters are left out: they are no real keys, and masking them would tear up ordinary words.
     """
-    values = [value for key, value in _leaves(asdict(config)) if _SECRET.search(key[-1])]
-    values += [value for name, value in os.environ.items() if _SECRET.search(name)]
+    values = [value for key, value in _leaves(asdict(config)) if is_secret(key[-1])]
+    values += [value for name, value in os.environ.items() if is_secret(name)]
     return tuple(
         sorted({value for value in values if isinstance(value, str) and len(value) >= 8}, key=len, reverse=True)
     )
@@ -192,9 +200,9 @@ def _command_line(overrides: Sequence[str], known: Sequence[str]) -> _Source:
             raise ConfigError(f"{label}: {key}: {_said(error)}") from None
     models = data.get("models")
     for name, model in models.items() if isinstance(models, dict) else ():
-        if name not in known and not (isinstance(model, dict) and "path" in model):
+        if name not in known and not (isinstance(model, dict) and {"path", "url"} & model.keys()):
             near = nearest(name, known) or f"; the sweep has {_listed(known)}"
-            raise ConfigError(f"{label}: models.{name}: no such model (a new one needs models.{name}.path){near}")
+            raise ConfigError(f"{label}: models.{name}: no such model (a new one needs a path or url){near}")
     return _checked(label, data, {key: kind for key, kind in _FILE.items() if key != "extends"})
 
 
@@ -203,7 +211,7 @@ def _checked(label: str, data: Any, schema: Mapping[str, Any]) -> _Source:
     try:
         typed = _typed(data, schema, ())
         for key, value in _leaves(typed):
-            holds_secret = key == ("api_key",) or (key[-2:-1] in (("env",), ("server",)) and _SECRET.search(key[-1]))
+            holds_secret = key[-1] == "api_key" or (key[-2:-1] in (("env",), ("server",)) and is_secret(key[-1]))
             if holds_secret and isinstance(value, str) and "${" not in value:
                 name = key[-1].upper() if key[-2:-1] == ("env",) else "OPENAI_API_KEY"
                 cure = f"write {key[-1]}: ${{oc.env:{name}}} and set {name} in the environment"
@@ -407,7 +415,7 @@ def _shown(value: Any, key: _Key) -> str:
         return str(value).lower()
     if isinstance(value, dict):
         return "a mapping"
-    if key and _SECRET.search(key[-1]):
+    if key and is_secret(key[-1]):
         return "something else"
     return repr(list(value) if isinstance(value, tuple) else value)
 
@@ -478,21 +486,55 @@ def _model_drafts(entry: str, own: dict[str, Any], default: dict[str, Any]) -> I
         yield from _spread(f"{entry}-{name}", _Draft(_layered(settings, changes), inner + places))
 
 
+_PLACES = ("path", "checkpoints", "url")
+"""The keys that say where a model is; it has one of them."""
+_OF_A_URL: dict[str, str] = {
+    "served_model_name": "our servers serve a model under its key",
+    "api_key": "our servers share the sweep's own api_key",
+}
+"""What is said of a server at a `url` alone, and what to know where it is said of one that we start."""
+_OF_OUR_SERVER: dict[str, str] = {
+    "server": "the server at url was started with options of its own",
+    "env": "the server at url runs in an environment of its own",
+    "device": "the server at url has devices of its own",
+    "tensor_parallel": "the server at url has devices of its own",
+    "gpus": "the server at url has devices of its own",
+    "replicas": "there is one server at url; several behind one address share `concurrency`",
+    "quantization": "the server at url was started with its own; `revision` may hold a label of what it serves",
+    "dtype": "the server at url was started with its own; `revision` may hold a label of what it serves",
+    "generation_config": "the server at url was started with its own; `revision` may hold a label of what it serves",
+    "adapters": "an adapter at url is a model of its own: give it an entry with its served_model_name",
+    "server_python": "the server at url runs already",
+}
+"""What is said of a server that we start alone, and what to know where it is said of one at a `url`."""
+
+
 def _layered(weaker: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
-    """Both merged; `path` and `checkpoints` say the same thing, so the stronger one's replaces either."""
-    replaced = {"path", "checkpoints"} if {"path", "checkpoints"} & stronger.keys() else set()
+    """Both merged, where the stronger one's place replaces the weaker one's and what was said of a server there."""
+    replaced: set[str] = set()
+    if stronger.keys() & set(_PLACES):
+        replaced = {*_PLACES, *(_OF_OUR_SERVER if "url" in stronger else _OF_A_URL)}
     return _merge({key: value for key, value in weaker.items() if key not in replaced}, stronger)
 
 
 def _spread(name: str, draft: _Draft) -> Iterator[tuple[str, _Draft]]:
     """A model once per checkpoint, and each of these once more per adapter on the same server."""
     settings = dict(draft.settings)
+    if settings.get("url"):
+        _check_external(draft)
+        yield name, _Draft(settings | {"url": _address(draft), "entry": name}, draft.places)
+        return
+    for key, why in _OF_A_URL.items():
+        if settings.get(key) is not None:
+            raise draft.mistake(key, f"has no effect without url: {why}")
     adapters = settings.pop("adapters", {})
     patterns = settings.pop("checkpoints", ())
-    if "path" in settings and patterns:
+    if settings.get("path") and patterns:
         raise draft.mistake("checkpoints", "the checkpoints are the paths; leave out path")
-    if not patterns and "path" not in settings:
-        raise draft.mistake("path", "missing value; give a hub id or a local folder")
+    if not patterns and not settings.get("path"):
+        raise draft.mistake(
+            "path", "missing value; give a hub id or a local folder, or url for a server that someone else runs"
+        )
     folders = {name: settings.get("path", "")}
     if patterns:
         folders = {}
@@ -502,10 +544,52 @@ def _spread(name: str, draft: _Draft) -> Iterator[tuple[str, _Draft]]:
                 raise draft.mistake("checkpoints", f"{folders[base]} and {folder} would both be called {base!r}")
             folders[base] = folder
     for base, folder in folders.items():
-        own = settings | {"path": _local(folder), "entry": base}
+        own = settings | {"path": _local(folder), "url": None, "entry": base}
         yield base, _Draft(own, draft.places)
         for adapter, path in adapters.items():
             yield f"{base}-{adapter}", _Draft(own | {"adapter": _local(path)}, draft.places)
+
+
+def _check_external(draft: _Draft) -> None:
+    """Raises _Mistake for what a model at a `url` lacks or cannot have."""
+    settings = draft.settings
+    for key in ("path", "checkpoints"):
+        if settings.get(key):
+            raise draft.mistake(key, "the model is what the server at url serves; leave out this or url")
+    for key, why in _OF_OUR_SERVER.items():
+        if key in settings:
+            raise draft.mistake(key, f"has no effect with url: {why}")
+    if not settings.get("tokenizer"):
+        raise draft.mistake(
+            "tokenizer", "missing value; a model at a url needs its hub id or folder, as prompts are sent as token ids"
+        )
+
+
+def _address(draft: _Draft) -> str:
+    """The `url` of a draft as `http://host:port`, with a path only where a gateway adds one before /v1.
+
+    What is refused is not repeated where it may hold a secret.
+    """
+    wanted = "wants http://host:port of an OpenAI-compatible server"
+    text = draft.settings["url"].strip()
+    if "@" in text:
+        raise draft.mistake("url", f"{wanted}, without a user or password; give the key as api_key")
+    if "?" in text or "#" in text:
+        raise draft.mistake("url", f"{wanted}, without a query; give the key as api_key")
+    if "://" not in text:
+        raise draft.mistake("url", f"{wanted}, got {text!r}; did you mean 'http://{text}'?")
+    try:
+        parts = urlsplit(text)
+        bad = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or re.search(r"\s", text)
+    except ValueError:  # a port that is none, a bracket that is not closed
+        bad = True
+    if bad:
+        raise draft.mistake("url", f"{wanted}, got {text!r}")
+    path, *beyond = re.split(r"/v1(?=/|$)", parts.path.rstrip("/"))
+    base = f"{parts.scheme}://{parts.netloc.lower().removesuffix(':')}{path.rstrip('/')}"
+    if "".join(beyond):
+        raise draft.mistake("url", f"{wanted}, got {text!r}; did you mean {base!r}?")
+    return base
 
 
 def _checkpoints(pattern: str, draft: _Draft) -> list[tuple[str, str]]:
@@ -544,12 +628,30 @@ def _model(draft: _Draft, grids: Mapping[str, list[str]]) -> Model:
     settings = dict(draft.settings)
     if settings.get("tokenizer") is not None:
         settings["tokenizer"] = _local(settings["tokenizer"])
+    if settings.get("server_python") is not None:
+        settings["server_python"] = _python(draft)
     settings["env"] = {name: str(value) for name, value in settings.get("env", {}).items()}
     chosen = []
     for choice in settings.get("tasks", ()):
         bare = choice.removeprefix("!")
         chosen += [choice[: -len(bare)] + name for name in grids.get(bare, [bare])]
     return Model(**settings | {"tasks": tuple(chosen)})
+
+
+def _python(draft: _Draft) -> str:
+    """The `server_python` of a draft as an absolute path; its links stay, they are what makes a virtual environment."""
+    path = Path(_absolute(draft.settings["server_python"]))
+    if path.is_dir():
+        raise draft.mistake("server_python", f"{str(path)!r} is a folder; did you mean {str(path / 'bin/python')!r}?")
+    if not path.is_file():
+        raise draft.mistake("server_python", f"no file {str(path)!r}{nearest_file(path)}")
+    if not os.access(path, os.X_OK):
+        raise draft.mistake("server_python", f"{str(path)!r} cannot be executed; give a Python that has vLLM")
+    if os.environ.get("LMSWEEP_ENGINE"):
+        raise draft.mistake(
+            "server_python", "LMSWEEP_ENGINE is set and replaces every model's engine; unset one of them"
+        )
+    return str(path)
 
 
 def _task(draft: _Draft, limit: float | None) -> Task:
@@ -585,6 +687,7 @@ def _check(config: SweepConfig, models: Mapping[str, _Draft], tasks: Mapping[str
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", config.name):
         raise _Mistake(f"{config.name!r} names a folder: letters, digits, -, _ and . only", ("name",))
     _check_amounts(config, ("limit",), lambda name, text: _Mistake(text, (name,)))
+    _check_key(config.api_key, lambda name, text: _Mistake(text, (name,)))
     _check_amounts(
         config.seeds, ("random", "numpy", "torch", "fewshot"), lambda name, text: _Mistake(text, ("seeds", name))
     )
@@ -601,8 +704,9 @@ def _check(config: SweepConfig, models: Mapping[str, _Draft], tasks: Mapping[str
 
 
 def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None:
-    amounts = ("tensor_parallel", "gpus", "replicas", "concurrency", "max_model_len", "startup_timeout_s")
-    _check_amounts(model, amounts, draft.mistake)
+    amounts = ("tensor_parallel", "gpus", "replicas", "concurrency", "max_model_len")
+    _check_amounts(model, (*amounts, "startup_timeout_s", "hang_timeout_s"), draft.mistake)
+    _check_key(model.api_key, draft.mistake)
     if model.device is Device.CPU and model.tensor_parallel > 1:
         raise draft.mistake("tensor_parallel", f"spans GPUs, but device is cpu; got {model.tensor_parallel}")
     if model.device is Device.CPU and model.gpus is not None:
@@ -625,6 +729,7 @@ _AMOUNTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_fewshot": (lambda shots: shots >= 0, "0 or more examples"),
     "gpus": (lambda gpus: 0 < gpus < 1 or (gpus >= 1 and gpus.is_integer()), "a share below 1 or whole GPUs"),
     "startup_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
+    "hang_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
 } | {
     seed: (lambda seed: 0 <= seed < 2**32, "0 to 4294967295, as numpy does")
     for seed in ("random", "numpy", "torch", "fewshot")
@@ -639,6 +744,12 @@ def _check_amounts(holder: Any, names: Iterable[str], mistake: Callable[[str, st
         fits, wanted = _AMOUNTS.get(name, _COUNT)
         if isinstance(value, (int, float)) and not fits(value):
             raise mistake(name, f"wants {wanted}, got {value}")
+
+
+def _check_key(api_key: str | None, mistake: Callable[[str, str], _Mistake]) -> None:
+    """A key travels in a header; one that cannot would be repeated in the error of whoever sends it."""
+    if api_key is not None and not re.fullmatch(r"[!-~]*", api_key):
+        raise mistake("api_key", "holds a blank, a line break or a letter beyond ASCII; a key has none of them")
 
 
 # --- Words for messages ----------------------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ name and renamed, so a reader never sees half of one.
 
 import fcntl
 import hashlib
+import json
 import os
+import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -169,14 +171,29 @@ def _locked(directory: RunDirectory) -> TextIO:
     return lock
 
 
+_JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
+
+
+def masked_json(content: bytes, secrets: Iterable[str]) -> bytes:
+    """JSON documents with every secret in their texts replaced by `***`; numbers and layout stay as they are."""
+    spelled = {json.dumps(text, ensure_ascii=way)[1:-1].encode() for text in secrets for way in (True, False)}
+    found = sorted((text for text in spelled if text and text in content), key=len, reverse=True)
+    if not found:
+        return content
+    pattern = re.compile(b"|".join(map(re.escape, found)))
+    return _JSON_TEXT.sub(lambda match: pattern.sub(b"***", match[0]), content)
+
+
 class Store:
     """The open run directory. One at a time: a second driver on the same directory is refused.
 
     Raises StoreError when the directory is in use, was written by another version, or cannot be written.
     """
 
-    def __init__(self, directory: RunDirectory) -> None:
+    def __init__(self, directory: RunDirectory, *, secrets: Iterable[str] = ()) -> None:
+        """`secrets` become `***` in what a record and its files say; responses stay as they are."""
         self.directory = directory
+        self._secrets = tuple(secrets)
         with boundary(StoreError, f"open the run directory {directory.root}"), ExitStack() as undone:
             directory.root.mkdir(parents=True, exist_ok=True)
             self._lock = undone.enter_context(_locked(directory))
@@ -236,9 +253,10 @@ class Store:
                 return
             folder = self.directory.cell_results(record.model, record.task)
             for name, content in files.items():
-                write_file(folder / name, content)
+                write_file(folder / name, masked_json(content, self._secrets))
             path = self.directory.record(record.model, record.task)
-            write_file(path, msgspec.json.format(msgspec.json.encode(record), indent=1))
+            encoded = masked_json(msgspec.json.encode(record), self._secrets)
+            write_file(path, msgspec.json.format(encoded, indent=1))
             for old in [file for file in folder.glob("*") if files and file.name not in files]:
                 old.unlink()
 

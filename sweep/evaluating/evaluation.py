@@ -19,12 +19,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from sweep.client import Client, Pool
-from sweep.config import Model, Seeds, Task
 from sweep.errors import TaskError, boundary
-from sweep.lm import Channel, SweepLM
-from sweep.plan import Cell, ModelPlan
-from sweep.preflight import Facts
+from sweep.evaluating.client import Client, Pool
+from sweep.evaluating.lm import Channel, SweepLM
+from sweep.evaluating.preflight import PROBE_TEXTS, Facts
+from sweep.planning.config import Model, Seeds, Task
+from sweep.planning.plan import Cell, ModelPlan, served_name
 from sweep.record import Record, Score, Status
 
 LIBRARIES = ("lm_eval", "transformers", "tokenizers", "datasets", "lmsweep")
@@ -62,13 +62,43 @@ def load_tokenizer(plan: ModelPlan) -> Any:
     return tokenizer
 
 
+def probe_token_ids(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """What a model's tokenizer makes of PROBE_TEXTS, which its server must make of them too."""
+    encoded = tokenizer(list(PROBE_TEXTS), add_special_tokens=False).input_ids
+    return tuple(tuple(ids) for ids in encoded)
+
+
 def check_task(task: Task, seeds: Seeds, model: Model) -> None:
-    """Load a task with its data; raises TaskError with the cause. Finds gated, missing and broken data sets early.
+    """Load a task with its data; raises TaskError with the cause. Finds gated, missing and broken data sets early, and
+    metrics that cannot be loaded, for which lm-eval only logs an error until it scores.
 
     `model` is one that runs the task: some tasks make their documents with its tokenizer.
     """
     with boundary(TaskError, f"load task {task.task}"), _reproducible_documents(seeds), _confirmed_code(task):
-        _manager(task, model).load([task.task])
+        manager = _manager(task, model)
+        loaded = manager.load([task.task])
+        nltk: Any = sys.modules.get("nltk")
+        if nltk is not None and not isinstance(nltk.download, functools.partial):
+            # A download that fails (IFEval's punkt_tab) returns False, which the task ignores until it scores. It is
+            # known only now that this one uses nltk, whose import costs every evaluator 3 s and 100 MB.
+            nltk.download = functools.partial(nltk.download, raise_on_error=True)
+            loaded = manager.load([task.task])
+        for name, leaf in loaded["tasks"].items():
+            _require_metrics(name, leaf)
+
+
+def _require_metrics(name: str, leaf: Any) -> None:
+    """Raises TaskError for a metric that scoring would call in vain: one that lm-eval did not find in `evaluate`."""
+    from lm_eval.api.task import ConfigurableTask
+
+    own_scoring = leaf.config.process_results or type(leaf).process_results is not ConfigurableTask.process_results
+    if not own_scoring and leaf.OUTPUT_TYPE == "generate_until":
+        absent = [metric for metric, function in leaf._metric_fn_list.items() if function is None]
+        if absent:
+            raise TaskError(
+                f"task {name}: the metric script {', '.join(absent)} cannot be had from the hub (evaluate-metric/…); "
+                "`python launch.py fetch` brings it where there is a network"
+            )
 
 
 def evaluate(cell: Cell, *, tokenizer: Any, pool: Pool, channel: Channel) -> Evaluated:
@@ -77,7 +107,7 @@ def evaluate(cell: Cell, *, tokenizer: Any, pool: Pool, channel: Channel) -> Eva
     Raises TaskError or RequestError for what costs this cell, client.Cancelled when the scheduler takes it back.
     """
     started_at, start = datetime.now(UTC), time.monotonic()
-    client = Client(model=cell.model.name, pool=pool)
+    client = Client(model=served_name(cell.model), pool=pool)
     lm = _lm(cell, tokenizer, client, channel)
     with boundary(TaskError, f"evaluate {cell.key}"):
         results = _simple_evaluate(cell, lm, limit=cell.task.limit)
@@ -123,7 +153,7 @@ class Preview:
 def preview(cell: Cell, tokenizer: Any) -> Preview:
     """The first document's first request, rendered without any server. Raises TaskError."""
     seen: list[tuple[str, Any]] = []  # kind and lm-eval's Instance
-    lm = _lm(cell, tokenizer, Client(model=cell.model.name, pool=Pool()), _NoChannel())
+    lm = _lm(cell, tokenizer, Client(model=served_name(cell.model), pool=Pool()), _NoChannel())
 
     class Rendered(Exception):
         pass
@@ -215,12 +245,28 @@ def _manager(task: Task, model: Model) -> Any:
     """lm-eval's TaskManager with this task's folder and metadata; its index is kept for the process."""
     from lm_eval.tasks._factory import TaskFactory
 
+    _settle_downloads()
     # What lm-eval's own command hands to tasks that look at the model, RULER for one.
-    of_model = {"pretrained": model.path, "tokenizer": model.tokenizer or model.path}
+    of_model = {"pretrained": model.path or model.tokenizer, "tokenizer": model.tokenizer or model.path}
     manager = _indexed_manager(task.task, task.include_path)
     manager.metadata = {**of_model, **task.metadata}
     manager._factory = TaskFactory(meta=manager.metadata)
     return manager
+
+
+def _settle_downloads() -> None:
+    """Before a task imports them: `evaluate` heeds HF_HUB_OFFLINE as all else does, which it would not by itself, and
+    nltk downloads into HF_HOME, which is what people take to a machine without network.
+
+    nltk takes the first folder of NLTK_DATA that exists, and looks in the user's own ones too.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
+    folder = os.environ.setdefault("NLTK_DATA", os.path.join(constants.HF_HOME, "nltk_data"))
+    with suppress(OSError):  # a cache that others keep: nltk uses the user's folder then
+        os.makedirs(folder, exist_ok=True)
 
 
 def _indexed_manager(name: str, include_path: str | None) -> Any:
@@ -384,10 +430,7 @@ def _files(cell: Cell, lm: SweepLM, results: dict[str, Any], samples: dict[str, 
     from lm_eval.loggers import EvaluationTracker
 
     model = cell.model.model
-    arguments = f"pretrained={model.path},revision={cell.model.revision},dtype={model.dtype}"
-    if model.adapter:
-        arguments += f",peft={model.adapter}"
-    results["config"] |= {"model": "lmsweep", "model_args": arguments}
+    results["config"] |= {"model": "lmsweep", "model_args": _model_args(cell.model)}
     with tempfile.TemporaryDirectory() as folder:
         tracker = EvaluationTracker(output_path=folder)
         tracker.general_config_tracker.log_experiment_args(
@@ -408,6 +451,16 @@ def _files(cell: Cell, lm: SweepLM, results: dict[str, Any], samples: dict[str, 
     return files
 
 
+def _model_args(plan: ModelPlan) -> str:
+    """What lm-eval's `--model_args` would have been: of its vllm backend, or of local-completions for a url."""
+    model = plan.model
+    if model.url is not None:
+        label = f",revision={model.revision}" if model.revision else ""
+        return f"model={served_name(plan)},base_url={model.url}/v1/completions,tokenizer={model.tokenizer}{label}"
+    adapter = f",peft={model.adapter}" if model.adapter else ""
+    return f"pretrained={model.path},revision={plan.revision},dtype={model.dtype}{adapter}"
+
+
 def _warnings(cell: Cell, lm: SweepLM) -> Iterator[str]:
     if lm.without_tokens:
         yield f"{lm.without_tokens} continuations have no tokens of their own and count as certain, as in stock lm-eval"
@@ -418,8 +471,14 @@ def _warnings(cell: Cell, lm: SweepLM) -> Iterator[str]:
             f"{lm.seeded_repeats} repeats of sampled requests have a seed of their own each; "
             "stock lm-eval sends one seed for all, which makes them equal"
         )
-    if not cell.model.revision and not os.path.isabs(cell.model.model.path):
-        yield f"the commit of {cell.model.model.path} is not known: a later change of the branch would go unnoticed"
+    model = cell.model.model
+    if model.url is not None:
+        yield (
+            f"what {model.url} serves is not ours to know: a change of its weights, dtype, quantization or "
+            "generation_config would go unnoticed (`revision` may hold a label that changes with them)"
+        )
+    elif not cell.model.revision and not os.path.isabs(model.path):
+        yield f"the commit of {model.path} is not known: a later change of the branch would go unnoticed"
 
 
 def _settings(
@@ -427,27 +486,40 @@ def _settings(
 ) -> dict[str, Any]:
     from lm_eval.utils import hash_string
 
-    template = lm.chat_template(cell.model.model.chat)
+    model = cell.model.model
+    template = lm.chat_template(model.chat)
     first = next((rows[0] for rows in samples.values() if rows), None)
     return {
-        "path": cell.model.model.path,
-        "revision": cell.model.revision,
-        "dtype": cell.model.model.dtype,
-        "quantization": cell.model.model.quantization,
-        "adapter": cell.model.model.adapter,
-        "tokenizer": cell.model.model.tokenizer,
-        "device": cell.model.model.device,
-        "tensor_parallel": cell.model.model.tensor_parallel,
-        "server": cell.model.model.server,
+        **_served(cell.model),
+        "tokenizer": model.tokenizer,
         "max_model_len": facts.max_model_len,
-        "chat": cell.model.model.chat,
+        "chat": model.chat,
         "chat_template_sha": hash_string(template) if template else None,
-        "system_instruction": cell.model.model.system_instruction,
-        "generation_config": cell.model.model.generation_config,
+        "system_instruction": model.system_instruction,
         "task": asdict(cell.task),
         "seeds": asdict(cell.seeds),
         "num_fewshot": dict(results["n-shot"]),
         "samples": {name: n["effective"] for name, n in results["n-samples"].items()},
         "methods": dict(lm.methods),
+        "preflight": [asdict(check) for check in facts.checks if check.model == cell.model.name],
         "first_prompt": None if first is None else first["arguments"][0][0],
+    }
+
+
+UNKNOWN_AT_A_URL = ("dtype", "quantization", "adapter", "device", "tensor_parallel", "server", "generation_config")
+"""Settings of a server that its API does not tell; the values that ours would have are not those of another's."""
+
+
+def _served(plan: ModelPlan) -> dict[str, Any]:
+    """What was served and how, as far as it is known."""
+    model = plan.model
+    if model.url is not None:
+        name = {"url": model.url, "served_model_name": served_name(plan), "revision": model.revision}
+        return name | dict.fromkeys(UNKNOWN_AT_A_URL, "unknown")
+    engine = {"server_python": model.server_python} if model.server_python else {}
+    return {
+        "path": model.path,
+        "revision": plan.revision,
+        **{name: getattr(model, name) for name in UNKNOWN_AT_A_URL},
+        **engine,
     }

@@ -26,9 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sweep.config import WandbConfig
-from sweep.mirror import kill
+from sweep import ROOT
+from sweep.planning.config import WandbConfig
+from sweep.planning.loading import is_secret
 from sweep.record import Record, Score
+from sweep.results.mirror import kill
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ class Tracker:
             self._outcome = Outcome(mode=mode, why="switched off")
             return
         try:
-            self._process = _spawn(self._directory)
+            self._process = _spawn(self._directory, secrets)
         except OSError as error:
             self._fail(f"W&B's process could not start ({error}); the sweep goes on without W&B")
             return
@@ -355,11 +357,18 @@ _RUN_VARIABLES = {
 """Belong to one run of the user's own; they would bend ours."""
 
 
-def _spawn(directory: Path) -> "subprocess.Popen[bytes]":
-    """The child, in a session of its own so that Ctrl-C leaves it to the driver, which closes it in order."""
+def _spawn(directory: Path, secrets: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """The child, in a session of its own so that Ctrl-C leaves it to the driver, which closes it in order.
+
+    Of all secrets in the environment it sees W&B's own.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name not in _RUN_VARIABLES}
-    source = str(Path(__file__).resolve().parent.parent)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _RUN_VARIABLES and (name.startswith("WANDB_") or not (is_secret(name) or value in secrets))
+    }
+    source = str(ROOT)
     environment |= {
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
         "WANDB_DIR": str(directory.parent),  # the client adds `wandb`
@@ -371,7 +380,7 @@ def _spawn(directory: Path) -> "subprocess.Popen[bytes]":
     }
     with (directory / "tracking.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "sweep.mirror"],
+            [sys.executable, "-P", "-m", "sweep.results.mirror"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -1,0 +1,1 @@
+"""One cell: lm-eval's requests, scored with the least work, answered by a pool of servers."""

@@ -1,0 +1,1 @@
+"""vLLM servers: how they are started, watched and stopped."""

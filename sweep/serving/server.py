@@ -1,0 +1,480 @@
+"""A server's process: port, log, readiness, watch, stop -> Endpoint.
+
+What it runs is `engine.py`'s to say, and when a server that still runs counts as dead is `watch.py`'s. Knows nothing
+of Ray: `cluster.py` puts a `Server` into an actor and says which GPUs it has. The process runs under `supervisor.py`,
+which promises that nothing of it outlives us.
+"""
+
+import http.client
+import json
+import logging
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sweep.errors import ServerError, ServerFault, boundary
+from sweep.planning.hub import Part, folder_of
+from sweep.planning.loading import is_secret
+from sweep.planning.plan import ServerPlan
+from sweep.serving import engine, gpu
+from sweep.serving.metrics import Snapshot, snapshot
+from sweep.serving.watch import Watch
+
+log = logging.getLogger(__name__)
+
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+
+PORTS = range(20000, 30000)
+"""Ray's workers take 10002-19999, the kernel's outgoing connections start at 32768."""
+
+PORT_ATTEMPTS = 5
+
+HEALTH_PERIOD_S = 0.25
+ANSWER_TIMEOUT_S = 2.0
+"""An idle server answers within milliseconds; a stranger on a lost port may never answer."""
+START_GRACE_S = 2.0
+"""Until it is ready. vLLM ends at once while it imports, and later not before its engine is up: SIGTERM while it loads
+weights or compiles had no effect within 40 s, and a large model does that for a quarter of an hour."""
+STOP_GRACE_S = 10.0
+"""Once it is ready: 0.5 s measured when idle, 1 s with 200 requests in flight; the rest is for slow machines. Whatever
+the server does, nothing of it is left 15 s later."""
+
+SUPERVISOR_MARGIN_S = 15.0
+"""What the supervisor may take beyond the grace: orphans 2 s, waiting for killed processes 10 s."""
+
+GPU_WAIT_S = 60.0
+"""For the memory of a server that was killed: the driver gives it back within seconds of the last process's end."""
+
+TAIL_LINES = 15
+LOG_READ_BYTES = 256 * 1024
+"""The end of a log that is searched for a cause; each of eight workers may write a traceback of 10 KB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where a live server answers, with what it can take."""
+
+    server: str
+    """Name of the server life, unique in the sweep: `<server>-<n>`."""
+    url: str
+    """`http://host:port`, without a path."""
+    api_key: str = field(repr=False)
+    max_model_len: int
+    """Tokens of prompt plus answer."""
+    engine_version: str
+    """vLLM's."""
+
+
+class Server:
+    """One life of one server: started once, stopped once. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        plan: ServerPlan,
+        *,
+        name: str,
+        api_key: str,
+        gpu_ids: Sequence[str],
+        log_path: Path,
+        secrets: Sequence[str] = (),
+        host: str = "127.0.0.1",
+        executable: Sequence[str] | None = None,
+    ) -> None:
+        """`name` is that of the life (`demo-base-0`); `executable` replaces `engine.program()` for this one."""
+        self.plan = plan
+        self.name = name
+        self.log_path = log_path
+        self._api_key = api_key
+        self._gpu_ids = gpu_ids
+        self._secrets = frozenset(secrets)
+        self._host = host
+        self._executable = list(executable or engine.program(plan.model.server_python or sys.executable))
+        self._process: _Process | None = None
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+
+    def start(self) -> Endpoint:
+        """The endpoint, once the server answers; otherwise nothing of it is left.
+
+        Raises ServerError with the cause, the log's end and its path, as ServerFault when another start may succeed.
+        """
+        shared = 0 < self.plan.gpus < 1
+        with boundary(ServerError, f"start {self.name}"):
+            self.plan = _with_adapters_here(self.plan)
+            # Waiting for a turn or for memory is none of the server's own time.
+            with gpu.turn(self._gpu_ids, self._stopping) if shared else nullcontext():
+                self._await_memory()
+                endpoint = self._start()
+            threading.Thread(target=self._watch, args=(endpoint,), name=f"watch {self.name}", daemon=True).start()
+            return endpoint
+
+    def wait(self) -> str:
+        """Why the server is dead, in words, within a second of its death or when it counts as dead though it runs.
+
+        Something of it may be left still: `stop` returns when nothing is.
+        """
+        if (process := self._process) is None:
+            return "was never started"
+        process.dead.wait()
+        return "was stopped" if self._stopping.is_set() else process.ending(self._cause(process))
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """Returns when nothing of the server is left. Again, from another thread or during `start`: the same."""
+        self._stopping.set()
+        with self._lock:  # a start that is between two attempts makes no further one
+            process = self._process
+        if process is not None:
+            process.stop(grace_s)
+
+    def alive(self) -> bool:
+        return self._process is not None and not self._process.dead.is_set()
+
+    def _await_memory(self) -> None:
+        """Raises ServerFault when the GPUs do not have the memory free that vLLM will ask for."""
+        if not self._gpu_ids:
+            return
+        share = _memory_share(self.plan)
+        try:
+            short = gpu.wait_for_memory(self._gpu_ids, share, timeout_s=GPU_WAIT_S, stopping=self._stopping)
+        except LookupError as error:
+            self._note(f"whether GPU memory is free was not seen: {error}")
+            return
+        if short:
+            raise ServerFault(
+                f"{self.name} did not start: not enough GPU memory is free, after {GPU_WAIT_S:g} s: {short}; end those "
+                f"processes, or lower gpu_memory_utilization (or `gpus`), which is {share:g} here"
+            )
+
+    def _start(self) -> Endpoint:
+        deadline = time.monotonic() + self.plan.model.startup_timeout_s
+        for _ in range(PORT_ATTEMPTS):
+            port, claim = _claim_port(self._host)
+            with claim:
+                endpoint = self._attempt(port, deadline)
+            if endpoint is not None:
+                return endpoint
+            log.info("%s lost port %d to another program and takes another one", self.name, port)
+        raise self._failure(f"{engine.PORT_TAKEN}, {PORT_ATTEMPTS} times", offset=0, kind=ServerFault)
+
+    def _attempt(self, port: int, deadline: float) -> Endpoint | None:
+        """None when the port was lost to someone else."""
+        with self._lock:
+            self._go_on()
+            process = self._process = _Process(
+                [*self._executable, *engine.arguments(self.plan, host=self._host, port=port)],
+                self._environment(),
+                self.log_path,
+            )
+        try:
+            if endpoint := self._ready(process, port, deadline):
+                process.set_grace(STOP_GRACE_S)
+                return endpoint
+            process.stop()
+            self._go_on()
+            cause = self._cause(process)
+            if cause and cause.text == engine.PORT_TAKEN:
+                return None
+            kind = ServerFault if cause is None or cause.passing or process.killed else ServerError
+            raise self._failure(process.ending(cause), process.log_offset, kind=kind)
+        except BaseException:
+            process.stop()
+            raise
+
+    def _environment(self) -> dict[str, str]:
+        # Some secrets have ordinary names: the config knows them by their use, as the key of somebody's server, say.
+        base = {k: v for k, v in os.environ.items() if v not in self._secrets or k in engine.HUB_TOKENS}
+        return engine.environment(self.plan, api_key=self._api_key, gpu_ids=self._gpu_ids, base=base)
+
+    def _ready(self, process: "_Process", port: int, deadline: float) -> Endpoint | None:
+        """Waits for /health and for our models under our key: another program could answer on a port that we lost.
+
+        None when the process has ended.
+        """
+        seen = "it did not answer"
+        while not process.dead.wait(HEALTH_PERIOD_S):
+            if time.monotonic() > deadline:
+                timeout_s = self.plan.model.startup_timeout_s
+                process.stop()
+                raise self._failure(
+                    f"not ready after startup_timeout_s = {timeout_s:g} s ({seen})",
+                    process.log_offset,
+                    "raise it, or see",
+                )
+            try:
+                if self._ask(port, "/health")[0] != 200:
+                    continue
+                status, models = self._ask(port, "/v1/models")
+                _, version = self._ask(port, "/version")
+            except (OSError, http.client.HTTPException):
+                continue
+            lengths = _lengths(models)
+            names = engine.served_names(self.plan)
+            if status == 200 and lengths.keys() >= set(names):
+                engine_version = str(version.get("version", "unknown"))
+                if refusal := engine.supported(engine_version):
+                    raise ServerError(f"{self.name} is not used: {refusal}")
+                return Endpoint(
+                    server=self.name,
+                    url=f"http://{self._host}:{port}",
+                    api_key=self._api_key,
+                    max_model_len=int(lengths[names[0]]),  # adapters report none of their own
+                    engine_version=engine_version,
+                )
+            seen = f"/v1/models answered {status} with {sorted(lengths)}, not {names}"
+        return None
+
+    def _go_on(self) -> None:
+        if self._stopping.is_set():
+            raise ServerError(f"{self.name} was stopped while it started")
+
+    def _watch(self, endpoint: Endpoint) -> None:
+        """Looks at the ready server until it is dead; one that only seems alive is ended, and `wait` returns why."""
+        process = self._process
+        assert process is not None
+        port = int(endpoint.url.rpartition(":")[2])
+        watch = Watch(self.plan.model.hang_timeout_s)
+        request: threading.Thread | None = None
+        blind = False
+        last = time.monotonic()
+        while not (process.dead.wait(watch.period_s) or self._stopping.is_set()):
+            fault, seen = None, None
+            try:
+                status, _ = self._ask(port, "/health", timeout_s=watch.answer_timeout_s)
+                fault = None if status == 200 else f"status {status}"
+                seen = None if fault else self._figures(port, watch.answer_timeout_s)
+            except (OSError, http.client.HTTPException) as error:
+                fault = f"{type(error).__name__}: {error}"
+            except ValueError as error:
+                if not blind:
+                    self._note(f"a hang of the engine will not be seen, only silence: {error}")
+                blind = True
+            asked = request is not None and request.is_alive()
+            last, elapsed_s = time.monotonic(), time.monotonic() - last
+            if reason := watch.look(fault=fault, seen=seen, asked=asked, elapsed_s=elapsed_s):
+                log.warning("%s %s", self.name, reason)
+                self._note(f"{reason}; it is ended")
+                process.condemn(reason)
+            elif not watch.doubtful:
+                request = None
+            elif request is None:
+                request = threading.Thread(
+                    target=self._ask_one_token, args=(port,), name=f"ask {self.name}", daemon=True
+                )
+                request.start()
+
+    def _figures(self, port: int, timeout_s: float) -> Snapshot:
+        return snapshot(self._read(port, "GET", "/metrics", timeout_s=timeout_s)[1].decode())
+
+    def _ask_one_token(self, port: int) -> None:
+        """Gives an engine something to do that seems to have nothing: its figures move if it can."""
+        body = {"model": engine.served_names(self.plan)[0], "prompt": [1], "max_tokens": 1, "temperature": 0}
+        try:
+            status, _ = self._read(port, "POST", "/v1/completions", body, timeout_s=self.plan.model.hang_timeout_s)
+        except (OSError, http.client.HTTPException) as error:
+            log.info("%s did not answer a request for one token: %s", self.name, error)
+        else:
+            log.debug("%s answered a request for one token with status %d", self.name, status)
+
+    def _ask(self, port: int, path: str, timeout_s: float = ANSWER_TIMEOUT_S) -> tuple[int, dict[str, Any]]:
+        """Status and JSON answer, {} where there is none."""
+        status, body = self._read(port, "GET", path, timeout_s=timeout_s)
+        with suppress(ValueError):
+            answer = json.loads(body)
+            if isinstance(answer, dict):
+                return status, answer
+        return status, {}
+
+    def _read(
+        self, port: int, method: str, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float
+    ) -> tuple[int, bytes]:
+        """Status and body. Not urllib, which follows the user's proxy settings."""
+        connection = http.client.HTTPConnection(self._host, port, timeout=timeout_s)
+        headers = {"Authorization": f"Bearer {self._api_key}", "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, json.dumps(body) if body else None, headers)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def _note(self, text: str) -> None:
+        """A line of ours in the server's log."""
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_path.open("a") as file:
+                file.write(f"lmsweep: {text}\n")
+        except OSError as error:  # a full disk must not end the watch
+            log.warning("%s: %s (not in its log: %s)", self.name, text, error)
+
+    def _log_text(self, offset: int) -> str:
+        with self.log_path.open("rb") as file:
+            file.seek(max(offset, os.fstat(file.fileno()).st_size - LOG_READ_BYTES))
+            return file.read().decode(errors="replace").replace(self._api_key, "***")
+
+    def _cause(self, process: "_Process") -> "engine.Cause | None":
+        return engine.cause_of(self._log_text(process.log_offset))
+
+    def _failure(self, why: str, offset: int, cure: str = "see", kind: type[ServerError] = ServerError) -> ServerError:
+        tail = [line for line in self._log_text(offset).splitlines() if line.strip()][-TAIL_LINES:]
+        lines = "\n".join(f"    {line}" for line in tail) or "    (the log is empty)"
+        return kind(f"{self.name} did not start: {why}; {cure} {self.log_path}\nIts last lines:\n{lines}")
+
+
+class _Process:
+    """A server under its supervisor."""
+
+    def __init__(self, arguments: Sequence[str], variables: Mapping[str, str], log_path: Path) -> None:
+        self.dead = threading.Event()
+        """The server has ended, or counts as dead; what it started may be there still."""
+        self.gone = threading.Event()
+        """Nothing of it is left."""
+        self._report = ""
+        self._verdict: str | None = None
+        self._grace_s = START_GRACE_S
+        self._closing = threading.Lock()
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as file:
+            file.write(f"$ {shlex.join(arguments)}\n".encode())
+            file.flush()
+            self.log_offset = file.tell()
+            """Where the log of this process starts; a lost port leaves an earlier one before it."""
+            # Not in a new session: our stage of the supervisor stays where Ray can see it, the other stage leaves.
+            self._supervisor = subprocess.Popen(
+                [
+                    *(sys.executable, "-S", "-E", str(SUPERVISOR), "--grace", f"{START_GRACE_S:g}"),
+                    *("--mask", ",".join(name for name in variables if is_secret(name))),
+                    *("--", *arguments),
+                ],
+                env=variables,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+            )
+        assert self._supervisor.stdin is not None
+        self._pipe = self._supervisor.stdin
+        threading.Thread(target=self._listen, name=f"listen {log_path.stem}", daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self._supervisor.stdout is not None
+        with self._supervisor.stdout as pipe:
+            self._report = pipe.readline().decode()
+            self.dead.set()
+            pipe.read()  # ends when both stages have ended
+        self._supervisor.wait()
+        with self._closing:
+            self._pipe.close()
+        self.gone.set()
+
+    @property
+    def killed(self) -> bool:
+        """By a signal, not by an error of its own."""
+        return not self._report.startswith("exit")
+
+    def ending(self, cause: "engine.Cause | None") -> str:
+        """How it ended, in words; `cause` is what the log told."""
+        if self._verdict:
+            return self._verdict
+        kind, _, number = self._report.strip().partition(" ")
+        if kind == "signal":
+            how = f"was killed by {signal.Signals(int(number)).name}"
+            if int(number) == signal.SIGKILL:
+                how += " (the kernel does that when memory runs out)"
+        elif kind == "exit":
+            how = f"exited with code {number}"
+        else:
+            how = "was ended because its supervisor was killed"
+        return f"{cause.text} ({how})" if cause else how
+
+    def set_grace(self, grace_s: float) -> None:
+        """From now on it gets so long to end by itself, also when we are the ones who die."""
+        with self._closing:
+            self._grace_s = grace_s
+            if self._pipe.closed:  # it has died meanwhile, which others tell
+                return
+            with suppress(BrokenPipeError):
+                self._pipe.write(f"{grace_s:g}\n".encode())
+
+    def condemn(self, verdict: str) -> None:
+        """It counts as dead for this reason and is killed; returns when nothing is left."""
+        self._verdict = verdict
+        self.dead.set()
+        self.stop(0.0)
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """Returns when nothing is left; without `grace_s` it gets what it has been set to."""
+        grace_s = self._grace_s if grace_s is None else grace_s
+        with self._closing:
+            if not self._pipe.closed:
+                with suppress(BrokenPipeError):
+                    self._pipe.write(f"{grace_s}\n".encode())
+                self._pipe.close()
+                # Closing alone is not enough where a forked child of ours still holds the pipe.
+                self._supervisor.terminate()
+        if self.gone.wait(grace_s + SUPERVISOR_MARGIN_S):
+            return
+        log.warning("the supervisor %d did not stop its server and is killed", self._supervisor.pid)
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self._supervisor.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+        self._supervisor.kill()
+        if not self.gone.wait(SUPERVISOR_MARGIN_S):
+            log.error("something of the server is still there, see the children of process %d", self._supervisor.pid)
+
+
+def _lengths(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Served name -> max_model_len; {} for the answer of something else than vLLM."""
+    cards = models.get("data")
+    if not isinstance(cards, list):
+        return {}
+    return {card["id"]: card.get("max_model_len") for card in cards if isinstance(card, dict) and "id" in card}
+
+
+def _memory_share(plan: ServerPlan) -> float:
+    """The share of each GPU's memory that vLLM wants to see free when it starts."""
+    named = plan.model.server.get("gpu_memory_utilization")
+    return float(engine.SHARED_GPU_MEMORY * min(1.0, plan.gpus) if named is None else named)
+
+
+def _with_adapters_here(plan: ServerPlan) -> ServerPlan:
+    """`plan` with the planned commits of hub adapters as folders of this machine: told a name, vLLM would take its main
+    branch."""
+    with boundary(ServerFault, f"bring the adapters of {plan.name}"):
+        folders = {source.repository: str(folder_of(source)) for source in plan.sources if source.part is Part.ADAPTER}
+    adapters = {name: folders.get(adapter, adapter) if adapter else None for name, adapter in plan.adapters.items()}
+    return replace(plan, adapters=adapters)
+
+
+def _claim_port(host: str) -> tuple[int, socket.socket]:
+    """A port that nobody on this machine uses, and a socket to hold while the server takes it.
+
+    vLLM binds its port only after some seconds of imports. Until then a name in Linux's abstract socket namespace keeps
+    other servers of ours off it: it leaves no file and ends with its holder. A stranger can still win the race, which
+    shows in the log.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0lmsweep-port-{port}")
+            # Without SO_REUSEADDR, so that a socket that is bound and does not listen yet counts as taken.
+            with socket.socket() as probe:
+                probe.bind((host, port))
+        except OSError:
+            claim.close()
+            continue
+        return port, claim
+    raise ServerFault(f"no free port on {host} between {PORTS.start} and {PORTS.stop - 1}")
