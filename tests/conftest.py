@@ -1,22 +1,32 @@
-"""What tests of several modules share: a stand-in server without a supervisor, and a tiny model with random weights."""
+"""What tests of several modules share: a stand-in server without a supervisor, a process for Ray, a tiny model."""
 
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sweep.running.machine import prepare_local_ray
 from sweep.serving.server import Endpoint
 
 KEY = "key-of-the-stand-in-0123456789"
+
+# What is ignored when we start (by `nohup`, or by `&` in a script) is ignored by all that we start, and a sweep that
+# ignores a signal does not end of it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,12 @@ class StandIn:
         return [json.loads(line)["body"] for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Iterator[Callable[..., StandIn]]:
     """Starts stand-in servers that serve the model `m`: `stand_in("--max-num-seqs", "4", latency_s=0.1)`.
@@ -41,9 +57,7 @@ def stand_in(tmp_path: Path) -> Iterator[Callable[..., StandIn]]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*arguments: str, **options: object) -> StandIn:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         log = tmp_path / f"requests-{len(started)}.jsonl"
         process = subprocess.Popen(
             [
@@ -80,6 +94,25 @@ def stand_in(tmp_path: Path) -> Iterator[Callable[..., StandIn]]:
     for process in started:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def apart(variables: Mapping[str, str], *, timeout_s: float = 300.0) -> Iterator[Callable[..., Any]]:
+    """Runs functions in one other process, where Ray is imported as a launch imports it, with these variables set.
+
+    What Ray reads from the environment it reads when it is imported, and a `ray.init` in the tests' own process would
+    leave its threads, handlers and children there.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin_as_a_launch, initargs=(variables,)) as pool:
+        yield lambda work, *arguments: pool.submit(work, *arguments).result(timeout=timeout_s)
+
+
+def _begin_as_a_launch(variables: Mapping[str, str]) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.environ.update(variables)
+    prepare_local_ray()
 
 
 @pytest.fixture(scope="session")

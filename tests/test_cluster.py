@@ -1,6 +1,5 @@
 """Servers and evaluators on real Ray, without a model; whole sweeps are in test_runner.py."""
 
-import multiprocessing
 import os
 import re
 import shlex
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
+from conftest import apart, free_port
 
 from sweep.evaluating.preflight import Expected, Outcome
 from sweep.planning.config import Device, Model, RayConfig
@@ -31,7 +30,7 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.machine import Capacity, prepare_local_ray
+from sweep.running.machine import Capacity
 
 KEY = "a-key-for-the-cluster-0123456789"
 STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in_server.py"))]
@@ -56,33 +55,26 @@ def test_a_message_to_an_evaluator_that_has_just_died_is_dropped() -> None:
     assert sent == ["first"]
 
 
-# On Ray. A cluster lives in a process of its own: what Ray reads from the environment it reads when it is imported, and
-# a `ray.init` in the tests' own process would leave its threads and handlers there.
+# On Ray
 
 T = TypeVar("T")
 
+Elsewhere = Callable[..., Any]
+"""Runs a function in the process that has the clusters."""
+
 
 @pytest.fixture(scope="module")
-def apart() -> Iterator[Callable[..., Any]]:
-    """Runs a function in another process, where Ray is imported as a launch imports it."""
-    patch = pytest.MonkeyPatch()
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        patch.delenv(name)
-    patch.setenv("LMSWEEP_ENGINE", shlex.join(STAND_IN))
-    patch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
-    # Set by some launchers, and then everyone sees every GPU who does not say otherwise.
-    patch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")
-    patch.setenv("HF_HUB_OFFLINE", "1")
-    patch.setenv("HF_DATASETS_OFFLINE", "yes")
-    prepare_local_ray()
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield lambda work, *arguments: pool.submit(work, *arguments).result(timeout=300)
-    finally:
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_worker_niceness"):
-            os.environ.pop(name, None)
-        os.environ.pop("RAY_USAGE_STATS_ENABLED", None)
-        patch.undo()
+def elsewhere() -> Iterator[Elsewhere]:
+    variables = {
+        "LMSWEEP_ENGINE": shlex.join(STAND_IN),
+        "CUDA_VISIBLE_DEVICES": VISIBLE,
+        # Set by some launchers, and then everyone sees every GPU who does not say otherwise.
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "yes",
+    }
+    with apart(variables) as run:
+        yield run
 
 
 def a_cluster() -> Cluster:
@@ -191,15 +183,17 @@ def offline(environment: Mapping[str, str]) -> dict[str, str]:
 def everything(folder: Path) -> Seen:
     os.environ["CLUSTER_TEST"] = str(folder)
     found: dict[str, Any] = {}
+    port = free_port()
     own = subprocess.Popen(
-        [*STAND_IN, "--model", "any", "--served-model-name", "m", "--host", "127.0.0.1", "--port", "19001"],
+        [*STAND_IN, "--model", "any", "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)],
         env={**os.environ, "VLLM_API_KEY": KEY, "CLUSTER_TEST": "its own"},
     )
     try:
         with closing(a_cluster()) as cluster:
             found["session"] = cluster._session
             found["session_made"] = cluster._session is not None and cluster._session.is_dir()
-            play(Play(cluster, folder), found)
+            play(Play(cluster, folder), found, url=f"http://127.0.0.1:{port}")
+            found["external_lives"] = own.poll() is None
             starting = Play(cluster, folder)
             starting.start("late-0", a_server(start_delay_s=60, tree=1))
             until(lambda: any(p.cmdline()[1:2] == STAND_IN[1:] for p in below()), "the last server began")
@@ -221,7 +215,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def play(play: Play, found: dict[str, Any]) -> None:
+def play(play: Play, found: dict[str, Any], *, url: str) -> None:
     import ray
 
     cluster = play.cluster
@@ -266,16 +260,13 @@ def play(play: Play, found: dict[str, Any]) -> None:
     # The only slot is taken, and the server of someone else needs none.
     play.start("slot-0", a_server(device=Device.CPU))
     play.until(ServerReady, "slot-0")
-    model = Model(url="http://127.0.0.1:19001", api_key=KEY, served_model_name="m", tokenizer="/m", max_model_len=2048)
+    model = Model(url=url, api_key=KEY, served_model_name="m", tokenizer="/m", max_model_len=2048)
     plan = ServerPlan(name="m", model=model, revision=None, adapters={"m": None}, gpus=0, replicas=1)
     play.start("theirs-0", plan)
     play.until(ServerReady, "theirs-0")
     cluster.stop_server("theirs-0")
     play.until(ServerStopped, "theirs-0")
     found["external"] = play.words("theirs-0")
-    found["external_lives"] = any(
-        p.info["cmdline"] and "19001" in p.info["cmdline"] for p in psutil.process_iter(["cmdline"])
-    )
 
 
 def evaluators() -> list[psutil.Process]:
@@ -288,8 +279,8 @@ def evaluators() -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def seen(apart: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    found: Seen = apart(everything, tmp_path_factory.mktemp("cluster"))
+def seen(elsewhere: Elsewhere, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    found: Seen = elsewhere(everything, tmp_path_factory.mktemp("cluster"))
     return found
 
 
@@ -382,7 +373,7 @@ def an_empty_cluster() -> Path:
 
 
 @pytest.mark.ray
-def test_the_folder_of_a_cluster_that_was_ours_alone_is_removed_with_it(apart: Callable[..., Any]) -> None:
-    folder: Path = apart(an_empty_cluster)
+def test_the_folder_of_a_cluster_that_was_ours_alone_is_removed_with_it(elsewhere: Elsewhere) -> None:
+    folder: Path = elsewhere(an_empty_cluster)
     assert not folder.exists()
     assert not (folder.parent / "session_latest").is_symlink()

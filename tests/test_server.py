@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import apart
 from hub_stub import hub_stub, reach
 
 from sweep.errors import ServerError, ServerFault
@@ -55,6 +56,16 @@ def until(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
 @pytest.fixture(autouse=True)
 def _no_engine_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LMSWEEP_ENGINE", raising=False)
+
+
+OTHERS: set[psutil.Process] = set()
+"""What was below us before the test: Python's resource tracker, once some test has used multiprocessing."""
+
+
+@pytest.fixture(autouse=True)
+def _others() -> None:
+    OTHERS.clear()
+    OTHERS.update(psutil.Process().children(recursive=True))
 
 
 # Starting and stopping, on the stand-in
@@ -116,8 +127,9 @@ def ask(endpoint: Endpoint, path: str, body: dict[str, Any] | None = None, key: 
 
 
 def running() -> list[psutil.Process]:
-    """Everything below us that is no zombie."""
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    """Everything that the test has started and that is no zombie, parents first."""
+    below = [process for process in psutil.Process().children(recursive=True) if process not in OTHERS]
+    return [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def api_server(endpoint: Endpoint) -> psutil.Process:
@@ -629,22 +641,16 @@ def test_waiting_for_a_turn_is_not_start_up_time_and_ends_with_a_stop(bench: Ben
 # Four servers at once, on real Ray
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_four_actors_start_servers_at_once_and_no_collision_reaches_the_user(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Twenty times, on ten ports of which a stranger has three and takes one more during every other start."""
-    from sweep.running.machine import prepare_local_ray
+ROUNDS, ACTORS, FIRST_PORT = 20, 4, 29_880
 
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_worker_niceness"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)  # what is set below ends with the test
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    prepare_local_ray()
+
+def four_servers_at_once(folder: Path) -> int:
+    """ROUNDS times on ten ports, of which a stranger has three and takes one more at every other start.
+
+    How often a port was lost to the latter.
+    """
     import ray
 
-    rounds, actors, first_port = 20, 4, 29_880
     served = plan(max_model_len=512)
 
     class Host:  # goes to the actors whole, so it calls nothing of this file
@@ -653,7 +659,7 @@ def test_four_actors_start_servers_at_once_and_no_collision_reaches_the_user(
         def __init__(self, number: int) -> None:
             self.number = number
             self.server: Server | None = None
-            server.PORTS = range(first_port, first_port + 10)
+            server.PORTS = range(FIRST_PORT, FIRST_PORT + 10)
 
         def start(self, turn: int) -> tuple[Endpoint, int]:
             claim = server._claim_port
@@ -672,7 +678,7 @@ def test_four_actors_start_servers_at_once_and_no_collision_reaches_the_user(
                 name=f"m-{self.number}-{turn}",
                 api_key=f"key-of-actor-{self.number}-{turn}",
                 gpu_ids=[],
-                log_path=tmp_path / f"m-{self.number}-{turn}.log",
+                log_path=folder / f"m-{self.number}-{turn}.log",
                 executable=STAND_IN,
             )
             server._claim_port = lose_one
@@ -687,29 +693,36 @@ def test_four_actors_start_servers_at_once_and_no_collision_reaches_the_user(
             assert self.server is not None
             self.server.stop(0.5)
 
-    ray.init(address="local", num_cpus=actors, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=ACTORS, include_dashboard=False, log_to_driver=False, configure_logging=False)
     strangers = []
+    lost = 0
     try:
-        for port in (first_port, first_port + 4, first_port + 9):
+        for port in (FIRST_PORT, FIRST_PORT + 4, FIRST_PORT + 9):
             strangers.append(socket.socket())
             strangers[-1].bind(("127.0.0.1", port))
-        hosts = [ray.remote(num_cpus=1)(Host).remote(number) for number in range(actors)]
-        lost = 0
-        for turn in range(rounds):
+        hosts = [ray.remote(num_cpus=1)(Host).remote(number) for number in range(ACTORS)]
+        for turn in range(ROUNDS):
             started = ray.get([host.start.remote(turn) for host in hosts], timeout=120)
             endpoints = [endpoint for endpoint, _ in started]
             lost += sum(times for _, times in started)
-            assert len({endpoint.url for endpoint in endpoints}) == actors
+            assert len({endpoint.url for endpoint in endpoints}) == ACTORS
             for endpoint in endpoints:
                 assert ask(endpoint, "/v1/models", key=endpoint.api_key)[0] == 200
                 others = {other.api_key for other in endpoints} - {endpoint.api_key}
                 assert {ask(endpoint, "/v1/models", key=other)[0] for other in others} == {401}
             ray.get([host.stop.remote() for host in hosts], timeout=60)
-        assert lost == rounds * actors // 2
     finally:
         for stranger in strangers:
             stranger.close()
         ray.shutdown()
+    return lost
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_four_actors_start_servers_at_once_and_no_collision_reaches_the_user(tmp_path: Path) -> None:
+    with apart({}) as elsewhere:
+        assert elsewhere(four_servers_at_once, tmp_path) == ROUNDS * ACTORS // 2
 
 
 # Real vLLM
