@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 
 from sweep.evaluating import evaluator as ev
 from sweep.evaluating.preflight import Check, Outcome, expectation
+from sweep.masking import masked
 from sweep.planning.config import SweepConfig
-from sweep.planning.loading import masked
 from sweep.planning.plan import Plan, ServerPlan, on_cpu
 from sweep.results.store import RunDirectory
 from sweep.running.cluster import (

@@ -189,14 +189,15 @@ def _check(arguments: Arguments) -> int:
 
 def _fetch(arguments: Arguments) -> int:
     from sweep.fetch import fetch
-    from sweep.planning.loading import load
+    from sweep.planning.loading import load, secrets_of
     from sweep.planning.plan import make_plan
     from sweep.results.store import RunDirectory, read_commits, read_records
 
     config = load(str(arguments.conf), arguments.overrides)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     records, commits = read_records(directory), read_commits(directory)
-    return fetch(make_plan(config, records, only=arguments.only, ask_hub=True, commits=commits))
+    plan = make_plan(config, records, only=arguments.only, ask_hub=True, commits=commits)
+    return fetch(plan, secrets_of(config))
 
 
 def _examine(plan: "Plan", *, required: bool, told: bool = False) -> None:
@@ -219,9 +220,9 @@ def _note(text: str) -> None:
 
 def _run(arguments: Arguments) -> int:
     from sweep.overview import document
-    from sweep.planning.loading import dump, load, masked, secrets_of
+    from sweep.planning.loading import dump, load, secrets_of
     from sweep.planning.plan import make_plan
-    from sweep.results.store import RunDirectory, Store, read_commits, read_records, set_aside, write_file
+    from sweep.results.store import RunDirectory, Store, masked_json, read_commits, read_records, set_aside, write_file
     from sweep.running.machine import local_capacity, prepare_local_ray, require, starts_local
 
     config = load(str(arguments.conf), arguments.overrides)
@@ -244,7 +245,7 @@ def _run(arguments: Arguments) -> int:
     try:
         with boundary(StoreError, f"write to {directory.root}"):
             write_file(directory.config, dump(config))
-            write_file(directory.plan, masked(json.dumps(planned, indent=1), hidden))
+            write_file(directory.plan, masked_json(json.dumps(planned, indent=1).encode(), hidden))
         for record in plan.refused.values():
             store.write_record(record, {})
         carried = None
@@ -287,8 +288,9 @@ def _conclude(
     shown = [record for cell, record in found if record.fingerprint == cell.fingerprint]
     if others := len(found) - len(shown):
         print(f"\n{others} cells are left out of the tables: what they have was computed under other settings")
-    write_file(directory.report, markdown(shown, list(config.models)))
-    write_file(directory.csv, csv_text(shown, list(config.models)))
+    with boundary(StoreError, f"write the tables to {directory.root}"):
+        write_file(directory.report, markdown(shown, list(config.models)))
+        write_file(directory.csv, csv_text(shown, list(config.models)))
     print(f"\n{markdown(shown, list(config.models), subtasks=False)}")
     done = sum(record.status is Status.DONE for record in shown)
     print(f"{done} of {len(whole.cells)} cells are done")
@@ -312,14 +314,15 @@ def _said_of_wandb(outcome: "Outcome") -> str:
 def _logged_to(path: Path, hidden: Sequence[str]) -> Iterator[None]:
     """The driver's log in the run directory, without any secret."""
 
-    from sweep.planning.loading import masked
+    from sweep.masking import masked
 
     class Masked(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
             return masked(super().format(record), hidden)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    with boundary(StoreError, f"write to {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(Masked("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("sweep")
     logger.setLevel(logging.INFO)

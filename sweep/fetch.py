@@ -2,13 +2,13 @@
 
 For login nodes and air-gapped clusters: after `fetch`, the same sweep runs with HF_HUB_OFFLINE=1. Data sets and metric
 scripts come by lm-eval's own loading, so that just what a run loads is there. Not fetched: what a task asks for only
-while it scores (a model that judges answers, say).
+while it scores (a model that judges answers, say), and what only an option of vLLM names (a draft model).
 """
 
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sweep.errors import ConfigError
@@ -27,11 +27,12 @@ LOADERS = frozenset(
 LOG_TAIL_LINES = 5
 
 
-def fetch(plan: Plan) -> int:
+def fetch(plan: Plan, secrets: Sequence[str]) -> int:
     """Bring all that the owed cells of `plan` need; the exit code: 1 when something could not be had.
 
     Prints a line for each thing as it goes and goes on after a failure. What is there is not loaded again, so the same
-    command goes on where it was stopped. Raises ConfigError where HF_HUB_OFFLINE forbids it.
+    command goes on where it was stopped. `secrets` are withheld from the code of tasks, beside those that are known by
+    their names. Raises ConfigError where HF_HUB_OFFLINE forbids it.
     """
     if hub.offline():
         raise ConfigError("fetch has to ask the hub, and HF_HUB_OFFLINE forbids it: unset it for this command")
@@ -41,7 +42,7 @@ def fetch(plan: Plan) -> int:
         line, failure = _brought(source)
         print(f"  {line}", flush=True)
         failures += [failure] if failure else []
-    for line, failure in _loaded(_tasks(plan)):
+    for line, failure in _loaded(_tasks(plan), secrets):
         print(f"  {line}", flush=True)
         failures += [failure] if failure else []
     if failures:
@@ -102,11 +103,9 @@ def _tasks(plan: Plan) -> list[Cell]:
 
 def _brought(source: hub.Source) -> tuple[str, str | None]:
     """The line about it, and why it could not be had."""
-    from huggingface_hub.errors import HTTPError
-
     try:
         brought = hub.bring(source)
-    except (HTTPError, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 (libraries below the hub's have errors of their own; the next may come)
         return f"{source.part} {source}: failed", f"{source.part} {source}: {_reason(source, error)}"
     size = _size(brought.new_bytes) if brought.new_bytes else "already here"
     return f"{source.part} {source}: commit {brought.commit[:12]}, {size}", None
@@ -124,7 +123,7 @@ def _reason(source: hub.Source, error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _loaded(cells: list[Cell]) -> Iterator[tuple[str, str | None]]:
+def _loaded(cells: list[Cell], secrets: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """The line about each cell's task, and why its data could not be had.
 
     In a process of its own, whose output is kept quiet; of one that dies the next task starts another.
@@ -136,7 +135,7 @@ def _loaded(cells: list[Cell]) -> Iterator[tuple[str, str | None]]:
         evaluator = None
         try:
             for cell in cells:
-                evaluator = evaluator or EvaluatorProcess(log_path)
+                evaluator = evaluator or EvaluatorProcess(log_path, secrets=secrets)
                 check = CheckTask(task_name=cell.task_name, task=cell.task, seeds=cell.seeds, model=cell.model.model)
                 try:
                     evaluator.send(check)

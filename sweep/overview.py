@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sweep.fetch import missing_block
+from sweep.masking import MASK, masked, secret_variables
 from sweep.planning.config import SweepConfig, Task
-from sweep.planning.loading import is_secret, masked, secrets_of
+from sweep.planning.loading import secrets_of
 from sweep.planning.plan import Cell, Plan, ServerPlan, is_local, served_name
 from sweep.planning.tasks import catalog
 from sweep.results.store import RunDirectory
@@ -97,7 +98,9 @@ def _command(server: ServerPlan) -> list[str]:
 
 def _variables(server: ServerPlan) -> str:
     """The model's `env` as a shell takes it before a command."""
-    shown = {name: "***" if is_secret(name) else shlex.quote(value) for name, value in variables(server).items()}
+    given = variables(server)
+    secret = secret_variables(given)
+    shown = {name: MASK if name in secret else shlex.quote(value) for name, value in given.items()}
     return "".join(f"{name}={value} " for name, value in shown.items())
 
 

@@ -43,6 +43,26 @@ UNGATED = "the hub did not let us in, it is a gated model: accept its terms on i
             False,
         ),
         (
+            # a compiler's, of kernels that are built at the start
+            'attention.cu(33): error: argument of type "const float *" is incompatible with "float *"\n'
+            "torch.AcceleratorError: CUDA error: out of memory",
+            "out of memory while loading or computing: give the model more GPUs (tensor_parallel), a quantized "
+            "checkpoint, a smaller max_model_len or max_num_seqs, or see who else uses this GPU",
+            False,
+        ),
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig\n  Value error, Total "
+            "number of attention heads (2) must be divisible by tensor parallel size (5). [type=value_error, input_v",
+            "vLLM refuses the configuration: Total number of attention heads (2) must be divisible by tensor parallel "
+            "size (5)",
+            False,
+        ),
+        (
+            "OSError: [Errno 28] No space left on device",
+            "the disk is full (weights, vLLM's caches or /dev/shm): make room on the server's machine",
+            False,
+        ),
+        (
             "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when",
             "no memory is left for the KV cache after the weights: raise gpu_memory_utilization, give the model more "
             "GPUs (tensor_parallel) or take a quantized checkpoint",

@@ -93,7 +93,7 @@ def test_every_part_of_a_sweep_is_brought_once_at_its_commit(hub: HubStub, capsy
     }
     base = Model(path="org/m", tokenizer="org/t", entry="m")
     models = {"m": base, "tuned": Model(**{**vars(base), "adapter": "org/a"}), "again": Model(path="org/m")}
-    assert fetch(planned(models)) == 0
+    assert fetch(planned(models), ()) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == f"fetching into {constants.HF_HOME}"
     assert shown[1:4] == [
@@ -102,7 +102,7 @@ def test_every_part_of_a_sweep_is_brought_once_at_its_commit(hub: HubStub, capsy
         f"  adapter org/a@main: commit {commits['org/a'][:12]}, 3 bytes",
     ]
     assert missing(planned(models, ask_hub=False)) == ["data set openai/gsm8k (main): not here"]
-    assert fetch(planned(models)) == 0
+    assert fetch(planned(models), ()) == 0
     assert [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines()[1:4]] == ["already here"] * 3
 
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_had_is_listed_with_its_reason_and_the_rest_is_brought(
     hub.repositories["models", "org/closed"].gated = True
     hub.add("org/m", MODEL)
     models = {name: Model(path=f"org/{name}") for name in ("closed", "nowhere", "m")}
-    assert fetch(planned(models)) == 1
+    assert fetch(planned(models), ()) == 1
     shown = capsys.readouterr().out
     assert "model org/closed@main: failed" in shown
     assert "model org/m@main: commit" in shown
@@ -123,7 +123,7 @@ def test_what_cannot_be_had_is_listed_with_its_reason_and_the_rest_is_brought(
     assert f"org/closed@main: gated: accept its terms at {page} and give HF_TOKEN, which is not set" in listed
     assert "org/nowhere@main: the hub knows no such repository" in listed
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert fetch(planned({"closed": models["closed"]})) == 0
+    assert fetch(planned({"closed": models["closed"]}), ()) == 0
     assert TOKEN not in capsys.readouterr().out
 
 
@@ -134,7 +134,7 @@ def test_a_local_model_needs_nothing_and_one_at_a_url_its_tokenizer(
     hub.add("org/t", MODEL)
     models = {"local": Model(path=str(tiny_model)), "theirs": Model(url="http://127.0.0.1:1", tokenizer="org/t")}
     assert missing(planned(models))[0] == "tokenizer org/t@main: not here"
-    assert fetch(planned(models)) == 0
+    assert fetch(planned(models), ()) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == ["  tokenizer org/t@main"]
     assert set(hub.downloaded()) == {"config.json", "tokenizer.json"}
 
@@ -143,7 +143,7 @@ def test_without_network_it_is_refused_in_one_line(hub: HubStub, monkeypatch: py
     plan = planned({"m": Model(path="org/m")}, ask_hub=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"^fetch has to ask the hub, and HF_HUB_OFFLINE forbids it[^\n]*$"):
-        fetch(plan)
+        fetch(plan, ())
     assert hub.requests == []
 
 
@@ -317,7 +317,7 @@ def test_real_vllm_serves_without_network_what_was_fetched(
     hub.add("org/m", checkpoint)
     model = Model(path="org/m", device=Device.CPU, dtype="float32", max_model_len=256, startup_timeout_s=300.0)
     plan = planned({"m": model})
-    assert fetch(plan) == 0
+    assert fetch(plan, ()) == 0
     hub.add("org/m", {**checkpoint, "config.json": b"the branch has moved"})
     asked = len(hub.requests)
     for name, value in {"HF_HOME": constants.HF_HOME, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}.items():

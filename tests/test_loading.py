@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import pytest
 import yaml
 
 from sweep.errors import ConfigError
+from sweep.masking import is_secret, secret_variables
 from sweep.planning.config import CellOverride, Device, Overflow, Seeds, SweepConfig
-from sweep.planning.loading import dump, is_secret, load, secrets_of
+from sweep.planning.loading import dump, load, secrets_of
 
 SMALL = """
 models:
@@ -655,10 +657,25 @@ def test_a_key_that_fits_into_no_header_is_refused_and_not_repeated(place, key, 
         ("eos_token", False),
         ("max_tokens", False),
         ("KEYBOARD", False),
+        ("OPENAI_KEY", True),
+        ("GITHUB_PAT", True),
+        ("HF_TOKEN_READ", True),
+        ("OPENAI_API_KEY_2", True),
+        ("AZURE_STORAGE_CONNECTION_STRING", True),
+        ("PWD", False),
+        ("AWS_ACCESS_KEY_ID", False),
+        ("logprob_token_ids", False),
     ],
 )
 def test_the_end_of_a_name_tells_a_secret(name, secret):
     assert is_secret(name) is secret
+
+
+def test_a_password_in_a_url_is_a_secret_whatever_it_is_called(monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "postgres://me:pa55-0123456@db:5432/x")
+    assert "pa55-0123456" in secrets_of(loaded(SMALL))
+    assert "DATABASE_URL" in secret_variables(os.environ)
+    assert secret_variables({"HTTPS_PROXY": "http://proxy:3128", "A": "http://h/x@y"}) == {}
 
 
 def test_the_dump_is_the_resolved_config(monkeypatch):

@@ -41,6 +41,14 @@ def test_a_rest_runs_out(later_s: float, rest_s: float) -> None:
     assert NEVER_LOST.lost(7.0).rest_s(7.0 + later_s) == pytest.approx(rest_s)
 
 
+def test_what_one_outage_takes_is_lost_once() -> None:
+    known = NEVER_LOST.lost(10.0, started_s=0.0)
+    together = known.lost(10.1, started_s=0.0).lost(11.9, started_s=10.0 + BACKOFF_S / 2)
+    assert together == known
+    assert known.lost(20.0, started_s=10.0 + BACKOFF_S).losses == 2
+    assert known.lost(11.0, started_s=0.0, healthy=True).losses == 1
+
+
 def test_what_was_never_lost_starts_at_once() -> None:
     assert NEVER_LOST.rest_s(0.0) == 0
 

@@ -85,18 +85,17 @@ def test_the_answer_to_us_is_motion() -> None:
 
 def test_a_server_that_is_silent_for_a_tenth_of_the_time_counts_as_dead() -> None:
     watch = Watch(600)
-    assert looks(watch, 29, None, fault="TimeoutError: timed out") is None
-    assert looks(watch, 1, None, fault="TimeoutError: timed out") == (
-        "was silent: /health did not answer for 60 s, the last time with TimeoutError: timed out "
-        "(a tenth of hang_timeout_s = 600)"
+    assert looks(watch, 29, None, fault="/health gave TimeoutError: timed out") is None
+    assert looks(watch, 1, None, fault="/health gave TimeoutError: timed out") == (
+        "was silent for 60 s, the last time /health gave TimeoutError: timed out (a tenth of hang_timeout_s = 600)"
     )
 
 
 def test_one_answer_ends_a_silence() -> None:
     watch = Watch(600)
-    assert looks(watch, 29, None, fault="status 503") is None
+    assert looks(watch, 29, None, fault="/health answered 503") is None
     assert looks(watch, 1, BUSY) is None
-    assert looks(watch, 29, None, fault="status 503") is None
+    assert looks(watch, 29, None, fault="/health answered 503") is None
 
 
 def test_figures_that_are_not_understood_are_no_proof_of_anything() -> None:

@@ -40,8 +40,8 @@ from sweep import ROOT
 from sweep.errors import SweepError
 from sweep.evaluating.client import Cancelled, Pool
 from sweep.evaluating.preflight import Facts
+from sweep.masking import is_proxy, secret_variables
 from sweep.planning.config import Model, Seeds, Task
-from sweep.planning.loading import is_secret
 from sweep.planning.plan import Cell, ModelPlan
 from sweep.record import Record
 from sweep.results.store import Response
@@ -64,7 +64,8 @@ STOP_S = 15.0
 
 LOADED_FROM = ("HF_", "HUGGING_FACE_", "AWS_", "AZURE_", "GOOGLE_")
 """How the names of the secret variables begin that an evaluator needs: those of the hub and of stores that a task's
-data may lie in. It gets no others: W&B is the driver's, and the key of its servers comes with each endpoint."""
+data may lie in. Beside a proxy it gets no others: W&B is the driver's, and the key of its servers comes with each
+endpoint."""
 
 FAILURES = (Exception, SystemExit)
 """What costs a cell and not the process: SystemExit too, since a task's code is anyone's."""
@@ -204,8 +205,8 @@ class EvaluatorProcess:
         `secrets` are masked there and kept out of the child's environment, as are the secret variables of this process.
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        secret_variables = {name: value for name, value in os.environ.items() if is_secret(name)}
-        hidden = {*secrets, *secret_variables.values()} - {""}
+        secret = secret_variables(os.environ)
+        hidden = {*secrets, *secret.values()} - {""}
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -233,7 +234,8 @@ class EvaluatorProcess:
         )
         self._log.start()
         with suppress(OSError):  # it is gone already, which `receive` tells
-            self.send(Credentials(variables={k: v for k, v in secret_variables.items() if k.startswith(LOADED_FROM)}))
+            needed = {name for name in secret if name.startswith(LOADED_FROM) or is_proxy(name)}
+            self.send(Credentials(variables={name: secret[name] for name in needed}))
 
     def send(self, message: Any) -> None:
         """Raises OSError when the child is gone; `receive` says so too."""
@@ -275,11 +277,11 @@ LOG_S = 2.0
 def child_environment(base: Mapping[str, str], secrets: Iterable[str] = ()) -> dict[str, str]:
     """`base` without GPUs, without secrets, known by name or as one of `secrets`, and without Ray, which would keep an
     evaluator to one core."""
-    hidden = set(secrets)
+    hidden, secret = set(secrets), secret_variables(base)
     kept = {
         name: value
         for name, value in base.items()
-        if not (is_secret(name) or value in hidden or name == "OMP_NUM_THREADS" or name.startswith("RAY_"))
+        if not (name in secret or value in hidden or name == "OMP_NUM_THREADS" or name.startswith("RAY_"))
     }
     path = os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")])
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path.rstrip(os.pathsep)}

@@ -67,7 +67,8 @@ NOT_OFFERED = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.N
 
 USE_ANOTHER = "serve the model with vLLM, or with another server that has them"
 SAME_TOKENIZER = (
-    "name the tokenizer that the server uses as `tokenizer:` of the model, or serve it with the one that is named there"
+    "name the tokenizer that the server uses as `tokenizer:` of the model, or serve it with the one that is named "
+    "there (vLLM takes Mistral's own where a checkpoint has one; with `tokenizer_mode: hf` it does not)"
 )
 
 Call = EchoCall | NextTokenCall
@@ -522,7 +523,7 @@ class _Interview:
         reply = await self.line.post("/v1/chat/completions", body, about=about)
         if reply.status in NOT_OFFERED:
             return Outcome.NOTED, f"not offered ({reply.status}) and not needed"
-        if reply.status == HTTPStatus.BAD_REQUEST:
+        if reply.status != HTTPStatus.OK:
             why = "the model has no chat template" if "chat template" in reply.text else reply.said
             return Outcome.NOTED, f"not offered and not needed: {why}"
         found = reply.read(_Chat, f"`choices[].logprobs.content[].top_logprobs` was expected: {USE_ANOTHER}")

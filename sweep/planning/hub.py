@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -172,6 +172,8 @@ def bring(source: Source) -> Brought:
     if new:
         # Without the files that are there: huggingface_hub would look at each of them again.
         snapshot_download(repository, revision=commit, allow_patterns=[glob.escape(name) for name in new])
+    if absent := lacking(replace(source, commit=commit)):
+        raise ValueError(f"{absent}, and the repository does not have it either")
     _note_branch(source, commit)
     return Brought(folder=folder, commit=commit, new_bytes=sum(sizes[name] for name in new))
 
@@ -256,7 +258,10 @@ def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 
 def _indexed(index: str) -> set[str]:
-    return set(json.loads(index)["weight_map"].values())
+    try:
+        return set(json.loads(index)["weight_map"].values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"an index of weight files without a weight_map: {index[:60]!r}") from error
 
 
 def _note_branch(source: Source, commit: str) -> None:

@@ -37,6 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sweep import ROOT
 from sweep.errors import ConfigError, nearest, nearest_file
+from sweep.masking import MASK, is_secret, masked, passwords
 from sweep.planning.config import CellOverride, Device, Model, RayConfig, Seeds, SweepConfig, Task, WandbConfig
 
 
@@ -63,14 +64,14 @@ def load(conf: str, overrides: Sequence[str] = (), *, conf_dir: Path | None = No
 
 
 def dump(config: SweepConfig) -> str:
-    """The resolved config as YAML for the run directory, every secret replaced by `***`."""
+    """The resolved config as YAML for the run directory, without secrets."""
     hidden = secrets_of(config)
 
     def shown(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
             return {key: shown(item, key) for key, item in value.items()}
         if is_secret(name) and value is not None and not isinstance(value, bool):
-            return "***"
+            return MASK
         if isinstance(value, (list, tuple)):
             return [shown(item, name) for item in value]
         if isinstance(value, str):
@@ -80,27 +81,17 @@ def dump(config: SweepConfig) -> str:
     return yaml.safe_dump(shown(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
 
 
-def masked(text: str, secrets: Iterable[str]) -> str:
-    """`text` with every secret in it replaced by `***`."""
-    return reduce(lambda shown, secret: shown.replace(secret, "***"), secrets, text)
-
-
-def is_secret(name: str) -> bool:
-    """Whether a key or environment variable of this name holds what must not be shown: `HF_TOKEN`, not `eos_token`."""
-    return _SECRET.search(name) is not None
-
-
 def secrets_of(config: SweepConfig) -> tuple[str, ...]:
-    """The texts that must not be shown, longest first: what stands under secret-looking keys and environment variables.
+    """The texts that must not be shown, longest first: what stands under secret-looking keys and environment variables,
+    and the passwords of URLs.
 
     All variables of this process count, used by the config or not, as a server's log may repeat any of them. Texts of
     fewer than 8 characters are left out: they are no real keys, and masking them would tear up ordinary words.
     """
-    values = [value for key, value in _leaves(asdict(config)) if is_secret(key[-1])]
-    values += [value for name, value in os.environ.items() if is_secret(name)]
-    return tuple(
-        sorted({value for value in values if isinstance(value, str) and len(value) >= 8}, key=len, reverse=True)
-    )
+    named = [(key[-1], value) for key, value in _leaves(asdict(config)) if isinstance(value, str)]
+    named += os.environ.items()
+    values = [secret for name, value in named for secret in ([value] if is_secret(name) else passwords(value))]
+    return tuple(sorted({value for value in values if len(value) >= 8}, key=len, reverse=True))
 
 
 # --- Sources: where the words of a sweep come from -------------------------------------------------------------------
@@ -307,11 +298,6 @@ _FILE = _SUITE | {
 }
 
 _UNFIT: Any = object()
-
-# The end of the name decides: `HF_TOKEN` and `api-key` are secret, `max_tokens` and `eos_token` are not.
-_SECRET = re.compile(
-    r"(api[_-]?key|access_?key|secret(_?key)?|(?<!bos_)(?<!eos_)(?<!pad_)token|passw(or)?d)$", re.IGNORECASE
-)
 
 
 def _typed(value: Any, kind: Any, key: _Key, *, final: bool = False) -> Any:

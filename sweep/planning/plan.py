@@ -379,6 +379,14 @@ def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None
         with boundary(ConfigError, f"models.{name}: read {source}"):
             return _checkpoint_digest(Path(source))
 
+    def meant(value: Any) -> Any:
+        """The value of an option; what it names on this machine counts by what is in it."""
+        if isinstance(value, dict):
+            return {key: meant(item) for key, item in value.items()}
+        if isinstance(value, str) and is_local(value) and os.path.exists(value):
+            return [value, identity(value)]
+        return value
+
     if model.url is None:
         weights, engine = identity(model.path, model.revision), os.environ.get("LMSWEEP_ENGINE")
     else:
@@ -396,8 +404,8 @@ def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None
             "max_model_len": model.max_model_len,
             "quantization": model.quantization,
             "trust_remote_code": model.trust_remote_code,
-            "generation_config": model.generation_config,
-            "server": {k: v for k, v in model.server.items() if k not in SPEED_ONLY_OPTIONS},
+            "generation_config": meant(model.generation_config),
+            "server": {k: meant(v) for k, v in model.server.items() if k not in SPEED_ONLY_OPTIONS},
             "env": {k: v for k, v in model.env.items() if k not in SPEED_ONLY_ENVIRONMENT},
             # Another engine in vLLM's place (see server.py) answers differently.
             "engine": engine,
@@ -427,6 +435,8 @@ def _digest(value: Any) -> str:
 def _checkpoint_digest(path: Path) -> str:
     """Of a checkpoint folder or file: small files by content, weights by size, time of change and samples.
 
+    Of what lies in folders below it only the code counts, which `trust_remote_code` may run.
+
     A checkpoint that is overwritten in place must not be served old answers, nor one of the same shape whose times were
     set alike by an archive; reading gigabytes would be too slow.
     """
@@ -434,8 +444,10 @@ def _checkpoint_digest(path: Path) -> str:
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        files += sorted(path.glob("[!.]*/**/*.py"))
     for file in files:
-        _add(digest, file.name, file.read_bytes() if file.suffix in SMALL_FILES else _samples(file))
+        name = file.name if file == path else str(file.relative_to(path))
+        _add(digest, name, file.read_bytes() if file.suffix in SMALL_FILES else _samples(file))
     return digest.hexdigest()
 
 

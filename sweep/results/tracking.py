@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from sweep import ROOT
+from sweep.masking import MASK, is_proxy, is_secret, secret_variables
 from sweep.planning.config import WandbConfig
-from sweep.planning.loading import is_secret
 from sweep.record import Record, Score
 from sweep.results.mirror import kill
 
@@ -38,7 +38,6 @@ QUEUED = 10_000
 """Messages that wait for the child before the next one is given up."""
 SHORTEST_SECRET = 6
 """Characters; masking anything shorter wherever it occurs would eat ordinary text."""
-MASK = "***"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,9 +303,6 @@ def _name(text: str) -> str:
     return name if name[:1].isalpha() else f"_{name}"
 
 
-_SECRET_NAME = re.compile(
-    r"((api|access|secret|private)[-_]?key|token|secret|passwo?r?d|credentials?|authorization)$", re.IGNORECASE
-)  # not `tokens`: those are counts
 _TELLING = (str, bytes, list, tuple)
 """What a secret comes as; a number under such a name is a figure (`s_per_token`), a switch tells nothing."""
 _SECRET_TEXT = (
@@ -332,7 +328,7 @@ def scrub(value: Any, secrets: Sequence[str]) -> Any:
             return text(value)
         if isinstance(value, Mapping):
             return {
-                text(str(key)): MASK if _SECRET_NAME.search(str(key)) and isinstance(item, _TELLING) else masked(item)
+                text(str(key)): MASK if is_secret(str(key)) and isinstance(item, _TELLING) else masked(item)
                 for key, item in value.items()
             }
         if isinstance(value, list | tuple | set | frozenset):
@@ -360,13 +356,15 @@ _RUN_VARIABLES = {
 def _spawn(directory: Path, secrets: Sequence[str]) -> "subprocess.Popen[bytes]":
     """The child, in a session of its own so that Ctrl-C leaves it to the driver, which closes it in order.
 
-    Of all secrets in the environment it sees W&B's own.
+    Of all secrets in the environment it sees W&B's own and a proxy's.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    secret = secret_variables(os.environ)
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in _RUN_VARIABLES and (name.startswith("WANDB_") or not (is_secret(name) or value in secrets))
+        if name not in _RUN_VARIABLES
+        and (name.startswith("WANDB_") or is_proxy(name) or not (name in secret or value in secrets))
     }
     source = str(ROOT)
     environment |= {

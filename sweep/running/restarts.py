@@ -17,7 +17,7 @@ LOSSES_MOST = 5
 accident."""
 
 HEALTHY_S = 300.0
-"""A server that was computing for so long is no crash loop, even when none of its cells was finished meanwhile."""
+"""A server that was ready for so long is no crash loop, even when none of its cells was finished meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,14 @@ class Restarts:
     not_before_s: float = -math.inf
     """When the next start is due, on the clock of who calls."""
 
-    def lost(self, now_s: float, *, healthy: bool = False) -> "Restarts":
-        """After one more loss or passing start failure; after a `healthy` life it is the first in a row."""
+    def lost(self, now_s: float, *, started_s: float = math.inf, healthy: bool = False) -> "Restarts":
+        """After one more loss or passing start failure; after a `healthy` life it is the first in a row.
+
+        A life that was started before the rest after the last loss (`started_s`) adds none: replicas that one outage
+        takes are lost once.
+        """
+        if started_s < self.not_before_s and not healthy:
+            return self
         losses = 1 if healthy else self.losses + 1
         return Restarts(losses=losses, not_before_s=now_s + BACKOFF_S * 2 ** (losses - 1))
 

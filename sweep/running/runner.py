@@ -17,8 +17,8 @@ from sweep.evaluating import evaluator as ev
 from sweep.evaluating.concurrency import automatic_limit, shares
 from sweep.evaluating.preflight import Check, Facts, expectation
 from sweep.evaluating.preflight import Outcome as Checked
+from sweep.masking import masked
 from sweep.planning.config import SweepConfig
-from sweep.planning.loading import masked
 from sweep.planning.plan import Cell, Plan, ServerPlan, failure, on_cpu
 from sweep.record import Record, Status
 from sweep.results.store import Store, write_file
@@ -82,10 +82,12 @@ class _Life:
     """One server process."""
 
     server: str
+    started_at_s: float
+    """On the runner's clock."""
     endpoint: Endpoint | None = None
     """None while it starts."""
     ready_at_s: float = 0.0
-    """Set with the endpoint, on the runner's clock."""
+    """Set with the endpoint."""
     finished_cell: bool = False
     """One of its server's cells was finished while it was ready."""
     retiring: bool = False
@@ -334,11 +336,11 @@ class Runner:
                 self.terminal.note(f"{life}: {check.name} {check.outcome} for {check.model}: {check.detail}")
 
     def _server_failed(self, event: ServerFailed) -> None:
-        name, error = self._lives.pop(event.life).server, masked(event.error, self.secrets)
-        server = self._servers[name]
+        life, error = self._lives.pop(event.life), masked(event.error, self.secrets)
+        name, server = life.server, self._servers[life.server]
         log.info("server %s failed: %s", event.life, error)  # the terminal tells it below
         if event.passing:
-            self._again(name, server.restarts.lost(self.clock()), error)
+            self._again(name, server.restarts.lost(self.clock(), started_s=life.started_at_s), error)
         elif others := self._live(name):
             # The model goes on with the servers that it has.
             server.replicas = len(others)
@@ -357,9 +359,8 @@ class Runner:
             finished_cell=life.finished_cell,
         )
         log_path = self.store.directory.server_log(name_of_life)
-        self._again(
-            life.server, server.restarts.lost(now, healthy=was_healthy), f"{name_of_life} {reason} (see {log_path})"
-        )
+        restarts = server.restarts.lost(now, started_s=life.started_at_s, healthy=was_healthy)
+        self._again(life.server, restarts, f"{name_of_life} {reason} (see {log_path})")
         self._share(life.server)
 
     def _again(self, name: str, restarts: Restarts, reason: str) -> None:
@@ -379,7 +380,8 @@ class Runner:
         error = f"crash loop: lost {restarts.losses} times in a row (logs: {logs}), last: {reason}"
         if others:
             server.replicas = len(others)
-            server.restarts = NEVER_LOST  # those were not the losses of the others
+            if self._ready(name):
+                server.restarts = NEVER_LOST  # those were not the losses of the others
             count = "1 server" if len(others) == 1 else f"{len(others)} servers"
             self.terminal.note(f"{name} goes on with {count}, another is in a {error}")
         else:
@@ -633,7 +635,7 @@ class Runner:
                 server = self._servers[name]
                 life = f"{name}-{server.started}"
                 server.started += 1
-                self._lives[life] = _Life(server=name)
+                self._lives[life] = _Life(server=name, started_at_s=self.clock())
                 log.info("start server %s: %s", life, reason)
                 self._show_server(name, "starting")
                 expected = expectation(server.plan, self.plan.models, self._token_ids)

@@ -27,11 +27,12 @@ CAUSES: tuple[tuple[str, str, bool], ...] = (
         False,
     ),
     (
-        r"error: unrecognized arguments: (?P<a>[^\n]+)",
+        # With the program's name before it: compilers too have errors about arguments.
+        r"\.py: error: unrecognized arguments: (?P<a>[^\n]+)",
         "vLLM does not know {a}: look at the model's `server` options",
         False,
     ),
-    (r"error: argument (?P<a>[^\n]+)", "vLLM refuses an option: {a}", False),
+    (r"\.py: error: argument (?P<a>-[^\n]+)", "vLLM refuses an option: {a}", False),
     # Memory. Before all that a process reports which lost the one that ran out of it.
     (
         r"No available memory for the cache blocks",
@@ -70,7 +71,8 @@ CAUSES: tuple[tuple[str, str, bool], ...] = (
         True,
     ),
     (
-        r"Failed to load model - not enough GPU memory|(?:CUDA|HIP) out of memory|torch\.OutOfMemoryError"
+        r"Failed to load model - not enough GPU memory|(?:CUDA|HIP)(?: error:)? out of memory"
+        r"|Triton Error \[(?:CUDA|HIP)\]: out of memory|torch\.OutOfMemoryError"
         r"|torch\.cuda\.OutOfMemoryError|DefaultCPUAllocator: (?:can't|not enough) (?:allocate )?memory",
         "out of memory while loading or computing: give the model more GPUs (tensor_parallel), a quantized "
         "checkpoint, a smaller max_model_len or max_num_seqs, or see who else uses this GPU",
@@ -177,6 +179,17 @@ CAUSES: tuple[tuple[str, str, bool], ...] = (
     (
         r"Cannot find any model weights with [`'](?P<a>[^`'\n]+)",
         "there are no weights in {a}: check `path`, and `load_format` if they are of another kind",
+        False,
+    ),
+    (
+        r"No space left on device",
+        "the disk is full (weights, vLLM's caches or /dev/shm): make room on the server's machine",
+        False,
+    ),
+    (
+        r"validation errors? for \w*Config\s+(?:[\w.]+\n\s+)?(?:Value error, |Assertion failed, )?(?P<a>[^\n]+?)\.?"
+        r"(?: \[type=|\n|$)",
+        "vLLM refuses the configuration: {a}",
         False,
     ),
     # After all else, since a log may hold faults of the hub that were got over. As exceptions, for the same reason.

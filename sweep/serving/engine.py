@@ -26,8 +26,9 @@ from packaging.version import InvalidVersion, Version
 
 from sweep import ROOT
 from sweep.errors import ConfigError, nearest
+from sweep.masking import is_proxy, is_secret, masked, secret_variables
 from sweep.planning.config import SweepConfig
-from sweep.planning.loading import is_secret, masked, secrets_of
+from sweep.planning.loading import secrets_of
 from sweep.planning.plan import SPEED_ONLY_ENVIRONMENT, ServerPlan, is_local
 from sweep.serving.causes import PORT_TAKEN as PORT_TAKEN
 from sweep.serving.causes import Cause as Cause
@@ -153,7 +154,7 @@ BENDING_VARIABLES = re.compile(r"VLLM_|(NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CU
 get them from `env`, where they are a part of the model's fingerprint."""
 
 HUB_TOKENS = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"})
-"""The only secrets of the launching shell that servers get."""
+"""The only secrets of the launching shell that servers get, beside the password of a proxy."""
 
 PLAIN_SWITCHES = frozenset({"aggregate_engine_logging", "data_parallel_multi_port_external_lb", "disable_log_stats"})
 """The few switches of vLLM without a `--no-` form: false means leaving them out."""
@@ -205,6 +206,8 @@ def environment(plan: ServerPlan, *, api_key: str, gpu_ids: Sequence[str], base:
         given["PYTHONPATH"] = os.pathsep.join(filter(None, (given.get("PYTHONPATH"), str(ROOT))))
     # Ray names the ids in any order; neighbours should stay neighbours. Said explicitly even when empty: without it
     # all GPUs are seen.
+    # The ids are nvidia-smi's and Ray's. CUDA would number GPUs of different kinds by their speed.
+    given.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     given["CUDA_VISIBLE_DEVICES"] = ",".join(sorted(gpu_ids, key=lambda gpu: (gpu.zfill(8), gpu)))
     given["VLLM_API_KEY"] = api_key
     return given
@@ -358,9 +361,21 @@ def _options(plan: ServerPlan, *, host: str, port: int) -> list[_Option]:
         name = _snake(key)
         if (place := _place(name)) is not None:
             raise ConfigError(f"models.{plan.name}.server.{key}: not set here; use {place}")
+        if secret := next((part for part in _names(key, value) if is_secret(part.rpartition(".")[2])), None):
+            raise ConfigError(
+                f"models.{plan.name}.server.{secret}: a secret cannot be an option, since arguments can be read by "
+                "everyone on the machine; give it as a variable that vLLM reads, under the model's `env`"
+            )
         if not _gone(name, value):
             own[name] = (f"server.{key}", value)
     return [_Option(name=name, value=value, key=key) for name, (key, value) in own.items()]
+
+
+def _names(key: str, value: Any) -> Iterator[str]:
+    """The option's and, of a mapping, all below it."""
+    yield key
+    for name, item in value.items() if isinstance(value, Mapping) else ():
+        yield from _names(f"{key}.{name}", item)
 
 
 def _place(name: str) -> str | None:
@@ -406,7 +421,8 @@ def _snake(name: str) -> str:
 
 def _passed_on(base: Mapping[str, str], server_python: str | None) -> dict[str, str]:
     """What of the launching shell's environment reaches a server."""
-    passed = {name: value for name, value in base.items() if _inherited(name)}
+    withheld = {name for name in secret_variables(base) if name not in HUB_TOKENS and not is_proxy(name)}
+    passed = {name: value for name, value in base.items() if _inherited(name) and name not in withheld}
     if server_python is not None:
         # Paths for the Python that launched would give the other one the modules of another environment.
         for name in ("PYTHONPATH", "PYTHONHOME"):
@@ -417,13 +433,11 @@ def _passed_on(base: Mapping[str, str], server_python: str | None) -> dict[str, 
 
 
 def _inherited(name: str) -> bool:
-    """Whether servers get this variable of the launching shell."""
+    """Whether servers get this variable of the launching shell, if it holds no secret."""
     if name == "OMP_NUM_THREADS" or name.startswith("RAY_"):
         # Ray sets the former to 1 for its workers, which would run the engine on one core. Its own variables would make
         # the server a part of our cluster, or of our job.
         return False
-    if is_secret(name):
-        return name in HUB_TOKENS
     return not BENDING_VARIABLES.match(name) or name in SPEED_ONLY_ENVIRONMENT | SITE_VARIABLES
 
 

@@ -25,6 +25,9 @@ WATCH_PERIOD_S = 5.0
 ANSWER_TIMEOUT_S = 10.0
 """It may be far away, and busy with the requests of others."""
 
+LOOKS_LEAST = 3
+"""Looks that must fail in a row, whatever the settings: one may take all the patience there is."""
+
 NAMES_SHOWN = 10
 """Of the models that a server has, in a message; a public one has hundreds."""
 
@@ -82,7 +85,7 @@ class ExternalServer:
         if not self._answers:
             return "was never started"
         silence_s = self.plan.model.hang_timeout_s / 10
-        heard = time.monotonic()
+        heard, failed = time.monotonic(), 0
         while not self._stopping.wait(min(WATCH_PERIOD_S, silence_s / 2)):
             try:
                 status = self._ask("/health").status
@@ -90,8 +93,10 @@ class ExternalServer:
             except (OSError, http.client.HTTPException) as error:
                 status, seen = None, _words(error)
             if status is not None and status < 500:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > silence_s:
+                heard, failed = time.monotonic(), 0
+                continue
+            failed += 1
+            if failed >= LOOKS_LEAST and time.monotonic() - heard > silence_s:
                 self._lost.set()
                 return f"{self._url} did not answer for {silence_s:g} s, a tenth of hang_timeout_s ({seen})"
         return "was stopped"

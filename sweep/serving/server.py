@@ -26,8 +26,8 @@ from typing import Any
 import psutil
 
 from sweep.errors import ServerError, ServerFault, boundary
+from sweep.masking import masked, secret_variables
 from sweep.planning.hub import Part, folder_of
-from sweep.planning.loading import is_secret
 from sweep.planning.plan import ServerPlan
 from sweep.serving import engine, gpu
 from sweep.serving.metrics import Snapshot, snapshot
@@ -52,8 +52,9 @@ STOP_GRACE_S = 10.0
 """Once it is ready: 0.5 s measured when idle, 1 s with 200 requests in flight; the rest is for slow machines. Whatever
 the server does, nothing of it is left 15 s later."""
 
-SUPERVISOR_MARGIN_S = 15.0
-"""What the supervisor may take beyond the grace: orphans 2 s, waiting for killed processes 10 s."""
+SUPERVISOR_MARGIN_S = 25.0
+"""What the supervisor may take beyond the grace: orphans 2 s, and in each of its stages 10 s for processes that even
+SIGKILL does not end."""
 
 GPU_WAIT_S = 60.0
 """For the memory of a server that was killed: the driver gives it back within seconds of the last process's end."""
@@ -180,7 +181,7 @@ class Server:
             )
         try:
             if endpoint := self._ready(process, port, deadline):
-                process.set_grace(STOP_GRACE_S)
+                process.become_ready(STOP_GRACE_S)
                 return endpoint
             process.stop()
             self._go_on()
@@ -214,7 +215,8 @@ class Server:
                     "raise it, or see",
                 )
             try:
-                if self._ask(port, "/health")[0] != 200:
+                # Our key is not for whoever won a race for the port.
+                if self._ask(port, "/health")[0] != 200 or not process.listens(port):
                     continue
                 status, models = self._ask(port, "/v1/models")
                 _, version = self._ask(port, "/version")
@@ -250,13 +252,14 @@ class Server:
         blind = False
         last = time.monotonic()
         while not (process.dead.wait(watch.period_s) or self._stopping.is_set()):
-            fault, seen = None, None
+            fault, seen, path = None, None, "/health"
             try:
-                status, _ = self._ask(port, "/health", timeout_s=watch.answer_timeout_s)
-                fault = None if status == 200 else f"status {status}"
+                status, _ = self._ask(port, path, timeout_s=watch.answer_timeout_s)
+                fault = None if status == 200 else f"{path} answered {status}"
+                path = "/metrics"
                 seen = None if fault else self._figures(port, watch.answer_timeout_s)
             except (OSError, http.client.HTTPException) as error:
-                fault = f"{type(error).__name__}: {error}"
+                fault = f"{path} gave {type(error).__name__}: {error}"
             except ValueError as error:
                 if not blind:
                     self._note(f"a hang of the engine will not be seen, only silence: {error}")
@@ -302,7 +305,9 @@ class Server:
     ) -> tuple[int, bytes]:
         """Status and body. Not urllib, which follows the user's proxy settings."""
         connection = http.client.HTTPConnection(self._host, port, timeout=timeout_s)
-        headers = {"Authorization": f"Bearer {self._api_key}", "Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"}
+        if path.startswith("/v1/"):
+            headers["Authorization"] = f"Bearer {self._api_key}"
         try:
             connection.request(method, path, json.dumps(body) if body else None, headers)
             response = connection.getresponse()
@@ -322,7 +327,7 @@ class Server:
     def _log_text(self, offset: int) -> str:
         with self.log_path.open("rb") as file:
             file.seek(max(offset, os.fstat(file.fileno()).st_size - LOG_READ_BYTES))
-            return file.read().decode(errors="replace").replace(self._api_key, "***")
+            return masked(file.read().decode(errors="replace"), [self._api_key])
 
     def _cause(self, process: "_Process") -> "engine.Cause | None":
         return engine.cause_of(self._log_text(process.log_offset))
@@ -346,16 +351,18 @@ class _Process:
         self._grace_s = START_GRACE_S
         self._closing = threading.Lock()
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log_path = log_path
         with log_path.open("ab") as file:
             file.write(f"$ {shlex.join(arguments)}\n".encode())
             file.flush()
             self.log_offset = file.tell()
-            """Where the log of this process starts; a lost port leaves an earlier one before it."""
+            """Where its log starts that may tell of its end: a lost port leaves an earlier one before it, and what was
+            got over while it started is the cause of nothing later."""
             # Not in a new session: our stage of the supervisor stays where Ray can see it, the other stage leaves.
             self._supervisor = subprocess.Popen(
                 [
                     *(sys.executable, "-S", "-E", str(SUPERVISOR), "--grace", f"{START_GRACE_S:g}"),
-                    *("--mask", ",".join(name for name in variables if is_secret(name))),
+                    *("--mask", ",".join(secret_variables(variables))),
                     *("--", *arguments),
                 ],
                 env=variables,
@@ -381,8 +388,8 @@ class _Process:
 
     @property
     def killed(self) -> bool:
-        """By a signal, not by an error of its own."""
-        return not self._report.startswith("exit")
+        """By a signal, as was its supervisor if that said nothing; not by an error of its own."""
+        return self._report.startswith("signal") or (not self._report and self._supervisor.returncode < 0)
 
     def ending(self, cause: "engine.Cause | None") -> str:
         """How it ended, in words; `cause` is what the log told."""
@@ -395,12 +402,29 @@ class _Process:
                 how += " (the kernel does that when memory runs out)"
         elif kind == "exit":
             how = f"exited with code {number}"
-        else:
+        elif (code := self._supervisor.poll()) is None or code < 0:
             how = "was ended because its supervisor was killed"
+        else:
+            how = f"could not be run or ended by its supervisor (exit code {code})"
         return f"{cause.text} ({how})" if cause else how
 
-    def set_grace(self, grace_s: float) -> None:
+    def listens(self, port: int) -> bool:
+        """Whether it is one of our processes that listens there; taken for granted where that cannot be seen."""
+        try:
+            below = psutil.Process(self._supervisor.pid).children(recursive=True)
+            return any(
+                connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
+                for process in below
+                for connection in process.net_connections("tcp")
+            )
+        except psutil.NoSuchProcess:
+            return False
+        except psutil.AccessDenied:
+            return True
+
+    def become_ready(self, grace_s: float) -> None:
         """From now on it gets so long to end by itself, also when we are the ones who die."""
+        self.log_offset = self._log_path.stat().st_size
         with self._closing:
             self._grace_s = grace_s
             if self._pipe.closed:  # it has died meanwhile, which others tell
@@ -415,7 +439,10 @@ class _Process:
         self.stop(0.0)
 
     def stop(self, grace_s: float | None = None) -> None:
-        """Returns when nothing is left; without `grace_s` it gets what it has been set to."""
+        """Returns when nothing is left, but for what the kernel does not let go of even when it is killed.
+
+        Without `grace_s` it gets what it has been set to.
+        """
         grace_s = self._grace_s if grace_s is None else grace_s
         with self._closing:
             if not self._pipe.closed:

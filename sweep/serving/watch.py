@@ -35,16 +35,16 @@ class Watch:
     def look(self, *, fault: str | None, seen: Snapshot | None, asked: bool, elapsed_s: float) -> str | None:
         """Why the server counts as dead, None while it does not.
 
-        `fault` is what was wrong with the answer of /health, `seen` what /metrics told (None: nothing that we
-        understand, then only silence counts), `asked` whether a request of ours is unanswered, `elapsed_s` the time
-        since the look before.
+        `fault` is what was wrong with the answer of /health or /metrics, `seen` what the latter told (None: nothing
+        that we understand, then only silence counts), `asked` whether a request of ours is unanswered, `elapsed_s` the
+        time since the look before.
         """
         if fault:
             self._silent_s += min(elapsed_s, self.period_s + self.answer_timeout_s)
             if self._silent_s < self.silent_timeout_s:
                 return None
             return (
-                f"was silent: /health did not answer for {self._silent_s:.3g} s, the last time with {fault} "
+                f"was silent for {self._silent_s:.3g} s, the last time {fault} "
                 f"(a tenth of hang_timeout_s = {self.hang_timeout_s:g})"
             )
         self._silent_s = 0.0
