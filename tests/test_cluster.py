@@ -22,9 +22,11 @@ from sweep.planning.config import Device, Model, RayConfig
 from sweep.planning.plan import ServerPlan
 from sweep.running import cluster as module
 from sweep.running.cluster import (
+    STOP_S,
     Cluster,
     ClusterEvent,
     EvaluatorLost,
+    EvaluatorReady,
     ServerFailed,
     ServerLost,
     ServerReady,
@@ -362,6 +364,62 @@ def test_the_folder_of_a_cluster_that_was_ours_alone_stays_for_its_logs_when_ray
     """A killed owner is a failure of Ray's."""
     assert seen.session_made
     assert (seen.session / "logs").is_dir()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unplaced:
+    """What came of actors for which there was no place."""
+
+    too_large: ServerFailed
+    waits: str
+    """What was said of the one that had to wait."""
+    stopped: list[str]
+    evaluators: list[str]
+    """Those that were started, of two for one place."""
+    close_s: float
+
+
+def without_a_place(folder: Path) -> Unplaced:
+    module.PLACE_S = 1.0
+    said: list[str] = []
+    module.log.warning = lambda text, *values: said.append(text % values)  # type: ignore[method-assign, assignment]
+    cluster = a_cluster()
+    try:
+        play = Play(cluster, folder)
+        cluster._only_node = None  # where a node may join, Ray waits for one
+        play.start("large-0", a_server(gpus=9))
+        too_large = play.until(ServerFailed, "large-0")
+        play.start("all-0", a_server(gpus=4))
+        play.until(ServerReady, "all-0")
+        play.start("late-0", a_server(gpus=1))
+        cluster.start_evaluator("evaluator.0", play.log("evaluator.0"))
+        play.until(EvaluatorReady, "evaluator.0")
+        cluster.start_evaluator("evaluator.1", play.log("evaluator.1"))
+        while len(said) < 2:
+            play.events += cluster.events(0.1)
+        cluster.stop_server("late-0")
+        play.until(ServerStopped, "late-0")
+    finally:
+        begun = time.monotonic()
+        cluster.close()
+    return Unplaced(
+        too_large=too_large,
+        waits=next(text for text in said if text.startswith("late-0")),
+        stopped=play.words("late-0"),
+        evaluators=[event.evaluator for event in play.events if isinstance(event, EvaluatorReady)],
+        close_s=time.monotonic() - begun,
+    )
+
+
+@pytest.mark.ray
+def test_what_ray_finds_no_place_for_is_told_and_can_be_stopped(elsewhere: Elsewhere, tmp_path: Path) -> None:
+    found: Unplaced = elsewhere(without_a_place, tmp_path)
+    assert found.too_large.error == "large-0 did not start: no node of the cluster has 9 GPU (any more)"
+    assert found.too_large.passing
+    assert found.waits.startswith("late-0 has waited 1 s for Ray to start it: it needs 1 GPU on one node")
+    assert found.stopped == ["ServerStopped"]
+    assert found.evaluators == ["evaluator.0"]
+    assert found.close_s < STOP_S / 2
 
 
 def an_empty_cluster() -> Path:

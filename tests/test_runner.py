@@ -44,6 +44,7 @@ from sweep.results.store import Response, RunDirectory, Store, read_records, res
 from sweep.running.cluster import (
     ClusterEvent,
     EvaluatorLost,
+    EvaluatorReady,
     EvaluatorSaid,
     ServerFailed,
     ServerLost,
@@ -83,10 +84,12 @@ class ScriptedCluster:
         """The runner's clock."""
         self._script = script(self)
         self._settling = False
+        self._placed: list[ClusterEvent] = []
 
     def start_evaluator(self, name: str, log_path: Path) -> None:
         self.evaluators.append(name)
         self.sent[name] = []
+        self._placed.append(EvaluatorReady(evaluator=name))
 
     def start_server(self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected]) -> None:
         self.started.append(life)
@@ -102,7 +105,8 @@ class ScriptedCluster:
         # Two rounds for each step of a script: a server that is started in one round gets cells in the next.
         self._settling = not self._settling
         if self._settling:
-            return []
+            placed, self._placed = self._placed, []
+            return placed
         try:
             return next(self._script)
         except StopIteration:

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ DEATH_SEEN_S = 1.0
 """A server's death is known after so long at the latest; a request that it fails may be known earlier."""
 
 DEATH_PERIOD_S = 0.05
+
+PLACE_S = 30.0
+"""Ray starts an actor within a second or two of what it needs being free, on a busy machine within ten."""
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 """What these are where the sweep is launched holds for its servers and evaluators on every node, whose own environment
@@ -74,6 +77,13 @@ class ServerStopped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluatorReady:
+    """Ray has found a place for it; before that it may wait for ever."""
+
+    evaluator: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluatorSaid:
     evaluator: str
     event: Event
@@ -85,7 +95,19 @@ class EvaluatorLost:
     reason: str
 
 
-ClusterEvent = ServerReady | ServerFailed | ServerLost | ServerStopped | EvaluatorSaid | EvaluatorLost
+ClusterEvent = ServerReady | ServerFailed | ServerLost | ServerStopped | EvaluatorReady | EvaluatorSaid | EvaluatorLost
+
+
+@dataclass(kw_only=True)
+class _Unplaced:
+    """An actor that Ray has not started yet."""
+
+    name: str
+    needs: dict[str, float]
+    """Ray's resources."""
+    next_look_s: float = field(default_factory=lambda: time.monotonic() + PLACE_S)
+    told: bool = False
+    """That it waits."""
 
 
 # No `async def` in an actor: it would put every method on one event loop, where lm-eval and our own asyncio.run cannot
@@ -226,6 +248,9 @@ class Cluster:
         self._sentinels: dict[Any, str] = {}
         self._stopping: dict[Any, str] = {}
         self._streams: dict[Any, str] = {}
+        self._unplaced: dict[Any, _Unplaced] = {}
+        self._next: list[ClusterEvent] = []
+        """Events that are known already."""
         self._session: Path | None = None
         """Ray's folder of logs and sockets of a cluster that is ours alone, to be removed with it."""
         try:
@@ -270,19 +295,26 @@ class Cluster:
             plan, life, self._api_key, str(log_path), self._only_node is not None, self._secrets, self._variables
         )
         self._servers[life] = actor
+        self._await_place(life, actor, self._needs(plan))
         self._starting[actor.start.remote(expected)] = life
 
     def stop_server(self, life: str) -> None:
         """Ask a server to end; ServerStopped follows when its process is gone."""
         self._forget(self._starting, life)
         self._forget(self._sentinels, life)
-        self._stopping[self._servers[life].stop.remote()] = life
+        if self._has_place(life):
+            self._stopping[self._servers[life].stop.remote()] = life
+        else:  # nobody would hear it
+            self._end_server(life)
+            self._next.append(ServerStopped(life=life))
 
     def start_evaluator(self, name: str, log_path: Path) -> None:
+        """EvaluatorReady or EvaluatorLost follows; what is sent before waits for it."""
         actor = _EvaluatorActor.options(**self._slot(EVALUATOR), **self._placement()).remote(
             str(log_path), self._secrets, self._variables
         )
         self._evaluators[name] = actor
+        self._await_place(name, actor, self._slot(EVALUATOR))
         self._streams[actor.events.remote()] = name
 
     def send(self, evaluator: str, message: Any) -> None:
@@ -308,16 +340,21 @@ class Cluster:
 
     def events(self, timeout_s: float) -> list[ClusterEvent]:
         """What happened in the next `timeout_s`; many events at a time cost the driver half as much as one by one."""
-        references = [*self._starting, *self._sentinels, *self._stopping, *self._streams]
-        if not references:  # all that there was has died and rests
+        events, self._next = self._next, []
+        references = [*self._starting, *self._sentinels, *self._stopping, *self._streams, *self._unplaced]
+        if not references and not events:  # all that there was has died and rests
             time.sleep(timeout_s)
             return []
-        ready, _ = ray.wait(references, num_returns=len(references), timeout=timeout_s, fetch_local=False)
-        if not ready:
-            return []
-        events: list[ClusterEvent] = []
+        ready: list[Any] = []
+        if references:
+            wait_s = 0 if events else timeout_s
+            ready, _ = ray.wait(references, num_returns=len(references), timeout=wait_s, fetch_local=False)
         for reference in ready:
-            if reference in self._streams:
+            if reference in self._unplaced:
+                placed = self._unplaced.pop(reference)
+                if placed.name in self._evaluators:
+                    events.append(EvaluatorReady(evaluator=placed.name))
+            elif reference in self._streams:
                 events += self._heard(reference)
             elif reference in self._starting:
                 events.append(self._started(reference))
@@ -325,7 +362,50 @@ class Cluster:
                 events += self._lost(reference)
             elif reference in self._stopping:
                 events.append(self._stopped(reference))
-        return events
+        return [*events, *self._without_place()]
+
+    # Finding a place.
+
+    def _await_place(self, name: str, actor: Any, needs: Mapping[str, Any]) -> None:
+        """Must come before the call that keeps the actor busy."""
+        names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+        flat = {names.get(key, key): value for key, value in needs.items() if key != "resources"}
+        self._unplaced[actor.__ray_ready__.remote()] = _Unplaced(name=name, needs=flat | needs.get("resources", {}))
+
+    def _has_place(self, name: str) -> bool:
+        return all(unplaced.name != name for unplaced in self._unplaced.values())
+
+    def _without_place(self) -> Iterator[ClusterEvent]:
+        """Says of what waits long for a place that it does, and ends what no node can carry, now that one has gone."""
+        now = time.monotonic()
+        late = [unplaced for unplaced in self._unplaced.values() if now > unplaced.next_look_s]
+        if not late:
+            return
+        nodes = [
+            node["Resources"] for node in ray.nodes() if node["Alive"] and self._only_node in (None, node["NodeID"])
+        ]
+        for unplaced in late:
+            unplaced.next_look_s = now + PLACE_S
+            name, needs = unplaced.name, " and ".join(f"{n:g} {what}" for what, n in unplaced.needs.items())
+            if any(all(node.get(what, 0) >= n for what, n in unplaced.needs.items()) for node in nodes):
+                if not unplaced.told:
+                    log.warning(
+                        "%s has waited %.0f s for Ray to start it: it needs %s on one node, which others on this "
+                        "cluster may hold (see `ray status`)",
+                        name,
+                        PLACE_S,
+                        needs,
+                    )
+                unplaced.told = True
+                continue
+            reason = f"no node of the cluster has {needs} (any more)"
+            if name in self._servers:
+                self._forget(self._starting, name)
+                self._end_server(name)
+                yield ServerFailed(life=name, error=f"{name} did not start: {reason}", passing=True)
+            else:
+                self._end_evaluator(name)
+                yield EvaluatorLost(evaluator=name, reason=reason)
 
     def _heard(self, stream: Any) -> Iterator[ClusterEvent]:
         """All that an evaluator has said by now: one event a wait would be slower than a busy one speaks."""
@@ -338,8 +418,7 @@ class Cluster:
             reason = "its process ended; its log tells why"
         except RayError as error:
             reason = self._of_ray(error)
-        del self._streams[stream]
-        ray.kill(self._evaluators.pop(name))
+        self._end_evaluator(name)
         yield EvaluatorLost(evaluator=name, reason=reason)
 
     def _started(self, reference: Any) -> ClusterEvent:
@@ -394,11 +473,21 @@ class Cluster:
         return f"{_named(error)} (Ray's logs: {kept / 'logs'})"
 
     def _end_server(self, life: str) -> None:
+        self._forget_place(life)
         ray.kill(self._servers.pop(life))
 
+    def _end_evaluator(self, name: str) -> None:
+        self._forget_place(name)
+        self._forget(self._streams, name)
+        ray.kill(self._evaluators.pop(name))
+
+    def _forget_place(self, name: str) -> None:
+        for reference in [r for r, unplaced in self._unplaced.items() if unplaced.name == name]:
+            del self._unplaced[reference]
+
     @staticmethod
-    def _forget(references: dict[Any, str], life: str) -> None:
-        for reference in [r for r, name in references.items() if name == life]:
+    def _forget(references: dict[Any, str], owner: str) -> None:
+        for reference in [r for r, name in references.items() if name == owner]:
             del references[reference]
 
     def close(self) -> None:
@@ -406,12 +495,12 @@ class Cluster:
         nothing."""
         if not ray.is_initialized():
             return
-        actors = [*self._servers.values(), *self._evaluators.values()]
+        actors = self._servers | self._evaluators
         try:
-            stops = [actor.stop.remote() for actor in actors]
+            stops = [actor.stop.remote() for name, actor in actors.items() if self._has_place(name)]
             if stops:
                 ray.wait(stops, num_returns=len(stops), timeout=STOP_S)
-            for actor in actors:
+            for actor in actors.values():
                 ray.kill(actor)
         except RayError as error:
             log.warning("Ray failed while it was stopped, supervisors end what is left: %s", self._of_ray(error))
@@ -430,5 +519,7 @@ def _remove_session(folder: Path) -> None:
 
 
 def _named(error: BaseException) -> str:
-    """An error's type and first line."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'it says no more')}"
+    """An error's type and first line; of an actor that could not be made the last line, where the cause stands."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or ["it says no more"]
+    cause = f" {lines[-1].strip()}" if getattr(error, "actor_init_failed", False) else ""
+    return f"{type(error).__name__}: {lines[0]}{cause}"

@@ -27,6 +27,7 @@ from sweep.running.cluster import (
     Cluster,
     ClusterEvent,
     EvaluatorLost,
+    EvaluatorReady,
     EvaluatorSaid,
     ServerFailed,
     ServerLost,
@@ -197,7 +198,7 @@ class Runner:
     """Model -> what its tokenizer makes of preflight's texts."""
     _seats: list[_Seat] = field(default_factory=list)
     _evaluators: dict[str, str | None] = field(default_factory=dict)
-    """Name -> what it does: a cell's key, `check`, or None when idle."""
+    """Those that Ray has started, by name -> what they do: a cell's key, `check`, or None when idle."""
     _checks: deque[ev.CheckTask | ev.CheckModel] = field(default_factory=deque)
     _checking: dict[str, ev.CheckTask | ev.CheckModel] = field(default_factory=dict)
     _check_losses: Counter[str] = field(default_factory=Counter)
@@ -253,7 +254,6 @@ class Runner:
                 name = f"evaluator.{self._evaluators_started}"  # no model has a dot, so no server's log is called so
                 self._evaluators_started += 1
                 seat.evaluator = name
-                self._evaluators[name] = None
                 self.cluster.start_evaluator(name, self.store.directory.server_log(name))
 
     def _facts_identity(self, plan: ServerPlan) -> list[str]:
@@ -288,6 +288,8 @@ class Runner:
                 self._server_lost(life, reason)
             case ServerStopped(life=life):
                 self._server_stopped(life)
+            case EvaluatorReady(evaluator=name):
+                self._evaluators[name] = None
             case EvaluatorSaid(evaluator=name, event=said):
                 self._heard(name, said)
             case EvaluatorLost(evaluator=name, reason=reason):
@@ -407,7 +409,7 @@ class Runner:
         self._finish(state, failure(cell, masked(error, self.secrets)), {})
 
     def _evaluator_lost(self, name: str, reason: str) -> None:
-        work = self._evaluators.pop(name)
+        work = self._evaluators.pop(name, None)
         log.warning("%s was lost: %s", name, reason)
         reason = f"{reason} (see {self.store.directory.server_log(name)})"
         if (check := self._checking.pop(name, None)) is not None:
