@@ -10,12 +10,16 @@ from functools import reduce
 
 MASK = "***"
 
+SECRET_LEAST = 8
+"""Characters. Shorter texts are no real keys, and would be found in innocent text: a `1` in every second setting."""
+
 # The end of the name decides: `HF_TOKEN` and `api-key` are secret, `max_tokens` and `eos_token` are not. Variables of
 # the environment, in capitals, are called more freely: `OPENAI_KEY`, `GITHUB_PAT`, `HF_TOKEN_READ`, `API_KEY_2`.
+_PLAIN = ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "start", "end", "image", "video", "audio", "implicit")
 _SECRET = re.compile(
-    r"((api|access|secret|private)[_-]?key|secret|(?<!bos_)(?<!eos_)(?<!pad_)token|passw(or)?d|passphrase"
-    r"|credentials?|authorization|connection_string)$"
-    r"|(?-i:_(KEY|PAT|PWD|AUTH)$|(TOKEN|API_?KEY|SECRET)_[A-Z0-9]{1,8}$)",
+    rf"((api|access|secret|private)[_-]?key|secret|{''.join(f'(?<!{word}_)' for word in _PLAIN)}token"
+    r"|passw(or)?d|passphrase|credentials?|authorization|connection_string)$"
+    r"|(?-i:_(KEY|PAT|PASS|PWD|AUTH)$|(TOKEN|API_?KEY|SECRET)_(?!(PATH|TYPE|FILE|DIR|URL|NAME)$)[A-Z0-9]{1,8}$)",
     re.IGNORECASE,
 )
 

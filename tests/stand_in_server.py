@@ -17,8 +17,8 @@ From vLLM's arguments: --model, --tokenizer, --served-model-name, --lora-modules
 Options of its own, each as `--stand-in-NAME VALUE` or as the environment variable `STAND_IN_NAME` in capitals (`env:`
 of a model gives it to one server); see `Options` for what they mean:
     start_delay_s latency_s die_after die_mark hang_after mute_after refuse lose_port null_logprobs null_chat_logprobs
-    no_chat no_tokenize no_echo echo_shift echo_offset other_tokenizer end_every vocabulary tree leftovers ignore_term
-    requests_log
+    no_chat no_tokenize no_echo echo_shift echo_offset echo_clip busy_above other_tokenizer end_every vocabulary tree
+    leftovers ignore_term requests_log
 """
 
 import argparse
@@ -78,6 +78,10 @@ class Options:
     """Echoed log-probabilities belong to the token so many places further on."""
     echo_offset: float = 0.0
     """Added to echoed log-probabilities."""
+    echo_clip: int = 0
+    """1 echoes -100 for all but the best token, as servers do that keep a few."""
+    busy_above: int = 0
+    """Answer 429 to completion requests beyond so many at a time; 0 never."""
     other_tokenizer: int = 0
     """1 encodes texts otherwise: one token for two bytes."""
     end_every: int = 16
@@ -109,7 +113,7 @@ class Refusal(Exception):
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None) -> None:
         super().__init__(message)
-        kind = {400: "BadRequestError", 404: "NotFoundError"}[status]
+        kind = {400: "BadRequestError", 404: "NotFoundError", 429: "TooManyRequestsError"}[status]
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
@@ -435,7 +439,8 @@ class StandIn:
                 found["top_logprobs"].append(None)
                 continue
             added = self.options.echo_offset if echo else 0.0
-            found["token_logprobs"].append(prefix.logprob(token) + added)
+            clipped = echo and self.options.echo_clip and token != prefix.best
+            found["token_logprobs"].append(-100.0 if clipped else prefix.logprob(token) + added)
             others = body.get("logprob_token_ids") or prefix.top(body["logprobs"])
             found["top_logprobs"].append({name(other): prefix.logprob(other) + added for other in (token, *others)})
         if echo and (shift := self.options.echo_shift):
@@ -446,6 +451,8 @@ class StandIn:
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """One of the `--max-num-seqs` places that requests run in."""
+        if 0 < self.options.busy_above <= self.running + self.waiting:
+            raise Refusal("too many requests", status=429)
         self.waiting += 1
         try:
             await self.places.acquire()

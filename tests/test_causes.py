@@ -33,6 +33,18 @@ UNGATED = "the hub did not let us in, it is a gated model: accept its terms on i
             False,
         ),
         (
+            "supervisor: cannot run /opt/v/bin/python: No such file or directory",
+            "the server's Python cannot be run on its machine (/opt/v/bin/python: No such file or directory): check "
+            "server_python, and that all machines have it",
+            False,
+        ),
+        (
+            "huggingface_hub.errors.HfHubHTTPError: Server error '503 Service Unavailable' for url 'https://huggin",
+            "the hub did not answer and the model is not on this machine: check the network and `path`; `fetch` brings "
+            "what a sweep needs to a machine without a network",
+            True,
+        ),
+        (
             "api_server.py: error: unrecognized arguments: --swap-space 4",
             "vLLM does not know --swap-space 4: look at the model's `server` options",
             False,

@@ -265,6 +265,7 @@ def test_a_server_inherits_only_what_it_should() -> None:
         "VLLM_API_KEY": KEY,
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_MAX_STOP_STRINGS": "64",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "2,3,10",
     }
 
@@ -482,17 +483,29 @@ def test_all_mistakes_are_said_at_once_and_what_models_share_once(python: Python
     ]
 
 
+@pytest.mark.parametrize(
+    ("server", "key"),
+    [
+        ({"other_token": "tok"}, "other_token"),
+        ({"model_loader_extra_config": {"s3": [{"s3_secret_access_key": "k"}]}}, None),
+        ({"otlp_traces_endpoint": "http://u:pa55word@h:4317"}, "otlp_traces_endpoint"),
+    ],
+)
+def test_a_secret_is_refused_as_an_option_however_deep(server: dict[str, Any], key: str | None) -> None:
+    key = key or "model_loader_extra_config.s3.s3_secret_access_key"
+    with pytest.raises(ConfigError, match=rf"^models\.m\.server\.{key}: a secret cannot be an option, since arg"):
+        command(plan(server=server), python="py", host="h", port=1)
+    assert command(plan(server={"hf_overrides": {"image_token": "<image>"}}), python="py", host="h", port=1)
+
+
 def test_a_secret_is_in_no_message_and_on_no_disk(
     python: Python, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-from-the-shell")
-    server = {"other_token": "tok", "max_num_seqs": "sk-from-the-shell"}
-    found = mistakes(
-        ("server.other_token", "bad: 'tok'"), ("server.max_num_seqs", "invalid int value: 'sk-from-the-shell'")
-    )
+    server = {"max_num_seqs": "sk-from-the-shell"}
+    found = mistakes(("server.max_num_seqs", "invalid int value: 'sk-from-the-shell'"))
     shown = refused(plan(server_python=python(found), server=server))
     assert shown == [
-        "models.m.server.other_token: vLLM 0.33.0 refuses its value",
         "models.m.server.max_num_seqs: vLLM 0.33.0 refuses it: invalid int value: '***'",
     ]
     assert all("sk-from" not in file.read_text() for file in (tmp_path / "cache").rglob("*") if file.is_file())

@@ -73,7 +73,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
 @pytest.fixture
 def no_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves data sets to the slow tests, where lm-eval itself loads them."""
-    monkeypatch.setattr(module, "_loaded", lambda cells: iter(()))
+    monkeypatch.setattr(module, "_loaded", lambda cells, secrets: iter(()))
 
 
 def planned(models: dict[str, Model], *tasks: Task, ask_hub: bool = True) -> Plan:
@@ -125,6 +125,38 @@ def test_what_cannot_be_had_is_listed_with_its_reason_and_the_rest_is_brought(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert fetch(planned({"closed": models["closed"]}), ()) == 0
     assert TOKEN not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_tasks")
+def test_a_repository_without_what_a_server_reads_is_no_success(
+    hub: HubStub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("org/gguf", {"config.json": b"{}", "tokenizer.json": b"{}", "m.gguf": b"GGUF"})
+    assert fetch(planned({"gguf": Model(path="org/gguf")}), ()) == 1
+    assert "*.safetensors or *.bin or *.pt is not here, and the repository does not have it" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_tasks")
+def test_a_branch_that_moved_is_planned_at_the_commit_that_was_fetched(
+    hub: HubStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/m", MODEL)
+    models = {"m": Model(path="org/m")}
+    earlier = planned(models).commits  # of a launch whose servers had a cache of their own
+    moved = hub.add("org/m", {**MODEL, "extra.json": b"{}"})
+    assert fetch(planned(models), ()) == 0
+    config = SweepConfig(name="s", models=models, tasks={"gsm8k": Task(task="gsm8k")})
+    assert earlier["org/m@main"] != moved
+    assert make_plan(config, {}, ask_hub=False, commits=earlier).models["m"].revision == moved
+
+
+@pytest.mark.usefixtures("no_tasks")
+def test_a_large_file_of_no_known_kind_is_left_where_it_is(hub: HubStub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sweep.planning.hub.LARGE_BYTES", 5000)
+    hub.add("org/m", {**MODEL, "model.other": b"x" * 5001, "notes.txt": b"x" * 5000})
+    assert fetch(planned({"m": Model(path="org/m")}), ()) == 0
+    assert "notes.txt" in hub.downloaded()
+    assert "model.other" not in hub.downloaded()
 
 
 @pytest.mark.usefixtures("no_tasks")

@@ -665,6 +665,9 @@ def test_a_key_that_fits_into_no_header_is_refused_and_not_repeated(place, key, 
         ("PWD", False),
         ("AWS_ACCESS_KEY_ID", False),
         ("logprob_token_ids", False),
+        ("image_token", False),
+        ("HF_TOKEN_PATH", False),
+        ("HF_HUB_DISABLE_IMPLICIT_TOKEN", False),
     ],
 )
 def test_the_end_of_a_name_tells_a_secret(name, secret):

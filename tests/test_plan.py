@@ -253,6 +253,28 @@ def test_a_checkpoint_that_is_overwritten_in_place_is_another_one(
     assert fingerprint(model) != before
 
 
+def test_what_an_option_names_on_this_machine_counts_by_its_content(hub: Hub, tmp_path: Path) -> None:
+    settings = tmp_path / "generation_config.json"
+    settings.write_text('{"temperature": 1}')
+    for model in (
+        Model(path="org/m", generation_config=str(tmp_path)),
+        Model(path="org/m", server={"speculative_config": {"model": str(tmp_path)}}),
+    ):
+        before = fingerprint(model)
+        settings.write_text('{"repetition_penalty": 2}')
+        assert fingerprint(model) != before
+        settings.write_text('{"temperature": 1}')
+        assert fingerprint(model) == before
+
+
+def test_the_code_of_a_checkpoint_counts_in_its_folders_too(checkpoint: Path) -> None:
+    (checkpoint / "code").mkdir()
+    (checkpoint / "code" / "modeling.py").write_text("one")
+    before = fingerprint(Model(path=str(checkpoint)))
+    (checkpoint / "code" / "modeling.py").write_text("two")
+    assert fingerprint(Model(path=str(checkpoint))) != before
+
+
 def test_what_is_no_part_of_a_checkpoint_does_not_count(checkpoint: Path) -> None:
     model = Model(path=str(checkpoint))
     before = fingerprint(model)

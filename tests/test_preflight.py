@@ -208,6 +208,7 @@ def test_a_chat_without_the_log_probabilities_that_were_asked_for_is_refused(tmp
         ({"echo_shift": 1}, "asked the log-probability of the likeliest next token after 4 contexts, generated and "),
         ({"echo_offset": -0.3}, "-0.800 by echo where it generates with -0.500"),
         ({"echo_offset": 0.3}, "-0.200 by echo where it generates with -0.500"),
+        ({"echo_clip": 1}, "got -100.0 each time; it knows those of the likeliest tokens only"),
     ],
     ids=str,
 )
@@ -326,6 +327,17 @@ def test_a_server_that_is_busy_or_failing_may_do_better_another_time(
     seen = look(endpoint)
     assert f"got {status}: " in failed(seen)["completion logprobs"]
     assert seen.passing is passing
+
+
+def test_a_server_that_takes_few_requests_at_a_time_is_asked_again(tmp_path: Path) -> None:
+    with stand_in(tmp_path / "log", busy_above=4, latency_s=0.02, max_model_len=512) as endpoint:
+        assert facts_of(look(endpoint)).methods == (Method.ECHO, Method.NEXT_TOKEN)
+
+
+@pytest.mark.parametrize("key", ["token", "1", "m"])
+def test_a_key_that_stands_in_every_answer_spoils_none(key: str, tmp_path: Path) -> None:
+    with stand_in(tmp_path / "log", api_key=key, max_model_len=512) as endpoint:
+        assert facts_of(look(endpoint)).methods == (Method.ECHO, Method.NEXT_TOKEN)
 
 
 def test_one_thing_that_will_not_pass_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

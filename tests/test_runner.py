@@ -537,6 +537,24 @@ def test_a_start_that_fails_for_a_passing_reason_is_tried_again(loop: Loop) -> N
     assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
 
 
+def test_replicas_that_one_outage_takes_are_lost_once(loop: Loop) -> None:
+    def failed(life: str) -> ServerFailed:
+        return ServerFailed(life=life, error="the hub did not answer", passing=True)
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        lives = [f"a-{number}" for number in range(2 * LOSSES_MOST)]
+        assert cluster.started == lives[:LOSSES_MOST]
+        yield [failed(life) for life in cluster.started]
+        yield from cluster.after(BACKOFF_S)
+        assert cluster.started == lives
+        yield [cluster.ready(life) for life in cluster.started[LOSSES_MOST:]]
+        yield [done(*cluster.running()["a/t"])]
+
+    records = loop(a_plan(["a"], ["t"], replicas=LOSSES_MOST), script, cpu_servers=LOSSES_MOST)
+    assert statuses(records) == {"a/t": "done"}
+
+
 def test_a_replica_in_a_crash_loop_leaves_its_model_with_the_servers_that_it_has(loop: Loop) -> None:
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()

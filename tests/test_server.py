@@ -294,6 +294,25 @@ def test_a_server_that_exits_by_itself_says_so(bench: Bench) -> None:
     assert one.wait() == "exited with code 1"
 
 
+def test_what_was_got_over_at_the_start_is_not_the_cause_of_a_later_death(bench: Bench) -> None:
+    warns = "print('huggingface_hub.errors.HfHubHTTPError: 429 Client Error: too many', file=sys.stderr, flush=True)"
+    code = f"import os, sys; {warns}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    one = bench([sys.executable, "-c", code, STAND_IN[1]])
+    api_server(one.start()).kill()
+    assert one.wait() == "was killed by SIGKILL (the kernel does that when memory runs out)"
+    assert "429" in one.log_path.read_text()
+
+
+def test_a_supervisor_that_cannot_work_is_not_taken_for_a_killed_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "supervisor.py"
+    broken.write_text("import sys\nprint('supervisor: no folder for temporary files', file=sys.stderr)\nsys.exit(1)\n")
+    monkeypatch.setattr(server, "SUPERVISOR", broken)
+    with pytest.raises(ServerError, match=r"could not be run or ended by its supervisor \(exit code 1\); see .*\.log"):
+        bench().start()
+
+
 def test_a_deaf_server_is_stopped_within_the_grace_given(bench: Bench) -> None:
     one = bench(ignore_term=1)
     one.start()

@@ -577,7 +577,7 @@ def test_memory_that_others_share_or_made_before_stays(
     assert one.report() == b"signal 15\n"
     assert one.report() == b""
     assert [segment.path.exists() for segment in (before, shared, strange, own)] == [True, True, True, False]
-    assert f"removed from /dev/shm: {own.path.name}\n" in one.log()
+    assert f"removed /dev/shm/{own.path.name}\n" in one.log()
 
 
 def test_memory_of_a_process_that_died_long_before_the_end_is_freed(

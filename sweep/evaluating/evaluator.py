@@ -40,7 +40,7 @@ from sweep import ROOT
 from sweep.errors import SweepError
 from sweep.evaluating.client import Cancelled, Pool
 from sweep.evaluating.preflight import Facts
-from sweep.masking import is_proxy, secret_variables
+from sweep.masking import SECRET_LEAST, is_proxy, secret_variables
 from sweep.planning.config import Model, Seeds, Task
 from sweep.planning.plan import Cell, ModelPlan
 from sweep.record import Record
@@ -206,7 +206,7 @@ class EvaluatorProcess:
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
         secret = secret_variables(os.environ)
-        hidden = {*secrets, *secret.values()} - {""}
+        hidden = {text for text in (*secrets, *secret.values()) if len(text) >= SECRET_LEAST}
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(

@@ -19,13 +19,17 @@ import msgspec
 
 from sweep.errors import PassingFault, RequestError, ServerError, boundary
 from sweep.evaluating.scoring import EchoCall, LogProb, Method, NextTokenCall, Scored, scoring_calls
+from sweep.masking import masked
 from sweep.planning.plan import ModelPlan, ServerPlan, served_name
 from sweep.serving.server import Endpoint
 
 TOLERANCE = 0.02
 """Of a method against echo, in log-likelihood: echo against itself differs by as much between batch sizes (bf16, short
-continuations). Where it is seen to differ by more on this server, that counts instead, up to ECHO_TOLERANCE. More means
-a wrong method, or one that is not worth its doubts: nothing but speed is lost without it."""
+continuations). Where it is seen to differ on this server, NOISE_FACTOR times that counts instead, up to ECHO_TOLERANCE.
+More means a wrong method, or one that is not worth its doubts: nothing but speed is lost without it."""
+
+NOISE_FACTOR = 3.0
+"""The largest of 16 differences is exceeded in the next 16 every other time; three times it practically never."""
 
 ECHO_TOLERANCE = 0.25
 """Of echo against generation, in the log-likelihood of one token. Many engines compute logits in bf16, where one of
@@ -40,6 +44,13 @@ CONTEXTS = tuple(tuple(range(20 + 7 * i, 44 + 9 * i)) for i in range(4))
 
 UNLIKELY = 66
 """A token that follows none of CONTEXTS well."""
+
+IN_FLIGHT = 16
+"""Requests at once: enough that methods meet in a batch, and no flood for a small server."""
+
+BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+BUSY_PAUSES_S = (0.25, 0.5, 1.0, 2.0)
+"""Before such an answer is taken for the last word."""
 
 UNWELL = frozenset(HTTPStatus) - {HTTPStatus.NOT_IMPLEMENTED} - frozenset(s for s in HTTPStatus if s < 500)
 """Answers that tell of the server's state, not of what it can do."""
@@ -257,6 +268,7 @@ class _Usage:
 class _Completion:
     choices: Annotated[list[_Choice], msgspec.Meta(min_length=1, max_length=1)]
     usage: _Usage | None = None
+    """Not every server gives it with an echo; `_next` demands it, since lengths of answers are counted by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +310,8 @@ class _Reply:
     asked: str
     status: int
     text: str
-    """Without our key, should the server repeat it."""
+    """As it came: a short key may stand anywhere in it."""
+    secret: str
 
     def read(self, kind: type[T], cure: str) -> T:
         """Raises _Wrong with the `cure` for another status than 200 and for another shape."""
@@ -317,7 +330,8 @@ class _Reply:
 
     @property
     def said(self) -> str:
-        return f"{self.status}: {self.text[:WORDS]}{'…' if len(self.text) > WORDS else ''}"
+        text = masked(self.text, [self.secret] if self.secret else [])
+        return f"{self.status}: {text[:WORDS]}{'…' if len(text) > WORDS else ''}"
 
 
 @dataclass(kw_only=True)
@@ -328,6 +342,9 @@ class _Line:
     endpoint: Endpoint
     silent: bool = False
     """It has let a question time out; it gets no more of them, each of which would cost minutes again."""
+    _places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(IN_FLIGHT))
+    _pauses_s: tuple[float, ...] = BUSY_PAUSES_S
+    """None is left once it was busy for all of them."""
 
     async def get(self, path: str, *, key: bool = True) -> _Reply:
         return await self._ask("GET", path, None, key=key)
@@ -340,13 +357,21 @@ class _Line:
     ) -> _Reply:
         secret = self.endpoint.api_key
         headers = {"Authorization": f"Bearer {secret}"} if secret and key else {}
-        async with self.session.request(verb, f"{self.endpoint.url}{path}", json=body, headers=headers) as response:
-            text = await response.text(errors="replace")
-            return _Reply(
-                asked=f"{verb} {path}{f' {about}' if about else ''}",
-                status=response.status,
-                text=text.replace(secret, "***") if secret else text,
-            )
+        asked = f"{verb} {path}{f' {about}' if about else ''}"
+        async with self._places:
+            for pause_s in (*self._pauses_s, None):
+                async with self.session.request(
+                    verb, f"{self.endpoint.url}{path}", json=body, headers=headers
+                ) as answer:
+                    reply = _Reply(
+                        asked=asked, status=answer.status, text=await answer.text(errors="replace"), secret=secret
+                    )
+                if reply.status not in BUSY:
+                    return reply
+                if pause_s is not None:
+                    await asyncio.sleep(pause_s)
+            self._pauses_s = ()
+            return reply
 
 
 Finding = tuple[Outcome, str]
@@ -492,7 +517,15 @@ class _Interview:
         """The likeliest token after `context` and its log-probability, as generated."""
         body = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "return_tokens_as_token_ids": True}
         about = "with `logprobs: 1`"
-        _, found = await self._complete({"prompt": context, "ignore_eos": True, **body}, about)
+        reply, found = await self._complete({"prompt": context, "ignore_eos": True, **body}, about)
+        usage = reply.read(_Completion, USE_ANOTHER).usage
+        if usage is None or usage.prompt_tokens != len(context):
+            came = "no usage" if usage is None else f"usage.prompt_tokens {usage.prompt_tokens}"
+            raise _Wrong(
+                f"POST /v1/completions {about} for a prompt of {len(context)} token ids",
+                came,
+                f"what was cut, added or computed could not be seen: {USE_ANOTHER}",
+            )
         if not len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == 1:
             sizes = [len(found.tokens), len(found.token_logprobs), len(found.top_logprobs)]
             raise _Wrong(
@@ -540,6 +573,7 @@ class _Interview:
         """Echo must have one entry for each prompt token, and say of the next token what a generation says of it."""
         self._likeliest = [await self._next(context) for context in CONTEXTS]
         wrong: list[str] = []
+        unlikely: list[float | None] = []
         worst = 0.0
         remark = ""
         for context, (name, generated) in zip(CONTEXTS, self._likeliest, strict=True):
@@ -551,6 +585,7 @@ class _Interview:
             body = {**call.body(), "prompt": [*pair.context, *pair.continuation, UNLIKELY]}
             reply, rows = await self._complete(body, "with `echo: true, logprobs: 1`")
             remark = self._shape_of_echo(rows, len(context) + 2) or remark
+            unlikely.append(rows.token_logprobs[len(context) + 1])
             (answer,) = _logprobs(call, reply)
             best = max((rows.top_logprobs[len(context)] or {}).values())
             echoed = best if token is None else answer.logprob
@@ -565,6 +600,13 @@ class _Interview:
                 f"another one in {len(wrong)} ({'; '.join(wrong)})",
                 "its echo is shifted, scaled or of another model, and scores from it would be wrong: use another "
                 "version of the server, or no `url` that spreads requests over different servers",
+            )
+        if len(set(unlikely)) == 1:
+            raise _Wrong(
+                f"the log-probability of an unlikely token after {len(CONTEXTS)} contexts, echoed",
+                f"{unlikely[0]} each time",
+                "it knows those of the likeliest tokens only, and choices among the others would tie: use another "
+                "version of the server, or one that returns the log-probability of any token",
             )
         return Outcome.NOTED if wrong or remark else Outcome.PASSED, (
             f"agrees with generation within {worst:.3f}{remark}{f'; {wrong[0]}' if wrong else ''}"
@@ -677,10 +719,12 @@ class _Interview:
             self._noise = max(abs(answer.logprob - self._reference[answer.index].logprob) for answer in one_by_one)
         try:
             answers = await self._answers(calls)
+        except _Unwell:
+            raise
         except _Wrong as wrong:
             return Outcome.NOTED, f"{how} {wrong}"
         worst = max(abs(answer.logprob - self._reference[answer.index].logprob) for answer in answers)
-        if not worst <= min(max(TOLERANCE, self._noise), ECHO_TOLERANCE):
+        if not worst <= min(max(TOLERANCE, NOISE_FACTOR * self._noise), ECHO_TOLERANCE):
             return Outcome.NOTED, f"{how} it differs from echo by up to {worst:.3f} in log-likelihood"
         flips = sum(answer.is_greedy != self._reference[answer.index].is_greedy for answer in answers)
         if flips > FLIPS_MOST:

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -54,11 +54,15 @@ TRAINING_STATE = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt"
 LARGE = frozenset(
     {
         *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data"),
+        *(".ot", ".tflite", ".npz", ".pkl"),
         *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".mp4", ".wav", ".flac"),
         *(".parquet", ".arrow", ".ipynb", ".zip", ".tar", ".gz"),
     }
 )
-"""All else is configuration, tokenizer, template or code, and always wanted."""
+"""All else up to LARGE_BYTES is configuration, tokenizer, template or code, and always wanted."""
+
+LARGE_BYTES = 100_000_000
+"""The largest tokenizers have 35 MB. What is larger is a model in a form that vLLM cannot read."""
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
@@ -142,7 +146,9 @@ def resolve_revision(path: str, revision: str | None, *, ask_hub: bool, earlier:
             # Gated, unknown, misspelt or out of reach: what is known here may do, and else vLLM gives the hub's words.
             log.warning("the hub does not tell the commit of %s: %s", at(path, revision), str(error).partition("\n")[0])
     ref = _folder(path) / "refs" / name
-    return earlier or (ref.read_text().strip() if ref.is_file() else None)
+    told = ref.read_text().strip() if ref.is_file() else None
+    # Where the branch has moved on and `fetch` brought its new commit, the earlier one may never have come.
+    return told if told and earlier and not snapshot(path, earlier).is_dir() else earlier or told
 
 
 def bring(source: Source) -> Brought:
@@ -172,8 +178,11 @@ def bring(source: Source) -> Brought:
     if new:
         # Without the files that are there: huggingface_hub would look at each of them again.
         snapshot_download(repository, revision=commit, allow_patterns=[glob.escape(name) for name in new])
-    if absent := lacking(replace(source, commit=commit)):
-        raise ValueError(f"{absent}, and the repository does not have it either")
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        # It returns what is there where the hub answers no second question.
+        raise OSError(f"{len(absent)} of {len(names)} files did not come, {absent[0]} among them; try again")
+    if what := lacking(replace(source, commit=commit)):
+        raise ValueError(f"{what}, and the repository does not have it either")
     _note_branch(source, commit)
     return Brought(folder=folder, commit=commit, new_bytes=sum(sizes[name] for name in new))
 
@@ -223,9 +232,9 @@ def _absent_of_series(names: Iterable[str]) -> list[str]:
     return sorted(expected - set(names))
 
 
-def _files(source: Source, names: Collection[str], content: Callable[[str], str]) -> list[str]:
-    """Which files of a repository are used; `content` reads one of them."""
-    text = [name for name in names if os.path.splitext(name)[1] not in LARGE]
+def _files(source: Source, names: Mapping[str, int], content: Callable[[str], str]) -> list[str]:
+    """Which files of a repository are used, of all with their bytes; `content` reads one of them."""
+    text = [name for name, size in names.items() if os.path.splitext(name)[1] not in LARGE and size <= LARGE_BYTES]
     if source.part is Part.TOKENIZER:
         return text
     if source.part is Part.ADAPTER:

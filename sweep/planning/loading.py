@@ -37,7 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sweep import ROOT
 from sweep.errors import ConfigError, nearest, nearest_file
-from sweep.masking import MASK, is_secret, masked, passwords
+from sweep.masking import MASK, SECRET_LEAST, is_secret, masked, passwords
 from sweep.planning.config import CellOverride, Device, Model, RayConfig, Seeds, SweepConfig, Task, WandbConfig
 
 
@@ -86,12 +86,12 @@ def secrets_of(config: SweepConfig) -> tuple[str, ...]:
     and the passwords of URLs.
 
     All variables of this process count, used by the config or not, as a server's log may repeat any of them. Texts of
-    fewer than 8 characters are left out: they are no real keys, and masking them would tear up ordinary words.
+    fewer than SECRET_LEAST characters are left out.
     """
     named = [(key[-1], value) for key, value in _leaves(asdict(config)) if isinstance(value, str)]
     named += os.environ.items()
     values = [secret for name, value in named for secret in ([value] if is_secret(name) else passwords(value))]
-    return tuple(sorted({value for value in values if len(value) >= 8}, key=len, reverse=True))
+    return tuple(sorted({value for value in values if len(value) >= SECRET_LEAST}, key=len, reverse=True))
 
 
 # --- Sources: where the words of a sweep come from -------------------------------------------------------------------

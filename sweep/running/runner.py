@@ -21,7 +21,7 @@ from sweep.masking import masked
 from sweep.planning.config import SweepConfig
 from sweep.planning.plan import Cell, Plan, ServerPlan, failure, on_cpu
 from sweep.record import Record, Status
-from sweep.results.store import Store, write_file
+from sweep.results.store import Store, masked_json, write_file
 from sweep.results.tracking import Outcome, Tracker
 from sweep.running.cluster import (
     Cluster,
@@ -315,7 +315,10 @@ class Runner:
         with boundary(StoreError, f"write what is known of server {life.server}"):
             write_file(
                 self.store.directory.facts(life.server),
-                msgspec.json.encode({"of": self._facts_identity(plan), "facts": self._facts[life.server]}),
+                masked_json(
+                    msgspec.json.encode({"of": self._facts_identity(plan), "facts": self._facts[life.server]}),
+                    self.secrets,
+                ),
             )
         log.info("server %s is ready at %s: %s", event.life, event.endpoint.url, event.facts)
         self._show_server(life.server, "ready", _in_one_line(event.facts))
@@ -335,7 +338,8 @@ class Runner:
     def _note_checks(self, life: str, checks: Sequence[Check]) -> None:
         for check in checks:
             if check.outcome is not Checked.PASSED:
-                self.terminal.note(f"{life}: {check.name} {check.outcome} for {check.model}: {check.detail}")
+                detail = masked(check.detail, self.secrets)
+                self.terminal.note(f"{life}: {check.name} {check.outcome} for {check.model}: {detail}")
 
     def _server_failed(self, event: ServerFailed) -> None:
         life, error = self._lives.pop(event.life), masked(event.error, self.secrets)

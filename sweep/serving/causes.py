@@ -33,6 +33,11 @@ CAUSES: tuple[tuple[str, str, bool], ...] = (
         False,
     ),
     (r"\.py: error: argument (?P<a>-[^\n]+)", "vLLM refuses an option: {a}", False),
+    (
+        r"supervisor: cannot run (?P<a>[^\n]+)",
+        "the server's Python cannot be run on its machine ({a}): check server_python, and that all machines have it",
+        False,
+    ),
     # Memory. Before all that a process reports which lost the one that ran out of it.
     (
         r"No available memory for the cache blocks",
@@ -195,7 +200,8 @@ CAUSES: tuple[tuple[str, str, bool], ...] = (
     # After all else, since a log may hold faults of the hub that were got over. As exceptions, for the same reason.
     (
         r"couldn't connect to '|An error happened while trying to locate the file|LocalEntryNotFoundError"
-        r"|specific connection error when trying to load|HfHubHTTPError: (?:429|50[0234])\b"
+        r"|specific connection error when trying to load"
+        r"|HfHubHTTPError: (?:(?:Client|Server) error ')?(?:429|50[0234])\b"
         r"|\b(?:httpx|requests\.exceptions|urllib3\.exceptions)\.\w*(?:Connect|Timeout)\w*: ",
         f"the hub did not answer and the model is not on this machine: check the network and `path`; {FETCH}",
         True,

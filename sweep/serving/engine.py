@@ -26,7 +26,7 @@ from packaging.version import InvalidVersion, Version
 
 from sweep import ROOT
 from sweep.errors import ConfigError, nearest
-from sweep.masking import is_proxy, is_secret, masked, secret_variables
+from sweep.masking import is_proxy, is_secret, masked, passwords, secret_variables
 from sweep.planning.config import SweepConfig
 from sweep.planning.loading import secrets_of
 from sweep.planning.plan import SPEED_ONLY_ENVIRONMENT, ServerPlan, is_local
@@ -204,10 +204,10 @@ def environment(plan: ServerPlan, *, api_key: str, gpu_ids: Sequence[str], base:
         # The options name something of ours (vllm_plugin.py). Behind what the user says, and never where our package
         # is installed: that folder is full of others that another Python must not see.
         given["PYTHONPATH"] = os.pathsep.join(filter(None, (given.get("PYTHONPATH"), str(ROOT))))
-    # Ray names the ids in any order; neighbours should stay neighbours. Said explicitly even when empty: without it
-    # all GPUs are seen.
     # The ids are nvidia-smi's and Ray's. CUDA would number GPUs of different kinds by their speed.
     given.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    # Ray names the ids in any order; neighbours should stay neighbours. Said explicitly even when empty: without it
+    # all GPUs are seen.
     given["CUDA_VISIBLE_DEVICES"] = ",".join(sorted(gpu_ids, key=lambda gpu: (gpu.zfill(8), gpu)))
     given["VLLM_API_KEY"] = api_key
     return given
@@ -361,7 +361,7 @@ def _options(plan: ServerPlan, *, host: str, port: int) -> list[_Option]:
         name = _snake(key)
         if (place := _place(name)) is not None:
             raise ConfigError(f"models.{plan.name}.server.{key}: not set here; use {place}")
-        if secret := next((part for part in _names(key, value) if is_secret(part.rpartition(".")[2])), None):
+        if secret := next((part for part, text in _leaves(key, value) if is_secret(part) or passwords(text)), None):
             raise ConfigError(
                 f"models.{plan.name}.server.{secret}: a secret cannot be an option, since arguments can be read by "
                 "everyone on the machine; give it as a variable that vLLM reads, under the model's `env`"
@@ -371,11 +371,17 @@ def _options(plan: ServerPlan, *, host: str, port: int) -> list[_Option]:
     return [_Option(name=name, value=value, key=key) for name, (key, value) in own.items()]
 
 
-def _names(key: str, value: Any) -> Iterator[str]:
-    """The option's and, of a mapping, all below it."""
-    yield key
-    for name, item in value.items() if isinstance(value, Mapping) else ():
-        yield from _names(f"{key}.{name}", item)
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """All single values of an option, with their names from the option's on."""
+    match value:
+        case Mapping():
+            for name, item in value.items():
+                yield from _leaves(f"{key}.{name}", item)
+        case list() | tuple():
+            for item in value:
+                yield from _leaves(key, item)
+        case _:
+            yield key, str(value)
 
 
 def _place(name: str) -> str | None:
@@ -541,8 +547,6 @@ def _judged(
             name = next((option.name for option in given if option.key == key), "")
             if words is None:
                 why = f"vLLM {version} has no option {name!r}{_instead(name, MOVED_OPTIONS, known)}"
-            elif is_secret(name):
-                why = f"vLLM {version} refuses its value"
             else:
                 why = f"vLLM {version} refuses it: {masked(_plain(words), secrets)}"
             refusals.setdefault((f".{key or 'server'}", why), []).append(server.name)

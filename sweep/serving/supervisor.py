@@ -317,10 +317,14 @@ class Files:
         if left := self._ours & entries():
             for pid in pids():
                 left -= mapped(pid)
-            for name, _ in left:
-                with suppress(FileNotFoundError):
+            for name, _ in sorted(left):
+                try:
                     os.unlink(f"{SHARED_MEMORY}/{name}")
-            say(f"removed from {SHARED_MEMORY}: {', '.join(sorted(name for name, _ in left))}")
+                    say(f"removed {SHARED_MEMORY}/{name}")
+                except FileNotFoundError:
+                    pass  # the other stage was here
+                except OSError as error:
+                    say(f"cannot remove {SHARED_MEMORY}/{name}: {error}")
         try:
             shutil.rmtree(self.scratch)
         except FileNotFoundError:
