@@ -389,7 +389,7 @@ class _Process:
     @property
     def killed(self) -> bool:
         """By a signal, as was its supervisor if that said nothing; not by an error of its own."""
-        return self._report.startswith("signal") or (not self._report and self._supervisor.returncode < 0)
+        return self._report.startswith("signal") or (not self._report and (self._supervisor.poll() or 0) < 0)
 
     def ending(self, cause: "engine.Cause | None") -> str:
         """How it ended, in words; `cause` is what the log told."""
