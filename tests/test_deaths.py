@@ -64,7 +64,7 @@ class Seen:
         return cls(
             processes=processes,
             ports={(address.ip, address.port) for address in listening},
-            memory={entry for p in processes for entry in mapped(p.pid)} & entries(),
+            memory={entry for p in processes for entry in mapped(p.pid, entries())},
             sockets={
                 Path(c.laddr)
                 for c in connections
@@ -117,7 +117,7 @@ class Place:
         """What is there of us by now."""
         new = entries() - self._memory
         if new:  # of others that are at work on this machine
-            new -= {entry for process in psutil.process_iter() for entry in mapped(process.pid)}
+            new -= {entry for process in psutil.process_iter() for entry in mapped(process.pid, new)}
         ours = [path.name for path in self.temporary.iterdir() if not path.name.startswith(("ray", "torchinductor_"))]
         return [*(process.cmdline() for process in self.processes()), *new, *ours]
 

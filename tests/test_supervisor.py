@@ -601,3 +601,20 @@ def test_memory_of_a_process_that_died_long_before_the_end_is_freed(
     one.report()
     assert one.report() == b""
     assert not path.exists()
+
+
+def test_a_semaphore_of_a_killed_process_is_freed(tmp_path: Path, logged: Callable[..., Logged]) -> None:
+    name = f"lmsweep-{uuid.uuid4().hex}"
+    path = Path("/dev/shm", f"sem.{name}")
+    code = (
+        "import _multiprocessing, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"made = _multiprocessing.SemLock(0, 1, 1, '/{name}', False)\ntime.sleep(600)"
+    )
+    one = logged(code)
+    until(path.exists)
+    assert one.process.stdin is not None
+    one.process.stdin.write(b"0.1\n")
+    one.process.stdin.close()
+    assert one.report() == b"signal 9\n"
+    assert one.report() == b""
+    assert not path.exists()

@@ -36,7 +36,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -310,13 +310,13 @@ class Files:
         self._seen = now
         if new:
             for pid in descendants():
-                self._ours |= new & mapped(pid)
+                self._ours |= mapped(pid, new)
 
     def remove(self) -> None:
         """Everything, when no descendant is left; except a file of /dev/shm that someone else maps as well."""
         if left := self._ours & entries():
             for pid in pids():
-                left -= mapped(pid)
+                left -= mapped(pid, left)
             for name, _ in sorted(left):
                 try:
                     os.unlink(f"{SHARED_MEMORY}/{name}")
@@ -426,12 +426,15 @@ def entries() -> frozenset[Entry]:
     return frozenset()
 
 
-def mapped(pid: int) -> set[Entry]:
-    """The files of /dev/shm that a process maps; none when it is not ours to look at."""
+def mapped(pid: int, among: Iterable[Entry]) -> set[Entry]:
+    """Which of these files of /dev/shm a process maps; none when it is not ours to look at.
+
+    By inode: a semaphore is mapped under another name, which glibc gives it while it makes it.
+    """
     with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
         # Address, rights, offset, device, inode, path.
-        found = [line.split(maxsplit=5) for line in file.read().splitlines() if b" /dev/shm/" in line]
-        return {(os.fsdecode(path.removeprefix(b"/dev/shm/")), int(inode)) for *_, inode, path in found}
+        inodes = {int(line.split(maxsplit=5)[4]) for line in file.read().splitlines() if b" /dev/shm/" in line}
+        return {(name, inode) for name, inode in among if inode in inodes}
     return set()
 
 
