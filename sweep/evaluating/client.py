@@ -63,8 +63,9 @@ C = TypeVar("C", bound=Call)
 class _Slot:
     endpoint: Endpoint
     limit: int
-    """0 for an endpoint that left the pool and still owes answers."""
+    """Prompts; 0 for an endpoint that left the pool and still owes answers."""
     in_flight: int = 0
+    """Prompts that it owes answers to."""
     pause_s: float = 0.0
     """The last pause; 0 once it answered again."""
     paused_until: float = 0.0
@@ -89,8 +90,11 @@ class Cancelled(BaseException):
 class Pool:
     """The live endpoints of one model and this evaluator's share of each. Changed from any thread, while calls run."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_want: Callable[[], object] = _nobody) -> None:
+        """`on_want` is called, in the thread of `want`, when prompts begin to wait for a place."""
         self._lock = threading.Lock()
+        self._on_want = on_want
+        self._queued = 0
         self._slots: dict[str, _Slot] = {}
         self._cancelled: str | None = None
         self._wake: Callable[[], object] = _nobody
@@ -108,6 +112,18 @@ class Pool:
                     self._slots[name] = slot
             self._wake()
 
+    def want(self, queued: int) -> None:
+        """Tell how many prompts wait for a place: servers are shared by what evaluators could use."""
+        began = queued > 0 and not self._queued
+        self._queued = queued
+        if began:
+            self._on_want()
+
+    def demand(self) -> tuple[int, dict[str, int]]:
+        """Prompts that wait for a place, and by endpoint those in flight or the share, if that is more."""
+        with self._lock:
+            return self._queued, {name: max(slot.in_flight, slot.limit) for name, slot in self._slots.items()}
+
     def cancel(self, reason: str) -> None:
         with self._lock:
             self._cancelled = reason
@@ -123,17 +139,31 @@ class Pool:
         with self._lock:
             self._wake = wake
 
-    def _take(self) -> tuple[_Slot | None, float]:
-        """The least loaded endpoint with room, else None and the seconds after which a pause may be over."""
+    def take(self, wanted: int = 1) -> tuple[_Slot | None, int]:
+        """The least loaded endpoint with room, and how many of the `wanted` prompts may go there, at least one of them.
+
+        They are in flight from now on, until they are given back. (None, 0) where nothing has room.
+        """
         now = time.monotonic()
         with self._lock:
-            open_slots = [s for s in self._slots.values() if s.in_flight < s.limit]
-            ready = [s for s in open_slots if s.paused_until <= now]
+            ready = [s for s in self._slots.values() if s.in_flight < s.limit and s.paused_until <= now]
             if not ready:
-                return None, min((s.paused_until - now for s in open_slots), default=60.0)
+                return None, 0
             slot = min(ready, key=lambda s: s.in_flight / s.limit)
-            slot.in_flight += 1
-            return slot, 0.0
+            granted = min(wanted, slot.limit - slot.in_flight)
+            slot.in_flight += granted
+            return slot, granted
+
+    def give_back(self, slot: _Slot, prompts: int = 1) -> None:
+        with self._lock:
+            slot.in_flight -= prompts
+
+    def pause_s(self) -> float:
+        """Seconds after which an endpoint with room may be over its pause; a minute where none pauses."""
+        now = time.monotonic()
+        with self._lock:
+            waits = [s.paused_until - now for s in self._slots.values() if s.in_flight < s.limit]
+        return max(0.0, min(waits, default=60.0))
 
 
 @dataclass(kw_only=True)
@@ -182,14 +212,15 @@ class Client:
                 try:
                     while queue or running:
                         self.pool.raise_if_cancelled()
-                        slot, pause = self.pool._take() if queue else (None, 60.0)
+                        self.pool.want(len(queue))
+                        slot, _ = self.pool.take() if queue else (None, 0)
                         if slot is not None:
                             task = asyncio.create_task(self._send(session, slot, queue, queue.popleft(), on_reply))
                             running.add(task)
                             task.add_done_callback(lambda _: changed.set())
                             continue
                         try:
-                            await asyncio.wait_for(changed.wait(), timeout=pause)
+                            await asyncio.wait_for(changed.wait(), timeout=self.pool.pause_s() if queue else 60.0)
                         except TimeoutError:
                             continue
                         changed.clear()
@@ -197,6 +228,7 @@ class Client:
                             running.discard(task)
                             task.result()
                 finally:
+                    self.pool.want(0)
                     for task in running:
                         task.cancel()
                     await asyncio.gather(*running, return_exceptions=True)
@@ -229,7 +261,7 @@ class Client:
         else:
             slot.pause_s = 0.0
         finally:
-            slot.in_flight -= 1
+            self.pool.give_back(slot)
 
     async def _post(self, session: aiohttp.ClientSession, endpoint: Endpoint, call: Call) -> Mapping[str, Any]:
         body = msgspec.json.encode({"model": self.model, **call.body()})
