@@ -11,7 +11,7 @@ from typing import Any
 from sweep import demo
 from sweep.evaluating.preflight import Facts
 from sweep.evaluating.scoring import Method
-from sweep.planning.config import Model
+from sweep.planning.config import Model, Scoring
 from sweep.planning.plan import ServerPlan
 from sweep.results.store import Response
 from sweep.serving.server import Endpoint, Server
@@ -32,7 +32,13 @@ def make_tokenizer(folder: Path, **settings: Any) -> Path:
 
 @contextmanager
 def stand_in(
-    log: Path, *, path: str = "org/m", api_key: str = KEY, max_model_len: int = 2048, **options: Any
+    log: Path,
+    *,
+    path: str = "org/m",
+    api_key: str = KEY,
+    max_model_len: int = 2048,
+    scoring: Scoring = Scoring.ECHO,
+    **options: Any,
 ) -> Iterator[Endpoint]:
     """A running stand-in that serves `m`, with the tokenizer at `path` if that is a folder with one.
 
@@ -41,6 +47,7 @@ def stand_in(
     model = Model(
         path=path,
         max_model_len=max_model_len,
+        scoring=scoring,
         env={f"STAND_IN_{name.upper()}": str(value) for name, value in options.items()},
         startup_timeout_s=60.0,
     )
@@ -60,11 +67,16 @@ class RequestsLog:
     _read: int = 0
 
     def new(self) -> list[dict[str, Any]]:
-        """The bodies since the last look."""
+        """The bodies since the last look; one of several prompts counts as one for each."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         bodies = [json.loads(line)["body"] for line in lines[self._read :]]
         self._read = len(lines)
-        return bodies
+        return [each for body in bodies for each in _by_prompt(body)]
+
+
+def _by_prompt(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    several = isinstance(body["prompt"], list) and isinstance(body["prompt"][0], list)
+    yield from ({**body, "prompt": prompt} for prompt in (body["prompt"] if several else [body["prompt"]]))
 
 
 def facts(*, max_model_len: int = 2048, methods: Sequence[Method] = (Method.ECHO, Method.NEXT_TOKEN)) -> Facts:

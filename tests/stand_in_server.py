@@ -158,6 +158,10 @@ class StandIn:
     max_model_len: int
     places: asyncio.Semaphore
     tokenizer_file: Path
+    forces: bool = False
+    """It was given our logits processor, whose part of the answers it plays."""
+    scales_out: bool = False
+    """It has vLLM's endpoint for token ids in and out, and caches nothing there."""
     running: int = 0
     waiting: int = 0
     requests: int = 0
@@ -175,6 +179,8 @@ class StandIn:
                 web.post("/v1/completions", self.complete),
             ]
         )
+        if self.scales_out:
+            app.router.add_post("/inference/v1/generate", self.generate)
         if self.options.no_chat != 1:
             app.router.add_post("/v1/chat/completions", self.chat)
         if not self.options.no_tokenize:
@@ -397,7 +403,10 @@ class StandIn:
             before.append(before[-1].then(token))
         asked = body.get("max_tokens")
         most = min(16 if asked is None else asked, self.max_model_len - len(prompt))
-        tokens, text, finish, stop = generate(before[-1], most, body)
+        if (forced := self.forced(before[-1], prompt, body)) is not None:
+            tokens, text, finish, stop = forced, spell(forced[:-1]), "stop", forced[-1]
+        else:
+            tokens, text, finish, stop = generate(before[-1], most, body)
         for token in tokens[:-1]:
             before.append(before[-1].then(token))
         echo = bool(body.get("echo"))
@@ -416,6 +425,37 @@ class StandIn:
             "prompt_token_ids": None,
             "routed_experts": None,
         }, len(tokens)
+
+    def forced(self, prefix: Prefix, prompt: list[int], body: dict[str, Any]) -> list[int] | None:
+        """What ForcedDecoding makes vLLM write: the continuation, and how many of its first tokens were greedy."""
+        arguments = body.get("vllm_xargs") or {}
+        if not self.forces or sum(prompt) not in arguments.get("sums", ()):
+            return None
+        which = arguments["sums"].index(sum(prompt))
+        start = sum(arguments["lengths"][:which])
+        tokens = arguments["forced"][start : start + arguments["lengths"][which]]
+        greedy = 0
+        for step, token in enumerate(tokens):
+            greedy += prefix.best == token and greedy == step
+            prefix = prefix.then(token)
+        return [*tokens, arguments["verdicts"][1 + greedy]]
+
+    async def generate(self, request: web.Request) -> web.Response:
+        """Token ids in and out, as far as scoring by the tail of a prompt needs it."""
+        body = await request.json()
+        model, prompt = self.model(body), body["token_ids"]
+        async with self.place():
+            await asyncio.sleep(self.options.latency_s)
+        prefix = Prefix(zlib.crc32(json.dumps([model]).encode()), self.options.vocabulary, self.options.end_every)
+        rows: list[dict[str, Any] | None] = []
+        for token in prompt:
+            found = {t: {"logprob": prefix.logprob(t), "rank": None} for t in (token, prefix.best)}
+            rows.append(found if rows else None)
+            prefix = prefix.then(token)
+        answer = self.envelope("generate", model, len(prompt), 1)
+        answer["usage"]["prompt_tokens_details"] = {"cached_tokens": 0}
+        choice = {"index": 0, "finish_reason": "length", "token_ids": [prefix.best], "logprobs": None}
+        return web.json_response({**answer, "choices": [choice], "prompt_logprobs": rows})
 
     def logprobs(
         self, before: list[Prefix], tokens: list[int], body: dict[str, Any], *, echo: bool
@@ -531,6 +571,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--logits-processors", nargs="+", default=[])
+    parser.add_argument("--enable-scale-out", action="store_true")
     found, _ = parser.parse_known_args(rest)
     if options.refuse:
         sys.exit(options.refuse.replace("\\n", "\n"))
@@ -561,6 +603,8 @@ def main() -> None:
             max_model_len=found.max_model_len,
             places=asyncio.Semaphore(found.max_num_seqs),
             tokenizer_file=Path(found.tokenizer or found.model) / "tokenizer.json",
+            forces=any(name.endswith(":ForcedDecoding") for name in found.logits_processors),
+            scales_out=found.enable_scale_out,
         )
         runner = web.AppRunner(stand_in.app(), access_log=None, shutdown_timeout=1.0)
         await runner.setup()

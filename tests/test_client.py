@@ -25,9 +25,13 @@ class Ask:
 
     number: int
     tokens: int = 2
+    group: str | None = None
+    prefix: tuple[int, ...] | None = None
+    path: str = "/v1/completions"
 
-    def body(self) -> dict[str, Any]:
-        return {"prompt": [1 + self.number // 900, 1 + self.number % 900], "max_tokens": 1, "temperature": 0}
+    def body(self, *more: "Ask") -> dict[str, Any]:
+        prompts = [[1 + ask.number // 900, 1 + ask.number % 900] for ask in (self, *more)]
+        return {"prompt": prompts if more else prompts[0], "max_tokens": 1, "temperature": 0}
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ ORDER = [
     # serving
     "supervisor",
     "vllm_plugin",
+    "forced_decoding",
     "vllm_parser",
     "causes",
     "engine",
@@ -41,6 +42,7 @@ ORDER = [
     "external",
     # evaluating
     "concurrency",
+    "dispatch",
     "client",
     "scoring",
     "preflight",
@@ -68,7 +70,7 @@ OWNERS = {
     "ray": {"cluster"},
     "wandb": {"mirror"},
     "lm_eval": {"lm", "evaluation"},  # tasks.py finds its folder without importing it
-    "vllm": {"vllm_parser"},  # a script of another process
+    "vllm": {"forced_decoding", "vllm_parser"},  # in vLLM's own process, and a script
 }
 """The only modules that may import a foreign library, at whatever depth of their code."""
 

@@ -445,9 +445,9 @@ def test_a_method_that_spoils_echo_in_the_same_batch_is_not_used(
     asked: list[NextTokenCall] = []
     original = NextTokenCall.body
 
-    def body(call: NextTokenCall) -> dict[str, Any]:
-        asked.append(call)
-        return original(call)
+    def body(call: NextTokenCall, *more: NextTokenCall) -> dict[str, Any]:
+        asked.extend([call, *more])
+        return original(call, *more)
 
     monkeypatch.setattr(NextTokenCall, "body", body)
     # Each context is asked once alone; whatever is echoed after that is echoed beside the second time.
@@ -458,15 +458,15 @@ def test_a_method_that_spoils_echo_in_the_same_batch_is_not_used(
 def test_a_server_that_refuses_the_method_is_scored_by_echo(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(NextTokenCall, "body", lambda call: {"prompt": call.context, "stream": True})
+    monkeypatch.setattr(NextTokenCall, "body", lambda call, *_: {"prompt": call.context, "stream": True})
     assert "asked POST /v1/completions to score by next_token, got 400: " in only_echo(endpoint)
 
 
 def test_a_server_that_ignores_the_method_is_scored_by_echo(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def body(call: NextTokenCall) -> dict[str, Any]:
-        return {"prompt": call.context, "temperature": 0, "max_tokens": 1, "logprobs": 1}
+    def body(*calls: NextTokenCall) -> dict[str, Any]:
+        return {"prompt": [call.context for call in calls], "temperature": 0, "max_tokens": 1, "logprobs": 1}
 
     monkeypatch.setattr(NextTokenCall, "body", body)
     assert "does not support `logprob_token_ids`" in only_echo(endpoint)

@@ -1,8 +1,11 @@
 """Requests to calls and replies to answers; what the methods must have in common."""
 
 import asyncio
+import functools
+import math
+import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -18,44 +21,138 @@ from sweep.evaluating.scoring import (
     EchoCall,
     GenerateCall,
     LogProb,
+    Method,
     NextTokenCall,
     Scored,
+    ScoringCall,
+    TailCall,
+    calls_by,
+    edges_of,
     scoring_calls,
 )
-
-tokens = st.lists(st.integers(1, 400), min_size=1, max_size=3).map(tuple)
 
 
 def pair(index: int = 0, context: Sequence[int] = (1, 2), continuation: Sequence[int] = (3, 4)) -> Scored:
     return Scored(index=index, context=tuple(context), continuation=tuple(continuation))
 
 
-def answered(calls: Sequence[EchoCall | NextTokenCall]) -> Counter[int]:
-    """How often each index is answered."""
-    found: Counter[int] = Counter()
-    for call in calls:
-        found.update(
-            [call.pair.index] if isinstance(call, EchoCall) else [i for s in call.indices_by_token.values() for i in s]
-        )
+ALL = (Method.ECHO, Method.NEXT_TOKEN, Method.FORCED, Method.TAIL)
+
+VOCABULARY = 40
+
+
+@functools.cache
+def row(context: tuple[int, ...]) -> tuple[float, ...]:
+    """Log-probabilities after `context` in a toy model, a few of them equal."""
+    rng = random.Random(str(context))
+    weights = [rng.choice((1, 1, 2, 5, 5, 9)) for _ in range(VOCABULARY)]
+    return tuple(math.log(weight / sum(weights)) for weight in weights)
+
+
+def reply_of(call: ScoringCall, body: Mapping[str, Any], prompt: Sequence[int]) -> dict[str, Any]:
+    """What vLLM would answer for one prompt of a body, with the toy model behind it."""
+    rows = [row(tuple(prompt[:i])) for i in range(1, len(prompt) + 1)]
+    if isinstance(call, EchoCall):
+        own = [rows[i - 1][prompt[i]] for i in range(1, len(prompt))]
+        top = [{"best": max(some), "own": o} for some, o in zip(rows, own, strict=False)]
+        return {
+            "choices": [{"logprobs": {"token_logprobs": [None, *own, -1], "top_logprobs": [None, *top, {"x": -1}]}}]
+        }
+    if isinstance(call, NextTokenCall):
+        best = max(range(VOCABULARY), key=lambda t: rows[-1][t])
+        top_ids = {f"token_id:{t}": rows[-1][t] for t in (*body["logprob_token_ids"], best)}
+        return {"choices": [{"logprobs": {"top_logprobs": [top_ids]}}]}
+    if isinstance(call, TailCall):
+        tail = [
+            {str(t): {"logprob": some[t]}, "b": {"logprob": max(some)}}
+            for some, t in zip(rows[len(call.context) - 1 :], call.continuation, strict=False)
+        ]
+        cached = len(prompt) - random.Random(str(prompt)).randrange(1, len(prompt))
+        computed = [None, *tail][-(len(prompt) - cached) :] if cached > 1 else [None, *tail]
+        usage = {"prompt_tokens_details": {"cached_tokens": cached}}
+        return {"choices": [{}], "prompt_logprobs": computed, "usage": usage}
+    extra = body["vllm_xargs"]
+    which = extra["sums"].index(sum(prompt))
+    start = sum(extra["lengths"][:which])
+    forced = extra["forced"][start : start + extra["lengths"][which]]
+    own, greedy = [], 0
+    for i, token in enumerate(forced):
+        some = row((*prompt, *forced[:i]))
+        own.append(some[token])
+        greedy += some[token] >= max(some) and greedy == i
+    written = [*forced, extra["verdicts"][1 + greedy]]
+    return {"choices": [{"logprobs": {"tokens": [f"token_id:{t}" for t in written], "token_logprobs": [*own, 0.0]}}]}
+
+
+def answers_of(pairs: Sequence[Scored], methods: Sequence[Method], together: int = 3) -> dict[int, LogProb]:
+    """All answers, some calls of a group in one request, what is missing by echo."""
+    calls, assembly = scoring_calls(pairs, methods=methods)
+    found: dict[int, LogProb] = {}
+    while calls:
+        first, *more = calls[
+            : next((i for i, c in enumerate(calls) if c.group != calls[0].group or i == together), None)
+        ]
+        more = more if first.group is not None else []
+        body = first.body(*more)
+        prompts = body.get("prompt") or body["token_ids"]
+        for call, prompt in zip((first, *more), prompts if more else [prompts], strict=True):
+            for whole in assembly.add(list(call.logprobs(reply_of(call, body, prompt)))):
+                assert whole.index not in found
+                found[whole.index] = whole
+        calls = calls[1 + len(more) :]
+    if missing := assembly.missing():
+        assert Method.TAIL in methods, "only a cache that reaches too far leaves something to echo"
+        found |= answers_of(missing, (Method.ECHO,))
     return found
 
 
-@given(st.lists(st.tuples(tokens, tokens), max_size=40), st.booleans())
-def test_every_pair_is_answered_by_exactly_one_call(pairs: list[Any], next_token: bool) -> None:
+toy = st.integers(0, VOCABULARY - 1)
+heads = st.sampled_from([(1,), (1, 2), (1, 2, 3), tuple(range(30)), tuple(range(8)) * 20, (2, 1)])
+contexts = st.tuples(heads, st.lists(toy, max_size=2).map(tuple)).map(lambda parts: parts[0] + parts[1])
+continuations = st.lists(st.integers(3, 6), min_size=1, max_size=6).map(tuple)
+
+
+@given(st.lists(st.tuples(contexts, continuations), max_size=24), st.sets(st.sampled_from(ALL)))
+def test_every_method_gives_what_echo_gives(pairs: list[Any], methods: set[Method]) -> None:
+    """Shared prefixes, repeats, one continuation the beginning of another: all of them occur among so few tokens."""
     scored = [pair(index, context, continuation) for index, (context, continuation) in enumerate(pairs)]
-    calls = scoring_calls(scored, next_token=next_token)
-    assert answered(calls) == Counter(range(len(pairs)))
-    for call in calls:
-        if isinstance(call, EchoCall):
-            assert not next_token or len(call.pair.continuation) > 1
-            continue
-        assert next_token
-        for token, indices in call.indices_by_token.items():
-            assert all(scored[i].context == call.context and scored[i].continuation == (token,) for i in indices)
+    ours, echo = answers_of(scored, sorted(methods)), answers_of(scored, (Method.ECHO,))
+    assert ours.keys() == echo.keys() == set(range(len(pairs)))
+    assert {i: a.is_greedy for i, a in ours.items()} == {i: a.is_greedy for i, a in echo.items()}
+    assert [ours[i].logprob for i in range(len(pairs))] == pytest.approx([echo[i].logprob for i in range(len(pairs))])
+
+
+def methods_used(pairs: Sequence[Scored], methods: Sequence[Method]) -> Counter[Method]:
+    return Counter(call.method for call in scoring_calls(pairs, methods=methods)[0])
+
+
+def test_long_contexts_are_computed_once_and_short_ones_echoed() -> None:
+    def choices(context: int) -> list[Scored]:
+        return [pair(i, range(context), range(100 * i, 100 * i + 8)) for i in range(4)]
+
+    assert methods_used(choices(600), ALL) == {Method.FORCED: 4}
+    assert methods_used(choices(600), (Method.ECHO, Method.TAIL)) == {Method.TAIL: 4}
+    assert methods_used(choices(600), (Method.ECHO, Method.NEXT_TOKEN)) == {Method.ECHO: 4}
+    assert methods_used(choices(20), ALL) == {Method.ECHO: 4}
+
+
+def test_first_tokens_that_choices_share_are_asked_once() -> None:
+    """`(A`, `(B`, ...: the bracket once, then all letters at once."""
+    pairs = [pair(i, range(300), (500, 600 + i)) for i in range(4)]
+    calls, _ = scoring_calls(pairs, methods=ALL)
+    assert [call.method for call in calls] == [Method.NEXT_TOKEN, Method.NEXT_TOKEN]
+    assert [len(call.indices_by_token) for call in calls if isinstance(call, NextTokenCall)] == [1, 4]
+
+
+def test_a_request_never_forces_behind_two_contexts_of_one_sum() -> None:
+    pairs = [pair(i, (*range(300), i, 9 - i), range(700, 708)) for i in range(10)]
+    calls, _ = scoring_calls(pairs, methods=(Method.FORCED,))
+    assert methods_used(pairs, (Method.FORCED,)) == {Method.FORCED: 10}
+    assert len({call.group for call in calls}) == 10
 
 
 def test_the_letters_of_one_question_share_a_request() -> None:
-    (call,) = scoring_calls([pair(i, (1, 2, 3), (10 + i,)) for i in range(4)], next_token=True)
+    (call,), _ = scoring_calls([pair(i, (1, 2, 3), (10 + i,)) for i in range(4)], methods=ALL)
     assert call.body() == {
         "prompt": (1, 2, 3),
         "temperature": 0,
@@ -70,9 +167,10 @@ def test_the_letters_of_one_question_share_a_request() -> None:
 
 
 def test_more_continuations_than_one_request_may_ask_for_are_split() -> None:
-    calls = scoring_calls([pair(i, (1,), (i,)) for i in range(2 * NEXT_TOKEN_MOST + 1)], next_token=True)
-    assert [len(call.indices_by_token) for call in calls if isinstance(call, NextTokenCall)] == [128, 128, 1]
-    assert answered(calls) == Counter(range(2 * NEXT_TOKEN_MOST + 1))
+    calls, _ = scoring_calls([pair(i, (1,), (i,)) for i in range(2 * NEXT_TOKEN_MOST + 1)], methods=ALL)
+    asked = [call.indices_by_token for call in calls if isinstance(call, NextTokenCall)]
+    assert [len(some) for some in asked] == [128, 128, 1]
+    assert sorted(i for some in asked for indices in some.values() for i in indices) == list(range(257))
 
 
 def test_a_scoring_request_is_the_one_that_stock_lm_eval_sends() -> None:
@@ -174,14 +272,16 @@ def test_next_token_and_echo_agree_on_a_server(stand_in: Callable[..., StandIn])
     # The stand-in's own best tokens, so that greedy ones are among them.
     pairs += [pair(40 + i, range(3 + i, 9 + 2 * i), (token,)) for i in range(5) for token in [best(server, i)]]
 
-    def answers(calls: Sequence[EchoCall | NextTokenCall]) -> dict[int, LogProb]:
+    def answers(methods: Sequence[Method]) -> dict[int, LogProb]:
+        calls, assembly = scoring_calls(pairs, methods=methods)
         replies = asyncio.run(posted(server, [call.body() for call in calls]))
-        return {a.index: a for call, reply in zip(calls, replies, strict=True) for a in call.logprobs(reply)}
+        found = [assembly.add(list(call.logprobs(reply))) for call, reply in zip(calls, replies, strict=True)]
+        return {answer.index: answer for whole in found for answer in whole}
 
-    shared = scoring_calls(pairs, next_token=True)
-    assert len(shared) == 5
-    assert answers(shared) == answers(scoring_calls(pairs, next_token=False))
-    assert [i for i, a in sorted(answers(shared).items()) if a.is_greedy][-5:] == [40, 41, 42, 43, 44]
+    assert methods_used(pairs, (Method.NEXT_TOKEN,)) == {Method.NEXT_TOKEN: 5}
+    shared = answers((Method.NEXT_TOKEN,))
+    assert shared == answers((Method.ECHO,))
+    assert [i for i, a in sorted(shared.items()) if a.is_greedy][-5:] == [40, 41, 42, 43, 44]
 
 
 def best(server: StandIn, i: int) -> int:
@@ -210,6 +310,6 @@ def test_an_answer_that_a_server_gave_up_is_none(reason: str | None) -> None:
     with pytest.raises(PassingFault, match="gave up an answer"):
         call.generation(reply)
     pair = Scored(index=0, context=(1,), continuation=(2,))
-    for scoring in scoring_calls([pair], next_token=False) + scoring_calls([pair], next_token=True):
+    for scoring in [call for method in ALL for call in calls_by(method, edges_of([pair]))]:
         with pytest.raises(PassingFault):
             list(scoring.logprobs({"choices": [{"finish_reason": reason, "logprobs": None}]}))

@@ -8,8 +8,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +16,7 @@ import aiohttp
 import msgspec
 
 from sweep.errors import PassingFault, RequestError
+from sweep.evaluating.dispatch import Dispatched, Queue, Queued
 from sweep.serving.server import Endpoint
 
 log = logging.getLogger(__name__)
@@ -39,21 +39,40 @@ DEADLINE_PER_TOKEN_S = 0.25
 KEEP_ALIVE_S = 4.0
 """Below the 5 s after which vLLM's web server closes an idle connection: a request must not meet the closing."""
 
+REQUESTS = 4
+"""At least so many requests fill an endpoint's share: while one is answered and the next is made, others compute."""
+
 WORDS = 600
 """Characters of a server's own words that an error quotes."""
 
 
-class Call(Protocol):
-    """One HTTP request to `/v1/completions`."""
+class Call(Dispatched, Protocol):
+    """One prompt, and what is asked about it."""
+
+    @property
+    def path(self) -> str:
+        """Where the server answers it."""
+        ...
 
     @property
     def tokens(self) -> int:
         """Prompt tokens plus tokens to generate."""
         ...
 
-    def body(self) -> dict[str, Any]:
-        """The JSON body without `model`; made when it is sent, so that queued calls stay small."""
+    def body(self, *more: Any) -> dict[str, Any]:
+        """The JSON body, without `model`, for this call and `more` of its group; made when it is sent, so that queued
+        calls stay small."""
         ...
+
+
+def replies_of(reply: Mapping[str, Any], calls: int) -> list[Mapping[str, Any]]:
+    """The answer to a request of several calls as one for each. Raises PassingFault for another number of choices."""
+    if calls == 1:
+        return [reply]
+    choices = sorted(reply["choices"], key=lambda choice: int(choice["index"]))
+    if len(choices) != calls:
+        raise PassingFault(f"a server gave {len(choices)} choices for {calls} prompts")
+    return [{"choices": [choice]} for choice in choices]
 
 
 C = TypeVar("C", bound=Call)
@@ -69,14 +88,6 @@ class _Slot:
     pause_s: float = 0.0
     """The last pause; 0 once it answered again."""
     paused_until: float = 0.0
-
-
-@dataclass(kw_only=True)
-class _Queued:
-    """A call with its history."""
-
-    call: Any
-    attempts: int = 0
 
 
 def _nobody() -> None:
@@ -139,18 +150,23 @@ class Pool:
         with self._lock:
             self._wake = wake
 
-    def take(self, wanted: int = 1) -> tuple[_Slot | None, int]:
-        """The least loaded endpoint with room, and how many of the `wanted` prompts may go there, at least one of them.
+    def take(self, wanted: int = 1, *, but: Collection[str] = ()) -> tuple[_Slot | None, int]:
+        """The least loaded endpoint with room, and how many of the `wanted` prompts may go there in one request, at
+        least one of them; none of those in `but`.
 
         They are in flight from now on, until they are given back. (None, 0) where nothing has room.
         """
         now = time.monotonic()
         with self._lock:
-            ready = [s for s in self._slots.values() if s.in_flight < s.limit and s.paused_until <= now]
+            ready = [
+                slot
+                for name, slot in self._slots.items()
+                if slot.in_flight < slot.limit and slot.paused_until <= now and name not in but
+            ]
             if not ready:
                 return None, 0
             slot = min(ready, key=lambda s: s.in_flight / s.limit)
-            granted = min(wanted, slot.limit - slot.in_flight)
+            granted = min(wanted, slot.limit - slot.in_flight, max(1, slot.limit // REQUESTS))
             slot.in_flight += granted
             return slot, granted
 
@@ -198,9 +214,9 @@ class Client:
         While the pool is empty it waits: the scheduler brings a server or cancels. Raises RequestError for a request
         that a server refuses for good, Cancelled when the scheduler takes the cell back, and what `on_reply` raises.
         """
-        asyncio.run(self._run(deque(_Queued(call=call) for call in calls), on_reply))
+        asyncio.run(self._run(Queue(calls), on_reply))
 
-    async def _run(self, queue: deque[_Queued], on_reply: Callable[[C, Mapping[str, Any]], None]) -> None:
+    async def _run(self, queue: Queue, on_reply: Callable[[C, Mapping[str, Any]], None]) -> None:
         loop = asyncio.get_running_loop()
         changed = asyncio.Event()
         self.pool._call(lambda: loop.call_soon_threadsafe(changed.set))
@@ -213,9 +229,8 @@ class Client:
                     while queue or running:
                         self.pool.raise_if_cancelled()
                         self.pool.want(len(queue))
-                        slot, _ = self.pool.take() if queue else (None, 0)
-                        if slot is not None:
-                            task = asyncio.create_task(self._send(session, slot, queue, queue.popleft(), on_reply))
+                        if (begun := self._begin(queue)) is not None:
+                            task = asyncio.create_task(self._send(session, *begun, queue, on_reply))
                             running.add(task)
                             task.add_done_callback(lambda _: changed.set())
                             continue
@@ -235,45 +250,69 @@ class Client:
         finally:
             self.pool._call(_nobody)
 
+    def _begin(self, queue: Queue) -> tuple[_Slot, list[Queued]] | None:
+        """The next calls, and the endpoint that has places for them."""
+        served: list[str] = []
+        while queue:
+            slot, places = self.pool.take(len(queue), but=served)
+            if slot is None:
+                return None
+            calls = queue.take(slot.endpoint.server, places)
+            self.pool.give_back(slot, places - len(calls))
+            if calls:
+                return slot, calls
+            served.append(slot.endpoint.server)
+        return None
+
     async def _send(
         self,
         session: aiohttp.ClientSession,
         slot: _Slot,
-        queue: deque[_Queued],
-        queued: _Queued,
+        calls: list[Queued],
+        queue: Queue,
         on_reply: Callable[[C, Mapping[str, Any]], None],
     ) -> None:
-        """One try; on a passing fault the call goes back to the front of the queue."""
+        """One try; on a passing fault the calls wait again."""
         endpoint = slot.endpoint
+        answered = 0
         try:
-            on_reply(queued.call, await self._post(session, endpoint, queued.call))
+            reply = await self._post(session, endpoint, [queued.call for queued in calls])
+            queue.done(endpoint.server, calls)
+            for queued, own in zip(calls, replies_of(reply, len(calls)), strict=True):
+                on_reply(queued.call, own)
+                answered += 1
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             self._pause(slot, f"connection to {endpoint.server} lost: {error!r}")
-            queue.appendleft(queued)
+            queue.back(endpoint.server, calls)
         except (PassingFault, aiohttp.ClientError) as error:
-            queued.attempts += 1
             self._pause(slot, str(error))
-            if queued.attempts >= ATTEMPTS:
-                raise RequestError(
-                    f"a request to model {self.model} failed {ATTEMPTS} times, last at {endpoint.server}: {error}"
-                ) from None
-            queue.appendleft(queued)
+            for queued in calls[answered:]:
+                queued.attempts += 1
+                if queued.attempts >= ATTEMPTS:
+                    raise RequestError(
+                        f"a request to model {self.model} failed {ATTEMPTS} times, last at {endpoint.server}: {error}"
+                    ) from None
+            queue.back(endpoint.server, calls[answered:])
         else:
             slot.pause_s = 0.0
         finally:
-            self.pool.give_back(slot)
+            self.pool.give_back(slot, len(calls))
 
-    async def _post(self, session: aiohttp.ClientSession, endpoint: Endpoint, call: Call) -> Mapping[str, Any]:
-        body = msgspec.json.encode({"model": self.model, **call.body()})
+    async def _post(
+        self, session: aiohttp.ClientSession, endpoint: Endpoint, calls: Sequence[Call]
+    ) -> Mapping[str, Any]:
+        first, *more = calls
+        body = msgspec.json.encode({"model": self.model, **first.body(*more)})
+        tokens = sum(call.tokens for call in calls)
         key = endpoint.api_key
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        timeout = aiohttp.ClientTimeout(total=DEADLINE_S + DEADLINE_PER_TOKEN_S * call.tokens, sock_connect=10)
+        timeout = aiohttp.ClientTimeout(total=DEADLINE_S + DEADLINE_PER_TOKEN_S * tokens, sock_connect=10)
         if self.traffic.first_sent is None:
             self.traffic.first_sent = time.monotonic()
         self.traffic.requests += 1
         try:
             async with session.post(
-                f"{endpoint.url}/v1/completions", data=body, headers=headers, timeout=timeout
+                f"{endpoint.url}{first.path}", data=body, headers=headers, timeout=timeout
             ) as response:
                 content = await response.read()
         except aiohttp.ClientConnectionError:

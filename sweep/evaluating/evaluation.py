@@ -23,7 +23,8 @@ from sweep.errors import TaskError, boundary
 from sweep.evaluating.client import Client, Pool
 from sweep.evaluating.lm import Channel, SweepLM
 from sweep.evaluating.preflight import PROBE_TEXTS, Facts
-from sweep.planning.config import Model, Seeds, Task
+from sweep.evaluating.scoring import Method
+from sweep.planning.config import Model, Scoring, Seeds, Task
 from sweep.planning.plan import Cell, ModelPlan, served_name
 from sweep.record import Record, Score, Status
 
@@ -197,6 +198,7 @@ def _lm(cell: Cell, tokenizer: Any, client: Client, channel: Any) -> SweepLM:
         overflow=cell.task.on_overflow,
         client=client,
         channel=channel,
+        scoring=(Method.ECHO,) if cell.model.model.scoring is Scoring.ECHO else (),
     )
 
 

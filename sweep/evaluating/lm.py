@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sweep.errors import TaskError
 from sweep.evaluating.client import Call, Client
 from sweep.evaluating.preflight import Facts
-from sweep.evaluating.scoring import EchoCall, GenerateCall, Method, NextTokenCall, Scored, scoring_calls
+from sweep.evaluating.scoring import GenerateCall, Method, Scored, ScoringCall, scoring_calls
 from sweep.planning.config import Overflow
 from sweep.record import Counts
 from sweep.results.store import Response, response_key
@@ -115,8 +115,11 @@ class SweepLM(LM):  # type: ignore[misc]
         overflow: Overflow,
         client: Client,
         channel: Channel,
+        scoring: Collection[Method] = (),
     ) -> None:
+        """`scoring` are the only methods to score by; empty leaves it to what the server was seen to do."""
         super().__init__()
+        self.scoring = scoring
         self.cell = cell
         self.fingerprint = fingerprint
         self.tokenizer = tokenizer
@@ -288,10 +291,17 @@ class SweepLM(LM):  # type: ignore[misc]
         self._score(scored, [0] * len(scored), answer)
 
     def _score(self, scored: Sequence[Scored], cuts: Sequence[int], answer: Answer) -> None:
-        length_by_index = {pair.index: len(pair.continuation) for pair in scored}
+        """By the fastest of the methods that were proven, and what these cannot tell by echo."""
+        self._score_by(self.scoring or self._facts().methods, scored, cuts, answer)
 
-        def parse(call: EchoCall | NextTokenCall, reply: Mapping[str, Any]) -> None:
-            for found in call.logprobs(reply):
+    def _score_by(
+        self, methods: Collection[Method], scored: Sequence[Scored], cuts: Sequence[int], answer: Answer
+    ) -> None:
+        length_by_index = {pair.index: len(pair.continuation) for pair in scored}
+        calls, assembly = scoring_calls(scored, methods=methods)
+
+        def parse(call: ScoringCall, reply: Mapping[str, Any]) -> None:
+            for found in assembly.add(list(call.logprobs(reply))):
                 value = PairAnswer(
                     logprob=found.logprob,
                     is_greedy=found.is_greedy,
@@ -301,10 +311,11 @@ class SweepLM(LM):  # type: ignore[misc]
                 )
                 answer(found.index, value)
 
-        calls = scoring_calls(scored, next_token=Method.NEXT_TOKEN in self._facts().methods)
         # Each has a token generated that nobody reads.
         self._count(prompt_tokens=sum(call.tokens - 1 for call in calls))
         self._send(calls, parse)
+        if rest := assembly.missing():
+            self._score_by((Method.ECHO,), rest, cuts, answer)
 
     def _ask_generations(self, wanted: Sequence[_Generate], answer: Answer) -> None:
         longest = self._facts().max_model_len - 1

@@ -18,7 +18,16 @@ import aiohttp
 import msgspec
 
 from sweep.errors import PassingFault, RequestError, ServerError, boundary
-from sweep.evaluating.scoring import EchoCall, LogProb, Method, NextTokenCall, Scored, scoring_calls
+from sweep.evaluating.client import replies_of
+from sweep.evaluating.scoring import (
+    EchoCall,
+    LogProb,
+    Method,
+    Scored,
+    ScoringCall,
+    calls_by,
+    edges_of,
+)
 from sweep.masking import masked
 from sweep.planning.plan import ModelPlan, ServerPlan, served_name
 from sweep.serving.server import Endpoint
@@ -41,6 +50,12 @@ TIMEOUT_S = 180.0
 
 CONTEXTS = tuple(tuple(range(20 + 7 * i, 44 + 9 * i)) for i in range(4))
 """Of the probes: token ids below 150, which every vocabulary has; what they spell does not matter."""
+
+LONG_CONTEXT = tuple(20 + 13 * i % 120 for i in range(700))
+"""As long as five examples in front of a question; cut where the server takes less."""
+
+SEVERAL = 12
+"""Tokens of the longest continuation that is probed."""
 
 UNLIKELY = 66
 """A token that follows none of CONTEXTS well."""
@@ -82,12 +97,11 @@ SAME_TOKENIZER = (
     "there (vLLM takes Mistral's own where a checkpoint has one; with `tokenizer_mode: hf` it does not)"
 )
 
-Call = EchoCall | NextTokenCall
+METHODS = (Method.NEXT_TOKEN, Method.FORCED, Method.TAIL)
+"""What is proven against echo, where the server offers it; the first one every server may."""
 
-METHODS: Mapping[Method, Callable[[Sequence[Scored]], Sequence[Call]]] = {
-    Method.NEXT_TOKEN: partial(scoring_calls, next_token=True),
-}
-"""What is proven against echo -> its calls for some probes."""
+TOGETHER = 4
+"""Calls of a group that share a request, as they do later."""
 
 
 TokenIds = Mapping[str, tuple[tuple[int, ...], ...]]
@@ -108,7 +122,7 @@ class Check:
     model: str
     name: str
     """`key`, `served name`, `max_model_len`, `completion logprobs`, `chat logprobs`, `echo`, `tokenizer`,
-    `next_token`."""
+    `next_token`, `forced_decoding`, `tail_prefill`."""
     outcome: Outcome
     detail: str
     """What came; of a failed one: what was asked, what came, what to do."""
@@ -213,11 +227,15 @@ async def _inspect(endpoint: Endpoint, expected: Mapping[str, Expected]) -> Insp
     facts = Facts(
         max_model_len=endpoint.max_model_len,
         engine_version=endpoint.engine_version,
-        methods=(Method.ECHO, *(method for method in METHODS if method not in doubts)),
+        methods=(Method.ECHO, *(method for method in _asked(endpoint) if method not in doubts)),
         notes=tuple(f"{method} is not used: {doubts[method]}" for method in METHODS if method in doubts),
         checks=tuple(checks),
     )
     return Inspection(server=endpoint.server, checks=tuple(checks), facts=facts)
+
+
+def _asked(endpoint: Endpoint) -> list[Method]:
+    return [method for method in METHODS if method is Method.NEXT_TOKEN or method in endpoint.scoring]
 
 
 class _Wrong(Exception):
@@ -269,6 +287,13 @@ class _Completion:
     choices: Annotated[list[_Choice], msgspec.Meta(min_length=1, max_length=1)]
     usage: _Usage | None = None
     """Not every server gives it with an echo; `_next` demands it, since lengths of answers are counted by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choices:
+    """Of any scoring request; what is in them is the calls' own to read."""
+
+    choices: Annotated[list[Any], msgspec.Meta(min_length=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -586,7 +611,7 @@ class _Interview:
             reply, rows = await self._complete(body, "with `echo: true, logprobs: 1`")
             remark = self._shape_of_echo(rows, len(context) + 2) or remark
             unlikely.append(rows.token_logprobs[len(context) + 1])
-            (answer,) = _logprobs(call, reply)
+            (answer,) = _logprobs([call], reply)
             best = max((rows.top_logprobs[len(context)] or {}).values())
             echoed = best if token is None else answer.logprob
             worst = max(worst, abs(echoed - generated))
@@ -693,13 +718,14 @@ class _Interview:
     # How it can be scored.
 
     async def _methods(self, *, echo_is_right: bool) -> list[Check]:
+        asked = _asked(self.line.endpoint)
         if not echo_is_right:
             why = "not compared, since echo is not right"
-            return [Check(model=self.model, name=name, outcome=Outcome.NOTED, detail=why) for name in METHODS]
+            return [Check(model=self.model, name=name, outcome=Outcome.NOTED, detail=why) for name in asked]
         probes = self._probes()
-        echo = [EchoCall(pair=pair) for pair in probes]
-        calls = {method: list(calls_of(probes)) for method, calls_of in METHODS.items()}
-        checks = {m: await self._check(m, partial(self._agree, echo, calls[m], "alone")) for m in METHODS}
+        echo = calls_by(Method.ECHO, edges_of(probes))
+        calls = {method: self._calls(method, probes) for method in asked}
+        checks = {m: await self._check(m, partial(self._agree, echo, calls[m], "alone")) for m in asked}
         able = [method for method, check in checks.items() if check.outcome is Outcome.PASSED]
         # Any may spoil the others' rows: vLLM's V1 runner gives every row of a batch what one request asked for.
         batch = [*(call for method in able for call in calls[method]), *echo]
@@ -711,7 +737,11 @@ class _Interview:
                 checks[method] = replace(checks[method], **{**found, "detail": told})
         return list(checks.values())
 
-    async def _agree(self, echo: Sequence[EchoCall], calls: Sequence[Call], how: str) -> Finding:
+    def _calls(self, method: Method, probes: Sequence[Scored]) -> list[ScoringCall]:
+        able = [pair for pair in probes if method is not Method.NEXT_TOKEN or len(pair.continuation) == 1]
+        return calls_by(method, edges_of(able))
+
+    async def _agree(self, echo: Sequence[ScoringCall], calls: Sequence[ScoringCall], how: str) -> Finding:
         """Whether what `calls` say is what `echo` said when it was alone."""
         if not self._reference:
             self._reference = {answer.index: answer for answer in await self._answers(echo)}
@@ -723,6 +753,8 @@ class _Interview:
             raise
         except _Wrong as wrong:
             return Outcome.NOTED, f"{how} {wrong}"
+        if not answers:
+            return Outcome.NOTED, f"{how} it answers nothing"
         worst = max(abs(answer.logprob - self._reference[answer.index].logprob) for answer in answers)
         if not worst <= min(max(TOLERANCE, NOISE_FACTOR * self._noise), ECHO_TOLERANCE):
             return Outcome.NOTED, f"{how} it differs from echo by up to {worst:.3f} in log-likelihood"
@@ -733,32 +765,56 @@ class _Interview:
         return Outcome.PASSED, f"{how} within {worst:.3f} of echo{noise}"
 
     def _probes(self) -> list[Scored]:
-        """For each context three tokens, and the likeliest one where the server tells which it generates."""
-        probes: list[Scored] = []
-        for i, (context, (name, _)) in enumerate(zip(CONTEXTS, self._likeliest, strict=True)):
-            likeliest = _token_id(name)
-            first = () if likeliest is None else (likeliest,)
-            for token in dict.fromkeys((*first, 61 + 11 * i, 66 + 11 * i, 71 + 11 * i)):
-                probes.append(Scored(index=len(probes), context=context, continuation=(token,)))
-        return probes
+        """For each context three tokens, and the likeliest one where the server tells which it generates; where it may
+        write several, also continuations of several: likely ones, unlikely ones, of text in many scripts, behind a
+        context that fills blocks of the cache."""
+        pairs: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        likely = [() if (token := _token_id(name)) is None else (token,) for name, _ in self._likeliest]
+        for i, (context, first) in enumerate(zip(CONTEXTS, likely, strict=True)):
+            pairs += [(context, (token,)) for token in dict.fromkeys((*first, 61 + 11 * i, 66 + 11 * i, 71 + 11 * i))]
+        if len(_asked(self.line.endpoint)) > 1:
+            texts = [ids[:SEVERAL] for ids in self.expected.token_ids if len(ids) > 1] or [CONTEXTS[1][:SEVERAL]]
+            pairs += [(context, (*first, 66, 77)) for context, first in zip(CONTEXTS, likely, strict=True)]
+            pairs += [(CONTEXTS[0], text) for text in texts] + [(LONG_CONTEXT, text) for text in texts[:2]]
+        distinct = dict.fromkeys(pairs)
+        room = self.line.endpoint.max_model_len - 1
+        return [
+            Scored(index=index, context=context[: room - len(continuation)], continuation=continuation)
+            for index, (context, continuation) in enumerate(distinct)
+        ]
 
-    async def _answers(self, calls: Sequence[Call]) -> list[LogProb]:
-        """What the calls answer, all sent at once."""
+    async def _answers(self, calls: Sequence[ScoringCall]) -> list[LogProb]:
+        """What the calls answer, all sent at once, some of a group in one request."""
 
-        async def send(call: Call) -> list[LogProb]:
-            body = {"model": self.expected.served_name, **call.body()}
-            reply = await self.line.post("/v1/completions", body, about=f"to score by {call.method}")
-            reply.read(_Completion, USE_ANOTHER)
-            return _logprobs(call, reply)
+        async def send(some: Sequence[Any]) -> list[LogProb]:
+            first, *more = some
+            body = {"model": self.expected.served_name, **first.body(*more)}
+            reply = await self.line.post(first.path, body, about=f"to score by {first.method}")
+            reply.read(_Choices, USE_ANOTHER)
+            return _logprobs(some, reply)
 
-        found = await asyncio.gather(*(send(call) for call in calls))
+        found = await asyncio.gather(*(send(some) for some in _together(calls)))
         return [answer for answers in found for answer in answers]
 
 
-def _logprobs(call: Call, reply: _Reply) -> list[LogProb]:
+def _together(calls: Sequence[ScoringCall]) -> list[list[ScoringCall]]:
+    """Neighbours of one group, TOGETHER at most; echo is what others are compared with and asked one by one."""
+    requests: list[list[ScoringCall]] = []
+    for call in calls:
+        last = requests[-1] if requests else []
+        alone = call.group is None or call.method is Method.ECHO
+        if last and not alone and last[0].group == call.group and len(last) < TOGETHER:
+            last.append(call)
+        else:
+            requests.append([call])
+    return requests
+
+
+def _logprobs(calls: Sequence[ScoringCall], reply: _Reply) -> list[LogProb]:
     try:
-        return list(call.logprobs(msgspec.json.decode(reply.text)))
-    except (RequestError, PassingFault) as error:
+        own = replies_of(msgspec.json.decode(reply.text), len(calls))
+        return [answer for call, its in zip(calls, own, strict=True) for answer in call.logprobs(its)]
+    except (RequestError, PassingFault, ValueError) as error:
         raise _Wrong(reply.asked, reply.said, str(error)) from None
 
 

@@ -1,18 +1,31 @@
 """Log-likelihood and generation requests -> calls to a server, with the fewest tokens that it must compute.
 
 The reference is stock lm-eval's `local-completions` with tokenized requests: each pair a prompt of its own, which
-comes back with the log-probabilities of all its tokens (`EchoCall`). Where continuations are one token, all those of a
-context become one request for the next token's log-probabilities instead (`NextTokenCall`): the few-shot prefix is
-computed once and stays in vLLM's prefix cache, which an echo request must ignore. preflight.py proves on the live
-server that both agree.
+comes back with the log-probabilities of all its tokens (`EchoCall`). vLLM ignores its prefix cache for such a request.
+The other methods ask about a context that the cache may hold, and for no more than what follows it:
+
+- `NextTokenCall`: all continuations of one token over a context, from the log-probabilities of its next token.
+- `ForcedCall`: longer ones, which the server is made to write (forced_decoding.py, our own servers' V1 runner).
+- `TailCall`: longer ones, of which only the rows behind the cached context are computed (vLLM's V2 runner).
+
+preflight.py proves on the live server that a method agrees with echo before it is used. Pairs of a context are planned
+together (`scoring_calls`); what a method could not answer is left to echo (`Assembly.missing`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import count, islice
 from typing import Any
 
 from sweep.errors import PassingFault, RequestError
+from sweep.evaluating.dispatch import common_length
+
+COMPLETIONS = "/v1/completions"
+GENERATE = "/inference/v1/generate"
+"""vLLM's endpoint for token ids in and out, there with `--enable-scale-out`."""
 
 ECHO_SEED = 1234
 """What stock lm-eval sends with a scoring request; no effect on log-probabilities, kept so that requests are equal."""
@@ -20,11 +33,27 @@ ECHO_SEED = 1234
 NEXT_TOKEN_MOST = 128
 """Token ids that one request may ask for: vLLM's MAX_LOGPROB_TOKEN_IDS."""
 
+FORCED_TOGETHER = 16
+"""Contexts whose continuations are asked in turns: few enough to stay in the server's cache meanwhile."""
+
+ECHO_TOKEN = 1.0
+FORCED_STEP = 12.0
+CALL = 30.0
+CACHE_BLOCK = 16
+"""What scoring costs, in tokens of a prompt: each token echoed, each step of a forced continuation, each prompt sent,
+and what of a cached context is computed again since vLLM keeps whole blocks. Only which of two right methods is taken
+depends on them; docs/performance.md has the measurement."""
+
 
 class Method(StrEnum):
     ECHO = "echo"
     NEXT_TOKEN = "next_token"
+    FORCED = "forced_decoding"
+    TAIL = "tail_prefill"
     GENERATE = "generate"
+
+
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +61,9 @@ class Scored:
     """One (context, continuation) pair in token ids, and where its answer belongs."""
 
     index: int
-    context: tuple[int, ...]
+    context: Tokens
     """At least one token."""
-    continuation: tuple[int, ...]
+    continuation: Tokens
     """At least one token."""
 
 
@@ -56,14 +85,17 @@ class EchoCall:
     pair: Scored
 
     method = Method.ECHO
+    path = COMPLETIONS
+    group = Method.ECHO
+    prefix = None
 
     @property
     def tokens(self) -> int:
         return len(self.pair.context) + len(self.pair.continuation) + 1
 
-    def body(self) -> dict[str, Any]:
+    def body(self, *more: "EchoCall") -> dict[str, Any]:
         return {
-            "prompt": [*self.pair.context, *self.pair.continuation],
+            "prompt": _prompts([*call.pair.context, *call.pair.continuation] for call in (self, *more)),
             "temperature": 0,
             "max_tokens": 1,
             "logprobs": 1,
@@ -89,19 +121,28 @@ class EchoCall:
 class NextTokenCall:
     """Score all one-token continuations of one context at once."""
 
-    context: tuple[int, ...]
-    indices_by_token: Mapping[int, tuple[int, ...]]
+    context: Tokens
+    indices_by_token: Mapping[int, Sequence[int]]
     """Continuation token id -> answers that it belongs to; at most NEXT_TOKEN_MOST ids."""
 
     method = Method.NEXT_TOKEN
+    path = COMPLETIONS
+
+    @property
+    def group(self) -> Hashable:
+        return self.method, tuple(self.indices_by_token)
+
+    @property
+    def prefix(self) -> Tokens:
+        return self.context
 
     @property
     def tokens(self) -> int:
         return len(self.context) + 1
 
-    def body(self) -> dict[str, Any]:
+    def body(self, *more: "NextTokenCall") -> dict[str, Any]:
         return {
-            "prompt": self.context,
+            "prompt": _prompts(call.context for call in (self, *more)),
             "temperature": 0,
             "max_tokens": 1,
             "logprobs": 1,
@@ -129,6 +170,124 @@ class NextTokenCall:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ForcedCall:
+    """Score one continuation by having the server write it behind its context; see serving/forced_decoding.py."""
+
+    context: Tokens
+    continuation: Tokens
+    indices: Sequence[int]
+    verdicts: Tokens
+    """Tokens that say how many of the continuation's first ones were greedy: not known, 0, 1, ..."""
+    batch: int
+    """Calls of a batch may share a request: they have the same verdicts, and contexts whose sums differ."""
+
+    method = Method.FORCED
+    path = COMPLETIONS
+
+    @property
+    def group(self) -> Hashable:
+        return self.method, self.batch
+
+    @property
+    def prefix(self) -> Tokens:
+        return self.context
+
+    @property
+    def tokens(self) -> int:
+        return len(self.context) + len(self.continuation) + 1
+
+    def body(self, *more: "ForcedCall") -> dict[str, Any]:
+        calls = (self, *more)
+        return {
+            "prompt": _prompts(call.context for call in calls),
+            "temperature": 0,
+            "max_tokens": max(len(call.continuation) for call in calls) + 1,
+            "logprobs": 0,
+            "return_tokens_as_token_ids": True,
+            "seed": ECHO_SEED,
+            "ignore_eos": True,
+            "stop_token_ids": self.verdicts,
+            "vllm_xargs": {
+                "forced": [token for call in calls for token in call.continuation],
+                "lengths": [len(call.continuation) for call in calls],
+                "sums": [sum(call.context) for call in calls],
+                "verdicts": self.verdicts,
+            },
+        }
+
+    def logprobs(self, reply: Mapping[str, Any]) -> Iterator[LogProb]:
+        """One LogProb for each index; none where something else was written, or what was greedy is not known."""
+        got = _logprobs(reply, self.method)
+        end = len(self.continuation)
+        tokens, logprobs = (list(got.get(name) or ()) for name in ("tokens", "token_logprobs"))
+        verdicts = [f"token_id:{token}" for token in self.verdicts]
+        if tokens[:end] != [f"token_id:{token}" for token in self.continuation] or tokens[end:] == verdicts[:1]:
+            return
+        greedy = verdicts.index(*tokens[end:]) - 1
+        for index in self.indices:
+            yield LogProb(index=index, logprob=sum(logprobs[:end]), is_greedy=greedy == end)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TailCall:
+    """Score one continuation from the rows that a prefill computes behind its cached context: vLLM's V2 runner."""
+
+    context: Tokens
+    continuation: Tokens
+    indices: Sequence[int]
+
+    method = Method.TAIL
+    path = GENERATE
+    group = None
+
+    @property
+    def prefix(self) -> Tokens:
+        return self.context
+
+    @property
+    def tokens(self) -> int:
+        return len(self.context) + len(self.continuation) + 1
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "token_ids": [*self.context, *self.continuation],
+            "sampling_params": {
+                "max_tokens": 1,
+                "temperature": 0,
+                "prompt_logprobs": 1,
+                # Unset it would be true: vLLM wants to be asked before it leaves out the rows of cached tokens.
+                "skip_reading_prefix_cache": False,
+                "detokenize": False,
+            },
+        }
+
+    def logprobs(self, reply: Mapping[str, Any]) -> Iterator[LogProb]:
+        """One LogProb for each index; none where the cache reached into the continuation.
+
+        Raises RequestError for missing rows and where it is not told how many tokens were cached.
+        """
+        _choice(reply)
+        cached = ((reply.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
+        if cached is None:
+            raise RequestError("a tail reply does not tell how many tokens were cached: --enable-prompt-tokens-details")
+        if cached >= len(self.context):
+            return
+        # What the V1 runner has in front of them was never written to: only these are looked at.
+        rows = (reply.get("prompt_logprobs") or [])[-len(self.continuation) :]
+        wanted = [str(token) for token in self.continuation]
+        if len(rows) != len(wanted) or not all(row and token in row for row, token in zip(rows, wanted, strict=True)):
+            raise RequestError(f"a tail reply lacks rows for the last {len(wanted)} tokens of its prompt (got {rows})")
+        logprobs = [row[token]["logprob"] for row, token in zip(rows, wanted, strict=True)]
+        best = [max(other["logprob"] for other in row.values()) for row in rows]
+        greedy = all(logprob >= top for logprob, top in zip(logprobs, best, strict=True))
+        for index in self.indices:
+            yield LogProb(index=index, logprob=sum(logprobs), is_greedy=greedy)
+
+
+ScoringCall = EchoCall | NextTokenCall | ForcedCall | TailCall
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
     """What a model wrote."""
 
@@ -148,6 +307,9 @@ class GenerateCall:
     """The body's sampling part; `max_tokens` is always there."""
 
     method = Method.GENERATE
+    path = COMPLETIONS
+    group = None
+    prefix = None
 
     @property
     def tokens(self) -> int:
@@ -195,22 +357,181 @@ def _logprobs(reply: Mapping[str, Any], method: Method) -> Mapping[str, Any]:
     return found
 
 
-def scoring_calls(pairs: Sequence[Scored], *, next_token: bool) -> list[EchoCall | NextTokenCall]:
-    """The calls that answer all `pairs`, in an order that keeps prompts with a common prefix together.
+def _prompts(prompts: Iterable[Sequence[int]]) -> Sequence[Any]:
+    """One prompt as stock lm-eval sends it, several as a list of them."""
+    several = list(prompts)
+    return several if len(several) > 1 else several[0]
 
-    With `next_token`, one-token continuations of the same context share a request; everything else is echoed.
-    Every index of `pairs` is answered by exactly one call.
+
+# --- Planning --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Edge:
+    """Tokens that follow a context and belong to the continuations of these pairs, as a whole or as a part."""
+
+    context: Tokens
+    tokens: Tokens
+    indices: tuple[int, ...]
+
+
+class Assembly:
+    """Answers of calls -> answers of pairs: where continuations share their first tokens, those are asked once."""
+
+    def __init__(self, pairs: Sequence[Scored], edges: Iterable[_Edge]) -> None:
+        self._pairs = {pair.index: pair for pair in pairs}
+        self._owed = Counter(index for edge in edges for index in edge.indices)
+        self._sums: dict[int, tuple[float, bool]] = {}
+
+    def add(self, found: Iterable[LogProb]) -> list[LogProb]:
+        """The pairs that are answered by now because of what a call `found`."""
+        whole = []
+        for part in found:
+            logprob, greedy = self._sums.get(part.index, (0.0, True))
+            self._sums[part.index] = logprob, greedy = logprob + part.logprob, greedy and part.is_greedy
+            self._owed[part.index] -= 1
+            if not self._owed[part.index]:
+                del self._pairs[part.index]
+                whole.append(LogProb(index=part.index, logprob=logprob, is_greedy=greedy))
+        return whole
+
+    def missing(self) -> list[Scored]:
+        """Pairs without an answer after all calls: their method could not tell, and they are left to echo."""
+        return list(self._pairs.values())
+
+
+def scoring_calls(pairs: Sequence[Scored], *, methods: Collection[Method]) -> tuple[list[ScoringCall], Assembly]:
+    """The calls that answer all `pairs` by the cheapest of `methods`, and what puts their answers together.
+
+    Echo is always allowed. Distinct contexts keep their order; all that follows one stands together, so that the
+    server still has it in its cache, and so do contexts of a common prefix, where `pairs` have them so.
     """
-    by_context: dict[tuple[int, ...], dict[int, list[int]]] = {}
-    calls: list[EchoCall | NextTokenCall] = []
+    by_context: dict[Tokens, dict[Tokens, list[int]]] = {}
     for pair in pairs:
-        if next_token and len(pair.continuation) == 1:
-            by_context.setdefault(pair.context, {}).setdefault(pair.continuation[0], []).append(pair.index)
+        by_context.setdefault(pair.context, {}).setdefault(pair.continuation, []).append(pair.index)
+    longer = next((m for m in (Method.FORCED, Method.TAIL) if m in methods), Method.ECHO)
+    edges: list[tuple[Method, _Edge]] = []
+    contexts = list(by_context)
+    for place, (context, indices) in enumerate(by_context.items()):
+        cost, found = _cheapest(context, indices, longer, next_token=Method.NEXT_TOKEN in methods)
+        neighbours = contexts[max(0, place - 1) : place] + contexts[place + 1 : place + 2]
+        cached = max((common_length(context, other) for other in neighbours), default=0)
+        if cost + len(context) - cached < sum(_echo_cost(context, continuation) for continuation in indices):
+            edges += found
         else:
-            calls.append(EchoCall(pair=pair))
+            edges += [(Method.ECHO, _edge(context, tokens, some)) for tokens, some in indices.items()]
+    by_method: dict[Method, list[_Edge]] = defaultdict(list)
+    for method, edge in edges:
+        by_method[method].append(edge)
+    calls = [call for method, some in by_method.items() for call in calls_by(method, some)]
+    return calls, Assembly(pairs, (edge for _, edge in edges))
+
+
+def edges_of(pairs: Iterable[Scored]) -> list[_Edge]:
+    """Each pair by itself, whole."""
+    return [_edge(pair.context, pair.continuation, [pair.index]) for pair in pairs]
+
+
+def _edge(context: Tokens, tokens: Tokens, indices: Sequence[int]) -> _Edge:
+    return _Edge(context=context, tokens=tokens, indices=tuple(indices))
+
+
+def _echo_cost(context: Tokens, continuation: Tokens) -> float:
+    return CALL + ECHO_TOKEN * (len(context) + len(continuation))
+
+
+def _cheapest(
+    context: Tokens, indices: Mapping[Tokens, Sequence[int]], longer: Method, *, next_token: bool
+) -> tuple[float, list[tuple[Method, _Edge]]]:
+    """What it costs to ask for these continuations behind a cached context, and how; `longer` is the method for those
+    of several tokens. First tokens that several share are asked once where that is cheaper."""
+    by_first: dict[int, list[Tokens]] = defaultdict(list)
+    for continuation in indices:
+        by_first[continuation[0]].append(continuation)
+    total, edges, singles = 0.0, [], False
+    for group in by_first.values():
+        each = [_one(context, continuation, indices[continuation], longer, next_token) for continuation in group]
+        cost, found = sum(c for c, _ in each), [edge for _, edge in each]
+        if len(group) > 1:
+            shared = min(group)[: common_length(min(group), max(group))]
+            rests = {c[len(shared) :]: indices[c] for c in group if len(c) > len(shared)}
+            first = _one(context, shared, [i for c in group for i in indices[c]], longer, next_token)
+            rest_cost, rest = _cheapest(context + shared, rests, longer, next_token=next_token)
+            if first[0] + rest_cost < cost:
+                cost, found = first[0] + rest_cost, [first[1], *rest]
+        total += cost
+        edges += found
+        singles |= any(method is Method.NEXT_TOKEN and edge.context == context for method, edge in found)
+    return total + CALL * singles, edges
+
+
+def _one(
+    context: Tokens, tokens: Tokens, indices: Sequence[int], longer: Method, next_token: bool
+) -> tuple[float, tuple[Method, _Edge]]:
+    """What one edge costs behind a cached context, and how it is asked."""
+    edge = _edge(context, tokens, indices)
+    if len(tokens) == 1 and next_token:
+        return 1.0, (Method.NEXT_TOKEN, edge)  # the request is paid for once, by all of them
+    if longer is Method.FORCED:
+        return CALL + FORCED_STEP * (len(tokens) + 1), (longer, edge)
+    if longer is Method.TAIL:
+        return CALL + CACHE_BLOCK + len(tokens), (longer, edge)
+    return _echo_cost(context, tokens), (Method.ECHO, edge)
+
+
+def calls_by(method: Method, edges: Sequence[_Edge]) -> list[ScoringCall]:
+    """The calls that ask for all `edges` by one method; by the next token only edges of one token can be asked for."""
+    match method:
+        case Method.NEXT_TOKEN:
+            return list(_next_token_calls(edges))
+        case Method.FORCED:
+            return list(_forced_calls(edges))
+        case Method.TAIL:
+            return [TailCall(context=e.context, continuation=e.tokens, indices=e.indices) for e in edges]
+    return [
+        EchoCall(pair=Scored(index=index, context=edge.context, continuation=edge.tokens))
+        for edge in edges
+        for index in edge.indices
+    ]
+
+
+def _next_token_calls(edges: Iterable[_Edge]) -> Iterator[NextTokenCall]:
+    by_context: dict[Tokens, dict[int, Sequence[int]]] = defaultdict(dict)
+    for edge in edges:
+        by_context[edge.context][edge.tokens[0]] = edge.indices
     for context, indices in by_context.items():
-        ids = list(indices)
-        for start in range(0, len(ids), NEXT_TOKEN_MOST):
-            some = {token: tuple(indices[token]) for token in ids[start : start + NEXT_TOKEN_MOST]}
-            calls.append(NextTokenCall(context=context, indices_by_token=some))
-    return calls
+        rest = iter(indices.items())
+        while some := dict(islice(rest, NEXT_TOKEN_MOST)):
+            yield NextTokenCall(context=context, indices_by_token=some)
+
+
+def _forced_calls(edges: Sequence[_Edge]) -> Iterator[ForcedCall]:
+    """Rounds over a few contexts at a time: the first continuation of each, the second of each, ..."""
+    by_context: dict[Tokens, list[_Edge]] = defaultdict(list)
+    for edge in edges:
+        by_context[edge.context].append(edge)
+    number = count()
+    contexts = list(by_context)
+    for start in range(0, len(contexts), FORCED_TOGETHER):
+        some = [by_context[context] for context in contexts[start : start + FORCED_TOGETHER]]
+        for turn in itertools.zip_longest(*some):
+            waiting = [edge for edge in turn if edge is not None]
+            while waiting:
+                by_sum = {sum(edge.context): edge for edge in reversed(waiting)}
+                together = [edge for edge in waiting if by_sum[sum(edge.context)] is edge]
+                waiting = [edge for edge in waiting if by_sum[sum(edge.context)] is not edge]
+                yield from _forced_batch(together, next(number))
+
+
+def _forced_batch(edges: Sequence[_Edge], number: int) -> Iterator[ForcedCall]:
+    taken = {token for edge in edges for token in edge.tokens}
+    longest = max(len(edge.tokens) for edge in edges)
+    verdicts = tuple(islice((token for token in count() if token not in taken), longest + 2))
+    for edge in edges:
+        yield ForcedCall(
+            context=edge.context,
+            continuation=edge.tokens,
+            indices=edge.indices,
+            verdicts=verdicts,
+            batch=number,
+        )

@@ -19,6 +19,11 @@ class Overflow(StrEnum):
     TRUNCATE = "truncate"
 
 
+class Scoring(StrEnum):
+    AUTO = "auto"
+    ECHO = "echo"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """One model of the sweep, after `defaults`, `variants`, `checkpoints` and `adapters` have been resolved."""
@@ -61,6 +66,9 @@ class Model:
     generation_config: str = "vllm"
     """`vllm` keeps a checkpoint's generation_config.json (repetition penalties, sampling defaults) from changing
     scores; `auto` applies it."""
+    scoring: Scoring = Scoring.AUTO
+    """`auto` scores by the fastest methods that the server was seen to do as well as `echo`, the way of stock lm-eval;
+    `echo` keeps to that. Answers that are stored are used either way."""
     server: dict[str, Any] = field(default_factory=dict)
     """Any further option of `vllm serve`; a file may write `max-num-seqs` too, here keys are in snake_case."""
     env: dict[str, str] = field(default_factory=dict)

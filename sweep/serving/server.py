@@ -77,6 +77,8 @@ class Endpoint:
     """Tokens of prompt plus answer."""
     engine_version: str
     """vLLM's."""
+    scoring: tuple[str, ...] = ()
+    """Scoring methods that it was started for, beyond those of any server; preflight sees whether they work."""
 
 
 class Server:
@@ -103,6 +105,7 @@ class Server:
         self._secrets = frozenset(secrets)
         self._host = host
         self._executable = list(executable or engine.program(plan.model.server_python or sys.executable))
+        self._extras = engine.extras(plan, on_cpu=not gpu_ids)
         self._process: _Process | None = None
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -163,19 +166,35 @@ class Server:
         deadline = time.monotonic() + self.plan.model.startup_timeout_s
         for _ in range(PORT_ATTEMPTS):
             port, claim = _claim_port(self._host)
-            with claim:
-                endpoint = self._attempt(port, deadline)
+            try:
+                with claim:
+                    endpoint = self._attempt(port, deadline)
+            except ServerError:
+                if not self._goes_without_extras():
+                    raise
+                continue
             if endpoint is not None:
                 return endpoint
             log.info("%s lost port %d to another program and takes another one", self.name, port)
         raise self._failure(f"{engine.PORT_TAKEN}, {PORT_ATTEMPTS} times", offset=0, kind=ServerFault)
+
+    def _goes_without_extras(self) -> bool:
+        """Whether it ended because of options that are only there for speed; from now on it is started without them."""
+        process = self._process
+        if not self._extras.options or process is None or not engine.names_extras(self._log_text(process.log_offset)):
+            return False
+        self._note(
+            f"it ended because of {', '.join(self._extras.options)}; it is started again without, to score by echo"
+        )
+        self._extras = engine.NO_EXTRAS
+        return True
 
     def _attempt(self, port: int, deadline: float) -> Endpoint | None:
         """None when the port was lost to someone else."""
         with self._lock:
             self._go_on()
             process = self._process = _Process(
-                [*self._executable, *engine.arguments(self.plan, host=self._host, port=port)],
+                [*self._executable, *engine.arguments(self.plan, host=self._host, port=port, extras=self._extras)],
                 self._environment(),
                 self.log_path,
             )
@@ -197,7 +216,9 @@ class Server:
     def _environment(self) -> dict[str, str]:
         # Some secrets have ordinary names: the config knows them by their use, as the key of somebody's server, say.
         base = {k: v for k, v in os.environ.items() if v not in self._secrets or k in engine.HUB_TOKENS}
-        return engine.environment(self.plan, api_key=self._api_key, gpu_ids=self._gpu_ids, base=base)
+        return engine.environment(
+            self.plan, api_key=self._api_key, gpu_ids=self._gpu_ids, base=base, extras=self._extras
+        )
 
     def _ready(self, process: "_Process", port: int, deadline: float) -> Endpoint | None:
         """Waits for /health and for our models under our key: another program could answer on a port that we lost.
@@ -234,6 +255,7 @@ class Server:
                     api_key=self._api_key,
                     max_model_len=int(lengths[names[0]]),  # adapters report none of their own
                     engine_version=engine_version,
+                    scoring=self._extras.methods,
                 )
             seen = f"/v1/models answered {status} with {sorted(lengths)}, not {names}"
         return None
