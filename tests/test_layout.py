@@ -44,6 +44,7 @@ ORDER = [
     "client",
     "scoring",
     "preflight",
+    "encoding",
     "lm",
     "evaluation",
     "evaluator",
