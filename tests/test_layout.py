@@ -46,6 +46,7 @@ ORDER = [
     "client",
     "scoring",
     "preflight",
+    "encoding",
     "lm",
     "evaluation",
     "evaluator",

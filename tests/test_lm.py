@@ -381,7 +381,7 @@ def test_counts_are_of_distinct_requests(ours: Any) -> None:
     lm = ours(Memory(facts(max_model_len=300)))
     lm.generate_until(generations(["Go:", "Go:", "Go:"], [{"max_gen_toks": 2}]))
     assert (lm.counts.requests, lm.counts.length_stopped) == (1, 1)
-    prompt_tokens = len(lm._encode(["Go:"])[0])
+    prompt_tokens = len(lm.encoder.texts(["Go:"])[0])
     assert lm.counts.prompt_tokens == prompt_tokens
 
 

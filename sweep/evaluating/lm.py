@@ -8,7 +8,7 @@ with tokenized requests (lm_eval 0.4.13: models/api_models.py, models/openai_com
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -20,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sweep.errors import TaskError
 from sweep.evaluating.client import Call, Client
+from sweep.evaluating.encoding import Encoder, Tokens
 from sweep.evaluating.preflight import Facts
 from sweep.evaluating.scoring import GenerateCall, Method, Scored, ScoringCall, scoring_calls
 from sweep.planning.config import Overflow
@@ -35,10 +36,6 @@ DEFAULT_MAX_GEN_TOKS = 256
 
 A = TypeVar("A", "PairAnswer", "GenerationAnswer")
 
-Tokens = tuple[int, ...]
-
-ENCODED_AT_ONCE = 1000
-"""Texts that the tokenizer gets in one call: enough for all its threads, without holding a whole group's encodings."""
 C = TypeVar("C", bound=Call)
 
 Answer = Callable[[int, Any], None]
@@ -123,6 +120,7 @@ class SweepLM(LM):  # type: ignore[misc]
         self.cell = cell
         self.fingerprint = fingerprint
         self.tokenizer = tokenizer
+        self.encoder = Encoder(tokenizer)
         self.overflow = overflow
         self.client = client
         self.channel = channel
@@ -137,7 +135,6 @@ class SweepLM(LM):  # type: ignore[misc]
         self.waited_s = 0.0
         """For a server, before the first request could be sent."""
         self._done = 0
-        self._token: dict[int, int] = {}
 
     # What lm-eval asks of a model that renders chats.
 
@@ -172,12 +169,12 @@ class SweepLM(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         # Windows are requests of their own, so a long document is as durable as a short one. The reference keeps one
         # token of the context free for an answer and one for the prefix: hence two less than the server's length.
-        encoded = self._encode([str(text) for (text,) in (r.args for r in requests)])
+        encoded = self.encoder.texts([str(text) for (text,) in (r.args for r in requests)])
         longest = self._facts().max_model_len - 2
         windows: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
         for tokens in encoded:
             rolling = get_rolling_token_windows(
-                token_list=list(tokens), prefix_token=self.prefix_token_id, max_seq_len=longest, context_len=1
+                token_list=list(tokens), prefix_token=self.encoder.prefix_token_id, max_seq_len=longest, context_len=1
             )
             windows.append([(tuple(c), tuple(t)) for c, t in map(make_disjoint_window, rolling)])
         flat = list(itertools.chain.from_iterable(windows))
@@ -319,7 +316,7 @@ class SweepLM(LM):  # type: ignore[misc]
 
     def _ask_generations(self, wanted: Sequence[_Generate], answer: Answer) -> None:
         longest = self._facts().max_model_len - 1
-        prompts = self._encode([w.prompt for w in wanted])
+        prompts = self.encoder.texts([w.prompt for w in wanted])
         rooms = [int(w.parameters["max_tokens"]) for w in wanted]
         cuts = self._cuts([(len(p), room) for p, room in zip(prompts, rooms, strict=True)], longest, what="answer")
         calls = [
@@ -375,53 +372,9 @@ class SweepLM(LM):  # type: ignore[misc]
         token: str | None = self.tokenizer.eos_token
         return token
 
-    @property
-    def prefix_token_id(self) -> int:
-        """What an empty context is replaced by: the tokenizer's BOS, else its EOS."""
-        bos = self.tokenizer.bos_token_id
-        return int(bos if bos is not None else self.tokenizer.eos_token_id)
-
-    def _encode(self, texts: Sequence[str]) -> list[Tokens]:
-        """Token ids without special tokens of the tokenizer's own: a chat template brings its BOS itself."""
-        encoded: list[Tokens] = []
-        for start in range(0, len(texts), ENCODED_AT_ONCE):
-            some = list(texts[start : start + ENCODED_AT_ONCE])
-            found = self.tokenizer(some, add_special_tokens=False, return_attention_mask=False).input_ids
-            # One object for each token of the vocabulary instead of one for each token of the prompts: 8 bytes, not 36.
-            encoded += [tuple(self._token.setdefault(i, i) for i in ids) for ids in found]
-        return encoded
-
-    def _encode_distinct(self, texts: Iterable[str]) -> dict[str, Tokens]:
-        distinct = list(dict.fromkeys(text for text in texts if text))
-        return dict(zip(distinct, self._encode(distinct), strict=True))
-
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
-        """Context and continuation ids of each pair, split as lm-eval's TemplateLM does.
-
-        Spaces at the end of a context go to the continuation. A continuation is what the whole has after as many tokens
-        as the context alone has, and the prompt is the context alone followed by that: where a token reaches across
-        the boundary this is not the whole, in the reference neither. Each distinct text is encoded once.
-        """
-        moved = []
-        for context, continuation in pairs:
-            stripped = context.rstrip()
-            moved.append((stripped, context[len(stripped) :] + continuation) if context else ("", continuation))
-        empty: dict[str, Tokens] = {"": ()}
-        context_ids = empty | self._encode_distinct(context for context, _ in moved)
-        encoded: list[tuple[Tokens, Tokens]] = []
-        for start in range(0, len(moved), ENCODED_AT_ONCE):
-            some = moved[start : start + ENCODED_AT_ONCE]
-            # All wholes would be the contexts' tokens as often as there are choices; only their ends are kept.
-            wholes = empty | self._encode_distinct(context + rest for context, rest in some)
-            for (context, rest), (original, _) in zip(some, pairs[start : start + ENCODED_AT_ONCE], strict=True):
-                whole = wholes[context + rest]
-                if original:
-                    pair = (context_ids[context], whole[len(context_ids[context]) :])
-                elif whole and whole[0] == self.prefix_token_id:
-                    pair = (whole[:1], whole[1:])
-                else:
-                    pair = ((self.prefix_token_id,), whole)
-                encoded.append(pair)
+        """Context and continuation ids of each pair; raises TaskError for a context that has none."""
+        encoded = self.encoder.pairs(pairs)
         for (context_tokens, _), (context, continuation) in zip(encoded, pairs, strict=True):
             if not context_tokens:
                 raise TaskError(
