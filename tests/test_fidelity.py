@@ -2,15 +2,18 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sweep import demo
+from sweep.evaluating.client import Client, Pool
+from sweep.evaluating.scoring import GenerateCall, LogProb, Method, Scored, calls_by, edges_of
 from sweep.planning.config import Device, Model
 from sweep.planning.plan import ServerPlan
 from sweep.serving.server import Endpoint, Server
@@ -86,6 +89,74 @@ def outcomes(endpoint: Endpoint, models: Path, tmp_path_factory: pytest.TempPath
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def hostile_pairs(endpoint: Endpoint) -> list[Scored]:
+    """Shared prefixes, repeats, beginnings of one another, token 0, what the model would write, long contexts."""
+    rng = random.Random(7)
+    heads = [tuple(rng.randrange(4000) for _ in range(n)) for n in (1, 2, 15, 16, 17, 40, 300, 700)]
+    contexts = [*heads, *((*head, rng.randrange(4000)) for head in heads), heads[6] + heads[2], (0,), (0, 0)]
+    greedy: dict[int, tuple[int, ...]] = {}
+
+    def written(call: GenerateCall, reply: Mapping[str, Any]) -> None:
+        names = reply["choices"][0]["logprobs"]["tokens"]
+        greedy[call.index] = tuple(int(name.removeprefix("token_id:")) for name in names)
+
+    ask = {"max_tokens": 9, "temperature": 0, "logprobs": 1, "return_tokens_as_token_ids": True, "ignore_eos": True}
+    run(endpoint, [GenerateCall(index=i, prompt=c, parameters=ask) for i, c in enumerate(contexts)], written)
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for i, context in enumerate(contexts):
+        best = greedy[i]
+        found += [(context, best[:n]) for n in (1, 2, 9)] + [(context, (*best[:4], 5)), (context, (5, *best[:3]))]
+        found += [(context, tuple(rng.randrange(4000) for _ in range(n))) for n in (1, 1, 3, 12)]
+        found += [(context, (0,)), (context, (0, 0, best[0]))]
+    found += found[:20]
+    return [Scored(index=index, context=c, continuation=t) for index, (c, t) in enumerate(found)]
+
+
+def run(endpoint: Endpoint, calls: Sequence[Any], on_reply: Callable[[Any, Mapping[str, Any]], None]) -> None:
+    pool = Pool()
+    pool.update([(endpoint, 48)])
+    Client(model="demo", pool=pool).run(calls, on_reply)
+
+
+def test_all_methods_and_generation_at_once_give_what_each_gives_alone(endpoint: Endpoint) -> None:
+    """One request with `logprob_token_ids` in a batch takes the likeliest token out of the others' rows."""
+    assert set(endpoint.scoring) == {Method.FORCED}
+    pairs = hostile_pairs(endpoint)
+    echo: dict[int, LogProb] = {}
+    run(
+        endpoint,
+        calls_by(Method.ECHO, edges_of(pairs)),
+        lambda call, reply: echo.update({answer.index: answer for answer in call.logprobs(reply)}),
+    )
+    able = {Method.NEXT_TOKEN: [p for p in pairs if len(p.continuation) == 1], Method.FORCED: pairs, Method.ECHO: pairs}
+    prompts = [p.context for p in pairs[::9]]
+    writing = [
+        GenerateCall(index=i, prompt=p, parameters={"max_tokens": 9, "temperature": 0, "stop": ["zzz"]})
+        for i, p in enumerate(prompts)
+    ]
+    alone: dict[int, str] = {}
+    run(endpoint, writing, lambda call, reply: alone.update({call.index: call.generation(reply).text}))
+
+    calls = [call for method, some in able.items() for call in calls_by(method, edges_of(some))] + writing
+    random.Random(3).shuffle(calls)
+    found: dict[tuple[Method, int], LogProb] = {}
+    texts: dict[int, str] = {}
+
+    def heard(call: Any, reply: Mapping[str, Any]) -> None:
+        if isinstance(call, GenerateCall):
+            texts[call.index] = call.generation(reply).text
+        else:
+            found.update({(call.method, answer.index): answer for answer in call.logprobs(reply)})
+
+    run(endpoint, calls, heard)
+    assert found.keys() == {(method, pair.index) for method, some in able.items() for pair in some}
+    for (_, index), answer in found.items():
+        assert answer.logprob == pytest.approx(echo[index].logprob, abs=SHORT)
+        assert answer.is_greedy == echo[index].is_greedy
+    assert sum(answer.is_greedy for answer in echo.values()) >= 3 * 19
+    assert texts == alone
 
 
 def pairs(task: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -12,7 +12,7 @@ import aiohttp
 import msgspec
 import pytest
 from conftest import StandIn
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweep.errors import PassingFault, RequestError
@@ -106,12 +106,13 @@ def answers_of(pairs: Sequence[Scored], methods: Sequence[Method], together: int
     return found
 
 
-toy = st.integers(0, VOCABULARY - 1)
+toy = st.integers(0, 9)
 heads = st.sampled_from([(1,), (1, 2), (1, 2, 3), tuple(range(30)), tuple(range(8)) * 20, (2, 1)])
 contexts = st.tuples(heads, st.lists(toy, max_size=2).map(tuple)).map(lambda parts: parts[0] + parts[1])
 continuations = st.lists(st.integers(3, 6), min_size=1, max_size=6).map(tuple)
 
 
+@settings(deadline=None)  # the toy model is slow where nothing is remembered yet
 @given(st.lists(st.tuples(contexts, continuations), max_size=24), st.sets(st.sampled_from(ALL)))
 def test_every_method_gives_what_echo_gives(pairs: list[Any], methods: set[Method]) -> None:
     """Shared prefixes, repeats, one continuation the beginning of another: all of them occur among so few tokens."""
@@ -142,6 +143,16 @@ def test_first_tokens_that_choices_share_are_asked_once() -> None:
     calls, _ = scoring_calls(pairs, methods=ALL)
     assert [call.method for call in calls] == [Method.NEXT_TOKEN, Method.NEXT_TOKEN]
     assert [len(call.indices_by_token) for call in calls if isinstance(call, NextTokenCall)] == [1, 4]
+
+
+def test_what_two_contexts_ask_alike_is_asked_once() -> None:
+    long = tuple(range(30)) * 10
+    pairs = [pair(i, long, (0, 7 + i)) for i in range(4)] + [pair(4, (*long, 0), (7,))]
+    calls, assembly = scoring_calls(pairs, methods=ALL)
+    for call in calls:
+        assembly.add(list(call.logprobs(reply_of(call, call.body(), call.context))))  # type: ignore[union-attr]
+    assert [call.method for call in calls] == [Method.NEXT_TOKEN] * 2
+    assert not assembly.missing()
 
 
 def test_a_request_never_forces_behind_two_contexts_of_one_sum() -> None:

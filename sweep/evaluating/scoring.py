@@ -496,9 +496,10 @@ def calls_by(method: Method, edges: Sequence[_Edge]) -> list[ScoringCall]:
 
 
 def _next_token_calls(edges: Iterable[_Edge]) -> Iterator[NextTokenCall]:
-    by_context: dict[Tokens, dict[int, Sequence[int]]] = defaultdict(dict)
+    by_context: dict[Tokens, dict[int, list[int]]] = defaultdict(dict)
     for edge in edges:
-        by_context[edge.context][edge.tokens[0]] = edge.indices
+        # Two may ask the same: what one context ends with may be what the continuations of another share.
+        by_context[edge.context].setdefault(edge.tokens[0], []).extend(edge.indices)
     for context, indices in by_context.items():
         rest = iter(indices.items())
         while some := dict(islice(rest, NEXT_TOKEN_MOST)):
