@@ -136,6 +136,8 @@ class Generation:
     finish_reason: str
     """`stop` (a stop string or end of text) or `length`."""
     tokens: int
+    stop_token: int | None = None
+    """The token that ended it: one of `stop_token_ids`, or a second end-of-text token of the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +169,7 @@ class GenerateCall:
             text=choice["text"],
             finish_reason=choice["finish_reason"],
             tokens=reply["usage"]["completion_tokens"],
+            stop_token=reason if isinstance(reason := choice.get("stop_reason"), int) else None,
         )
 
 
