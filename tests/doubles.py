@@ -67,6 +67,19 @@ class RequestsLog:
         return bodies
 
 
+def distinct(bodies: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The distinct bodies; stock wraps its one prompt into a batch of one."""
+    return {
+        json.dumps({**b, "prompt": b["prompt"][0] if isinstance(b["prompt"][0], list) else b["prompt"]}, sort_keys=True)
+        for b in bodies
+    }
+
+
+def with_end(bodies: Sequence[dict[str, Any]], end: str) -> list[dict[str, Any]]:
+    """Stock's bodies with the end-of-text stop string, which it leaves out with several requests in flight."""
+    return [{**b, "stop": [*b["stop"], *({end} - set(b["stop"]))]} if "stop" in b else b for b in bodies]
+
+
 def facts(*, max_model_len: int = 2048, methods: Sequence[Method] = (Method.ECHO, Method.NEXT_TOKEN)) -> Facts:
     return Facts(max_model_len=max_model_len, engine_version="0.32.0", methods=tuple(methods))
 
