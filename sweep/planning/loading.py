@@ -718,6 +718,7 @@ def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None
 
 
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+"""vLLM's variable for answers that do not depend on what else is computed at the same time."""
 
 _OF_LM_EVAL = frozenset(
     {"conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
