@@ -65,6 +65,9 @@ def test_the_letters_of_one_question_share_a_request() -> None:
         "return_tokens_as_token_ids": True,
         "seed": 1234,
         "ignore_eos": True,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }
     assert call.tokens == 4
 

@@ -17,6 +17,10 @@ from sweep.errors import PassingFault, RequestError
 ECHO_SEED = 1234
 """What stock lm-eval sends with a scoring request; no effect on log-probabilities, kept so that requests are equal."""
 
+NO_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Against those of a server's own defaults (`generation_config: auto`, somebody else's server): log-probabilities do not
+feel them, but the sampled token does, by which a continuation is called greedy or not."""
+
 NEXT_TOKEN_MOST = 128
 """Token ids that one request may ask for: vLLM's MAX_LOGPROB_TOKEN_IDS."""
 
@@ -110,6 +114,7 @@ class NextTokenCall:
             "seed": ECHO_SEED,
             # A context that ends where the model wants to stop must still be answered.
             "ignore_eos": True,
+            **NO_PENALTIES,
         }
 
     def logprobs(self, reply: Mapping[str, Any]) -> Iterator[LogProb]:
