@@ -18,8 +18,8 @@ ECHO_SEED = 1234
 """What stock lm-eval sends with a scoring request; no effect on log-probabilities, kept so that requests are equal."""
 
 NO_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-"""Against those of a server's own defaults (`generation_config: auto`, somebody else's server): log-probabilities do not
-feel them, but the sampled token does, by which a continuation is called greedy or not."""
+"""Against a server's own (`generation_config: auto`, somebody else's server): log-probabilities do not feel them, but
+the sampled token does, by which a continuation is called greedy or not."""
 
 NEXT_TOKEN_MOST = 128
 """Token ids that one request may ask for: vLLM's MAX_LOGPROB_TOKEN_IDS."""
