@@ -75,8 +75,21 @@ class RequestsLog:
 
 
 def _by_prompt(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    several = isinstance(body["prompt"], list) and isinstance(body["prompt"][0], list)
+    several = isinstance(body["prompt"], list) and isinstance(body["prompt"][0], list) and len(body["prompt"]) > 1
     yield from ({**body, "prompt": prompt} for prompt in (body["prompt"] if several else [body["prompt"]]))
+
+
+def distinct(bodies: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The distinct bodies; stock wraps its one prompt into a batch of one."""
+    return {
+        json.dumps({**b, "prompt": b["prompt"][0] if isinstance(b["prompt"][0], list) else b["prompt"]}, sort_keys=True)
+        for b in bodies
+    }
+
+
+def with_end(bodies: Sequence[dict[str, Any]], end: str) -> list[dict[str, Any]]:
+    """Stock's bodies with the end-of-text stop string, which it leaves out with several requests in flight."""
+    return [{**b, "stop": [*b["stop"], *({end} - set(b["stop"]))]} if "stop" in b else b for b in bodies]
 
 
 def facts(*, max_model_len: int = 2048, methods: Sequence[Method] = (Method.ECHO, Method.NEXT_TOKEN)) -> Facts:
@@ -181,6 +194,8 @@ def make_tasks(folder: Path) -> Path:
     for name in ("timed", "exits", "forks", "undefined"):
         write(name, {"task": name, **scored, "process_results": f"!function utils.{name}"})
     write("code", {"task": "code", **scored, "process_results": "!function utils.code", "unsafe_code": True})
+    dice = {"doc_to_text": "!function utils.dice", "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4}}
+    write("dice", {"task": "dice", **writing, **dice})
     made = {"custom_dataset": "!function utils.made", "training_split": None, "fewshot_split": None}
     write("made", {"task": "made", **{k: v for k, v in letters.items() if k not in ("dataset_path",)}, **made})
     return folder
@@ -189,6 +204,7 @@ def make_tasks(folder: Path) -> Path:
 MISBEHAVING = '''
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import time
@@ -233,10 +249,47 @@ def code(doc, results):
     return {"score": int(os.environ.get("HF_ALLOW_CODE_EVAL", "0"))}
 
 
+def dice(doc):
+    import numpy
+    import torch
+
+    rolled = random.random(), numpy.random.random(), torch.rand(1).item()
+    return f"{rolled} Question: {doc['question']}\\nAnswer:"
+
+
 def made(pretrained, tokenizer, number=4, **_):
     docs = [{"question": f"{pretrained} {tokenizer}", "answer": n % 4} for n in range(number)]
     return {"test": datasets.Dataset.from_list(docs)}
 '''
+
+
+def make_mmlu_pro(folder: Path) -> Path:
+    """A folder with a group of two subjects in MMLU-Pro's shape, under lm-eval's own settings and prompts: law, whose
+    examples are long, and math with one long question. Some 40 tokens of prompt for each 10 words."""
+    import lm_eval.tasks
+
+    folder.mkdir(parents=True)
+    own = Path(lm_eval.tasks.__file__).parent / "mmlu_pro" / "_default_template_yaml"
+    words = {"law": 240, "math": 60}
+    for subject, length in words.items():
+        thoughts = "A: Let's think step by step. " + "the river and the town " * (length // 5) + "The answer is (A)."
+        rows = [
+            {"question": f"What is {subject} {n}?", "options": ["one", "two"], "cot_content": thoughts, "answer": "A"}
+            for n in range(8)
+        ]
+        rows[7]["question"] += " It is by the sea and not by the river." * (80 if subject == "math" else 1)
+        for split, some in (("validation", rows[:5]), ("test", rows[5:])):
+            (folder / f"{subject}_{split}.jsonl").write_text("\n".join(map(json.dumps, some)))
+        files = {split: str(folder / f"{subject}_{split}.jsonl") for split in ("validation", "test")}
+        (folder / f"{subject}.yaml").write_text(
+            f"include: {own}\ntask: mmlu_pro_like_{subject}\ndataset_path: json\n"
+            f"dataset_kwargs: {json.dumps({'data_files': files})}\n"
+        )
+    (folder / "group.yaml").write_text(
+        "group: mmlu_pro_like\ntask: [mmlu_pro_like_law, mmlu_pro_like_math]\n"
+        "aggregate_metric_list: [{metric: exact_match, filter_list: custom-extract}]\n"
+    )
+    return folder
 
 
 def make_gpqa(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sweep import ROOT
-from sweep.errors import ConfigError
+from sweep.errors import ConfigError, ServerError
 from sweep.planning.config import Model
 from sweep.planning.plan import ServerPlan
 from sweep.serving.engine import SUPPORTED, command, environment, examine, notices, program, served_names, supported
@@ -268,6 +268,14 @@ def test_a_server_inherits_only_what_it_should() -> None:
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "2,3,10",
     }
+
+
+def test_answers_that_do_not_depend_on_the_batch_need_a_gpu() -> None:
+    invariant = plan(env={"VLLM_BATCH_INVARIANT": "1"})
+    assert variables(invariant, ["0"])["VLLM_BATCH_INVARIANT"] == "1"
+    with pytest.raises(ServerError, match="VLLM_BATCH_INVARIANT needs a GPU, and this server has none"):
+        variables(invariant, [])
+    assert variables(plan(env={"VLLM_BATCH_INVARIANT": "0"}), [])["VLLM_BATCH_INVARIANT"] == "0"
 
 
 @pytest.mark.parametrize(

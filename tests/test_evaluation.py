@@ -14,7 +14,20 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from doubles import KEY, Memory, RequestsLog, facts, make_gpqa, make_tasks, make_tokenizer, stand_in
+from doubles import (
+    KEY,
+    Memory,
+    RequestsLog,
+    distinct,
+    facts,
+    make_gpqa,
+    make_mmlu_pro,
+    make_tasks,
+    make_tokenizer,
+    stand_in,
+    with_end,
+)
+from fixture_model import BOS, make_fixture_tokenizer
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
@@ -24,9 +37,11 @@ from sweep.errors import TaskError
 from sweep.evaluating.client import Pool
 from sweep.evaluating.evaluation import Evaluated, _seeded, check_task, evaluate, load_tokenizer, preview
 from sweep.evaluating.preflight import Facts
+from sweep.evaluating.scoring import Method
 from sweep.planning.config import Model, Overflow, Seeds, Task
 from sweep.planning.plan import Cell, ModelPlan
 from sweep.record import Record, Status
+from sweep.results.report import caveats
 from sweep.serving.server import Endpoint
 
 
@@ -59,7 +74,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> RequestsLog:
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory, log: RequestsLog) -> Iterator[Endpoint]:
-    with stand_in(tmp_path_factory.mktemp("server") / "log", requests_log=log.path) as endpoint:
+    with stand_in(tmp_path_factory.mktemp("server") / "log", requests_log=log.path, max_model_len=8192) as endpoint:
         yield endpoint
 
 
@@ -81,7 +96,7 @@ def cell(model: ModelPlan, tasks: Path) -> Callable[..., Cell]:
 
 @pytest.fixture
 def run(endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Evaluated]:
-    def run(cell: Cell, channel: Memory | None = None) -> Evaluated:
+    def run(cell: Cell, channel: Memory | None = None, *, tokenizer: PreTrainedTokenizerBase = tokenizer) -> Evaluated:
         pool = Pool()
         pool.update([(endpoint, 8)])
         return evaluate(cell, tokenizer=tokenizer, pool=pool, channel=channel or Memory(facts()))
@@ -92,20 +107,22 @@ def run(endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> Callable[...,
 @pytest.fixture
 def stock(endpoint: Endpoint, folder: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
 
-    def run(task: str, **settings: Any) -> dict[str, Any]:
+    def run(
+        *names: str, tokenizer: Path = folder, tasks: Path = tasks, max_length: int = 2048, **settings: Any
+    ) -> dict[str, Any]:
         found = simple_evaluate(
             model="local-completions",
             model_args={
                 "base_url": f"{endpoint.url}/v1/completions",
                 "model": "m",
-                "tokenizer": str(folder),
+                "tokenizer": str(tokenizer),
                 "tokenizer_backend": "huggingface",
                 "num_concurrent": 4,
+                "max_length": max_length,
             },
-            tasks=[task],
-            task_manager=manager,
+            tasks=list(names),
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
             **settings,
         )
         assert found is not None
@@ -163,6 +180,198 @@ def test_other_seeds_choose_other_examples_as_in_stock(cell: Any, run: Any, stoc
     hashes = [s["prompt_hash"] for s in samples_of(done, "letters")]
     assert hashes == [s["prompt_hash"] for s in expected["samples"]["letters"]]
     assert hashes != [s["prompt_hash"] for s in samples_of(run(cell("letters")), "letters")]
+
+
+def test_all_four_seeds_take_effect_as_in_stock(cell: Any, run: Any, stock: Any) -> None:
+    """The documents of `dice` hold a number of each generator, drawn while a prompt is made."""
+    seeds = {"random": 3, "numpy": 4, "torch": 5, "fewshot": 6}
+    stocks = stock(
+        "dice", random_seed=3, numpy_random_seed=4, torch_random_seed=5, fewshot_random_seed=6, num_fewshot=1, limit=4
+    )
+
+    def prompts(**seeds: int) -> list[str]:
+        done = run(cell("dice", seeds=Seeds(**seeds), num_fewshot=1, limit=4))
+        return [s["arguments"]["gen_args_0"]["arg_0"] for s in samples_of(done, "dice")]
+
+    ours = prompts(**seeds)
+    assert ours == [s["arguments"][0][0] for s in stocks["samples"]["dice"]]
+    for name in seeds:
+        assert prompts(**{**seeds, name: 99}) != ours, name
+
+
+# A chat is asked as stock asks it
+
+INSTRUCTION = "Answer like a pirate."
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_fixture_tokenizer(tmp_path_factory.mktemp("tokenizer") / "chatty")
+
+
+@pytest.mark.parametrize("multiturn", [True, False])
+def test_every_kind_of_request_of_a_chat_model_is_the_one_that_stock_sends(
+    multiturn: bool, cell: Any, run: Any, stock: Any, chatty: Path, log: RequestsLog
+) -> None:
+    tokenizer = load_tokenizer(chat_model(chatty))
+    names = ("letters", "phrases", "writing", "sampled", "story")
+    settings = {"limit": 3, "num_fewshot": 2}
+    log.new()
+    stock(
+        *names,
+        tokenizer=chatty,
+        apply_chat_template=True,
+        fewshot_as_multiturn=multiturn,
+        system_instruction=INSTRUCTION,
+        **settings,
+    )
+    sent_by_stock = with_end(log.new(), tokenizer.eos_token)
+    model = chat_model(chatty, system_instruction=INSTRUCTION)
+    records = {
+        name: run(
+            cell(name, model=model, fewshot_as_multiturn=None if multiturn else False, **settings),
+            Memory(facts(methods=[Method.ECHO])),
+            tokenizer=tokenizer,
+        ).record
+        for name in names
+    }
+    sent = log.new()
+    seeds = [body["seed"] for body in sent]
+    assert set(seeds) == {1234, 1235, 1236}
+    assert distinct([{**body, "seed": 1234} for body in sent]) == distinct(sent_by_stock)
+    assert {body["prompt"].count(tokenizer.bos_token_id) for body in sent} == {1}
+    for name, record in records.items():
+        said = [w for w in record.warnings if "chat template" in w or "BOS" in w]
+        assert len(said) == (2 if name == "story" else 0), said
+        assert record.settings["fewshot_as_multiturn"] is multiturn
+    first = records["writing"].settings["first_prompt"]
+    assert first.startswith(f"{BOS}<|im_start|>system\n{INSTRUCTION}<|im_end|>\n")
+    assert first.count("<|im_start|>assistant") == (3 if multiturn else 1)
+
+
+def chat_model(folder: Path, **settings: Any) -> ModelPlan:
+    model = Model(path=str(folder), chat=True, **settings)
+    return ModelPlan(name="m", model=model, revision=None, fingerprint="f", server="m")
+
+
+def test_an_instruction_that_a_template_drops_is_said(cell: Any, run: Any, tmp_path: Path) -> None:
+    deaf = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+    folder = make_tokenizer(tmp_path / "deaf", chat_template=deaf)
+    model = chat_model(folder, system_instruction=INSTRUCTION)
+    warnings = run(cell("writing", model=model, limit=2), tokenizer=load_tokenizer(model)).record.warnings
+    assert any("the system instruction is missing in 2 prompts" in w for w in warnings)
+
+
+def test_a_reasoning_model_says_what_it_was_asked_with_and_what_it_left_open(cell: Any, run: Any, chatty: Path) -> None:
+    model = chat_model(chatty, chat_template_kwargs={"enable_thinking": False}, think_end_token=" 2")
+    tokenizer = load_tokenizer(model)
+    channel = Memory(facts())
+    done = run(cell("writing", model=model, limit=8), channel, tokenizer=tokenizer)
+    settings = done.record.settings
+    assert settings["first_prompt"].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert settings["chat_template_kwargs"] == {"enable_thinking": False}
+    assert settings["think_end_token"] == " 2"
+    (said,) = (w for w in done.record.warnings if "reasoning" in w)
+    open_ended = re.fullmatch(r"(\d) answers have no ' 2' and are taken whole: .*", said)
+    assert open_ended is not None
+    stored = [json.loads(answer)["text"] for answer in channel.answers.values()]
+    assert sum(" 2" not in text for text in stored) == int(open_ended[1]) < 8
+    texts = [s["resps"][0][0] for s in samples_of(done, "writing") if s["filter"] == "strict"]
+    assert sorted(texts) == sorted(text.split(" 2")[-1].lstrip() for text in stored)
+    (said,) = (
+        w for w in run(cell("letters", model=model, limit=2), tokenizer=tokenizer).record.warnings if "reasoning" in w
+    )
+    assert said.startswith("continuations are scored without the reasoning")
+
+
+def test_what_is_sent_otherwise_than_the_task_says_is_counted_with_the_cure(cell: Any, run: Any) -> None:
+    warm = run(cell("writing", limit=2, gen_kwargs={"temperature": 0.7})).record.warnings
+    assert any(w.startswith("2 requests with `do_sample: false` beside a temperature") for w in warm)
+    asked = {"temperature": 0.7, "do_sample": True}
+    assert not any("do_sample" in w for w in run(cell("writing", limit=2, gen_kwargs=asked)).record.warnings)
+    cold = run(cell("writing", limit=2, gen_kwargs={"do_sample": True})).record.warnings
+    assert any(w.startswith("2 requests with `do_sample: true` and no temperature") for w in cold)
+
+
+# What does not fit
+
+
+@pytest.fixture(scope="module")
+def mmlu_pro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_mmlu_pro(tmp_path_factory.mktemp("tasks") / "mmlu_pro")
+
+
+def test_long_examples_beside_2048_tokens_of_answer_are_refused_by_subject_or_cut_and_counted(
+    cell: Any, run: Any, stock: Any, mmlu_pro: Path, folder: Path, log: RequestsLog
+) -> None:
+    """MMLU-Pro: 5 worked examples, 2,048 tokens to generate. Stock cuts them in silence."""
+
+    def like(**settings: Any) -> Cell:
+        return cell("mmlu_pro_like", folder=mmlu_pro, **settings)
+
+    log.new()
+    roomy = run(like(), Memory(facts(max_model_len=8192))).record
+    longest = max(len(body["prompt"]) for body in log.new()) + 2048 + 1
+    assert roomy.counts.truncated == 0
+    assert 4096 < longest < 8192
+
+    channel = Memory(facts(max_model_len=4096))
+    with pytest.raises(TaskError) as caught:
+        run(like(), channel)
+    message = str(caught.value)
+    assert message.startswith(
+        "m/mmlu_pro_like: 4 of 6 samples do not fit into max_model_len 4096: "
+        f"mmlu_pro_like_law 3 of 3 by up to {longest - 4096} tokens, mmlu_pro_like_math 1 of 3 by up to "
+    )
+    assert f"raise max_model_len to {longest} " in message
+    assert all(cure in message for cure in ("num_fewshot", "gen_kwargs: max_gen_toks", "on_overflow: truncate"))
+    assert (log.new(), channel.fresh) == ([], [])
+
+    stock("mmlu_pro_like", tasks=mmlu_pro, tokenizer=folder, max_length=4096)
+    sent_by_stock = with_end(log.new(), "<|endoftext|>")
+    done = run(like(on_overflow=Overflow.TRUNCATE), channel)
+    assert distinct(log.new()) == distinct(sent_by_stock)
+    assert (done.record.counts.truncated, done.record.counts.requests) == (4, 6)
+    assert "4 of 6 requests had their context cut from the left" in " ".join(caveats(done.record))
+
+    for overflow in Overflow:  # no room for any prompt: stock asks with a negative length
+        with pytest.raises(TaskError, match="6 of 6 samples leave no room for a context beside the answer in max_mod"):
+            run(like(on_overflow=overflow), Memory(facts(max_model_len=2048)))
+    assert log.new() == []
+
+
+DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs real evaluation data in {DATA.parent.name}/{DATA.name}")
+def test_ifeval_beside_its_1280_tokens_of_answer_is_refused_or_cut_and_counted(
+    cell: Any, run: Any, stock: Any, folder: Path, log: RequestsLog, tmp_path: Path
+) -> None:
+    """The real prompts and generation settings; what is scored is of no interest here."""
+    (rows,) = (DATA / "repos" / "google" / "IFEval").rglob("*.parquet")
+    (tmp_path / "ifeval_like.yaml").write_text(
+        f"task: ifeval_like\ndataset_path: parquet\ndataset_kwargs: {{data_files: {{train: {rows}}}}}\n"
+        "output_type: generate_until\ntest_split: train\nnum_fewshot: 0\ndoc_to_text: prompt\ndoc_to_target: 0\n"
+        "generation_kwargs: {until: [], do_sample: false, temperature: 0.0, max_gen_toks: 1280}\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    channel = Memory(facts(max_model_len=1380))
+    log.new()
+    with pytest.raises(TaskError) as caught:
+        run(cell("ifeval_like", folder=tmp_path, limit=100), channel)
+    said = re.search(
+        r"(\d+) of 100 samples do not fit .*: ifeval_like \1 of 100 by up to (\d+) tokens", str(caught.value)
+    )
+    assert said is not None
+    assert (log.new(), channel.fresh) == ([], [])
+    record = run(cell("ifeval_like", folder=tmp_path, limit=100, on_overflow=Overflow.TRUNCATE), channel).record
+    sent = log.new()
+    assert record.counts.truncated == int(said[1]) > 0
+    assert max(len(body["prompt"]) for body in sent) == 1380 - 1 - 1280
+    stock("ifeval_like", tasks=tmp_path, tokenizer=folder, max_length=1380, limit=100)
+    assert distinct(sent) == distinct(with_end(log.new(), "<|endoftext|>"))
+    fits = run(cell("ifeval_like", folder=tmp_path, limit=100), Memory(facts(max_model_len=1380 + int(said[2])))).record
+    assert fits.counts.truncated == 0
 
 
 # What a record and its files say
@@ -255,7 +464,7 @@ def test_repeats_with_seeds_of_their_own_are_said(cell: Any, run: Any, log: Requ
 
 def test_cut_contexts_are_in_the_record(cell: Any, run: Any) -> None:
     channel = Memory(facts(max_model_len=40))
-    with pytest.raises(TaskError, match=r"m/letters: .* requests exceed the server"):
+    with pytest.raises(TaskError, match=r"m/letters: 2 of 2 samples do not fit into max_model_len 40: letters 2 of 2"):
         run(cell("letters", limit=2), channel)
     assert channel.fresh == []
     for _ in range(2):  # asked, then replayed

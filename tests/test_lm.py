@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doubles import KEY, Memory, RequestsLog, facts, make_tokenizer, stand_in
+from doubles import KEY, Memory, RequestsLog, distinct, facts, make_tokenizer, stand_in, with_end
+from fixture_model import BOS, make_fixture_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -115,6 +116,7 @@ def ours(endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> Callable[...
         overflow: Overflow = Overflow.ERROR,
         tokenizer: PreTrainedTokenizerBase = tokenizer,
         shares: Sequence[tuple[Endpoint, int]] = ((endpoint, 8),),
+        **settings: Any,
     ) -> SweepLM:
         pool = Pool()
         pool.update(shares)
@@ -125,6 +127,7 @@ def ours(endpoint: Endpoint, tokenizer: PreTrainedTokenizerBase) -> Callable[...
             overflow=overflow,
             client=Client(model="m", pool=pool),
             channel=channel,
+            **settings,
         )
 
     return make
@@ -138,19 +141,15 @@ class NoClient:
 
 
 def instances(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)]
+    """Each of a document of its own."""
+    return [
+        Instance(request_type=kind, doc={}, arguments=a, idx=0, metadata=("task", i, 1))
+        for i, a in enumerate(arguments)
+    ]
 
 
 def generations(prompts: Sequence[str], arguments: Sequence[Mapping[str, Any]]) -> list[Instance]:
     return instances("generate_until", [(prompt, dict(a)) for prompt in prompts for a in arguments])
-
-
-def normal(bodies: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Distinct bodies; stock wraps its one prompt into a batch of one."""
-    return {
-        json.dumps({**b, "prompt": b["prompt"][0] if isinstance(b["prompt"][0], list) else b["prompt"]}, sort_keys=True)
-        for b in bodies
-    }
 
 
 # The same requests, the same answers
@@ -164,7 +163,7 @@ def test_pairs_are_sent_and_scored_as_stock_does(concurrent: int, stock: Any, ou
     sent_by_stock = log.new()
     assert ours(Memory(ECHO_ONLY)).loglikelihood(requests) == expected
     sent = log.new()
-    assert normal(sent) == normal(sent_by_stock)
+    assert distinct(sent) == distinct(sent_by_stock)
     assert len(sent) == len(set(PAIRS))
 
 
@@ -237,8 +236,8 @@ def test_windows_of_long_texts_are_sent_and_summed_as_stock_does(
     lm = ours(Memory(facts(max_model_len=64, methods=[Method.ECHO])))
     assert lm.loglikelihood_rolling(requests) == expected
     sent = log.new()
-    assert normal(sent) == normal(sent_by_stock)
-    assert len(sent) == lm.counts.requests == lm.counts.asked == len(normal(sent))
+    assert distinct(sent) == distinct(sent_by_stock)
+    assert len(sent) == lm.counts.requests == lm.counts.asked == len(distinct(sent))
     assert max(len(body["prompt"]) for body in sent) == 63
     by_next_token = ours(Memory(facts(max_model_len=64)))
     assert by_next_token.loglikelihood_rolling(requests) == expected
@@ -254,11 +253,10 @@ def test_generations_are_sent_and_answered_as_stock_does(
     expected = stock(concurrent).generate_until(requests, disable_tqdm=True)
     sent_by_stock = log.new()
     if concurrent > 1:
-        # With several in flight stock leaves the end-of-text string out of the stop strings.
-        for body in sent_by_stock:
-            body["stop"] += [] if "<|endoftext|>" in body["stop"] else ["<|endoftext|>"]
+        assert any("<|endoftext|>" not in body["stop"] for body in sent_by_stock)
+        sent_by_stock = with_end(sent_by_stock, "<|endoftext|>")
     assert ours(Memory(facts())).generate_until(requests) == expected
-    assert normal(log.new()) == normal(sent_by_stock)
+    assert distinct(log.new()) == distinct(sent_by_stock)
 
 
 def test_max_tokens_wins_over_max_gen_toks_and_is_sent_alone(stock: Any, ours: Any, log: RequestsLog) -> None:
@@ -268,7 +266,7 @@ def test_max_tokens_wins_over_max_gen_toks_and_is_sent_alone(stock: Any, ours: A
     (by_stock,) = log.new()
     assert ours(Memory(facts())).generate_until(requests) == expected
     assert by_stock.pop("max_gen_toks") == 9  # which no server knows
-    assert normal(log.new()) == normal([by_stock])
+    assert distinct(log.new()) == distinct([by_stock])
 
 
 def test_the_arguments_of_a_task_are_left_as_they_are(ours: Any) -> None:
@@ -300,9 +298,157 @@ def test_a_template_brings_its_bos_and_no_second_one_is_added(
     assert lm.loglikelihood(pairs) == expected
     assert lm.generate_until(generations(prompts, [{}])) == texts
     sent = log.new()
-    assert normal(sent) == normal(sent_by_stock)
+    assert distinct(sent) == distinct(sent_by_stock)
     bos = tokenizer.bos_token_id
     assert {body["prompt"][0] for body in sent} == {bos}
+
+
+def test_plain_prompts_are_sent_without_bos_as_in_stock_whatever_the_tokenizer_adds(
+    stock: Any, ours: Any, log: RequestsLog, begins_texts: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(begins_texts)
+    bos = tokenizer.bos_token_id
+    assert tokenizer("the").input_ids[0] == bos
+    pairs = instances("loglikelihood", [("The town", " is"), ("", "The town"), (f"{BOS}The town", " is")])
+    texts = instances("loglikelihood_rolling", [("The town is by the river.",)])
+    prompts = generations(["Go:", f"{BOS}Go:"], [{"until": ["\n"], "max_gen_toks": 3}])
+
+    def answers(lm: Any, **settings: Any) -> list[Any]:
+        return [
+            lm.loglikelihood(pairs, **settings),
+            lm.loglikelihood_rolling(texts, **settings),
+            lm.generate_until(prompts, **settings),
+        ]
+
+    log.new()
+    expected = answers(stock(4, tokenizer=begins_texts), disable_tqdm=True)
+    sent_by_stock = with_end(log.new(), tokenizer.eos_token)
+    lm = ours(Memory(ECHO_ONLY), tokenizer=tokenizer)
+    assert answers(lm) == expected
+    sent = log.new()
+    assert distinct(sent) == distinct(sent_by_stock)
+    assert sorted(body["prompt"].count(bos) for body in sent) == [0, 0, 1, 1, 1, 1]
+    assert lm.departures.without_bos == 2
+
+
+def test_a_tokenizer_that_adds_nothing_is_not_said_to(ours: Any) -> None:
+    lm = ours(Memory(facts()))
+    lm.loglikelihood(instances("loglikelihood", [("The town", " is")]))
+    assert lm.departures.without_bos == 0
+
+
+@pytest.fixture(scope="module")
+def begins_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_fixture_tokenizer(tmp_path_factory.mktemp("tokenizer") / "begins texts")
+
+
+def test_what_a_template_takes_reaches_it_beside_what_lm_eval_says(ours: Any, begins_texts: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(begins_texts)
+    quick = ours(Memory(), tokenizer=tokenizer, chat_template_kwargs={"enable_thinking": False})
+    history = [{"role": "user", "content": "Hi"}]
+    asked = f"{BOS}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert ours(Memory(), tokenizer=tokenizer).apply_chat_template(history) == asked
+    assert quick.apply_chat_template(history) == asked + "<think>\n\n</think>\n\n"
+    begun = [*history, {"role": "assistant", "content": "The answer is"}]
+    assert quick.apply_chat_template(begun, add_generation_prompt=False) == asked + "The answer is"
+
+
+# Greedy or sampled
+
+
+@pytest.mark.parametrize(
+    ("arguments", "temperature", "counted"),
+    [
+        ({"do_sample": False, "temperature": 0.8}, 0, "made_greedy"),
+        ({"do_sample": False, "temperature": 0.0}, 0.0, None),
+        ({"do_sample": False}, 0, None),
+        ({"temperature": 0.8}, 0.8, None),
+        ({"do_sample": True, "temperature": 0.8}, 0.8, None),
+        ({"do_sample": True}, 0, "never_sampled"),
+        ({"do_sample": True, "temperature": 0.0}, 0.0, "never_sampled"),
+    ],
+)
+def test_do_sample_is_minded_or_said(
+    arguments: dict[str, Any], temperature: float, counted: str | None, stock: Any, ours: Any, log: RequestsLog
+) -> None:
+    (request,) = generations(["Go:"], [{**arguments, "max_gen_toks": 4}])
+    log.new()
+    stock(1).generate_until([request], disable_tqdm=True)
+    (by_stock,) = log.new()
+    assert by_stock["temperature"] == arguments.get("temperature", 0)
+    lm = ours(Memory(facts()))
+    lm.generate_until([request, request])
+    sent = log.new()
+    assert {body["temperature"] for body in sent} == {temperature}
+    assert len(sent) == (2 if temperature else 1)
+    assert (lm.departures.made_greedy, lm.departures.never_sampled) == tuple(
+        2 * (counted == name) for name in ("made_greedy", "never_sampled")
+    )
+    if counted != "made_greedy":
+        assert by_stock in [{**body, "prompt": [body["prompt"]]} for body in sent]
+
+
+# Special tokens and reasoning
+
+
+def test_a_stop_string_that_is_a_special_token_is_sent_as_its_id_too(ours: Any, tokenizer: Any, tmp_path: Path) -> None:
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    until = ["<|im_end|>", "</s>", "<|endoftext|>"]
+    lm = ours(Memory())
+
+    def body(**arguments: Any) -> dict[str, Any]:
+        parameters: dict[str, Any] = lm.generation("Go:", {"until": until, **arguments}, repeat=0).parameters
+        return parameters
+
+    assert body()["stop"] == until
+    assert body()["stop_token_ids"] == [end]
+    assert body(stop_token_ids=[])["stop_token_ids"] == []
+    assert "stop_token_ids" not in body(skip_special_tokens=False)
+    assert "stop_token_ids" not in body(until=["</s>"])
+    log = RequestsLog(tmp_path / "requests")
+    with stand_in(tmp_path / "log", vocabulary=6, end_every=10**9, requests_log=log.path) as few:
+        channel = Memory(facts())
+        lm = ours(channel, shares=[(few, 4)])
+        prompts = [f"Go {n}:" for n in range(8)]
+        texts = lm.generate_until(generations(prompts, [{"until": ["<|im_end|>"], "max_gen_toks": 12}]))
+        unstopped = ours(Memory(facts()), shares=[(few, 4)]).generate_until(
+            generations(prompts, [{"until": ["<|im_end|>"], "max_gen_toks": 12, "stop_token_ids": []}])
+        )
+    stopped = sum(f" {end}" in text for text in unstopped)
+    assert texts == [text.partition(f" {end}")[0] for text in unstopped]
+    assert lm.departures.stopped_at == {"<|im_end|>": stopped}
+    assert stopped > 4
+    again = ours(Memory(answers=channel.answers), shares=())
+    again.generate_until(generations(prompts, [{"until": ["<|im_end|>"], "max_gen_toks": 12}]))
+    assert again.departures.stopped_at == {"<|im_end|>": stopped}
+
+
+def test_the_answer_of_a_reasoning_model_is_behind_its_last_thought(ours: Any, log: RequestsLog) -> None:
+    requests = generations([f"Go {n}:" for n in range(8)], [{"until": [" 3", " 4"], "max_gen_toks": 12}])
+    whole = ours(Memory(facts())).generate_until(
+        generations([f"Go {n}:" for n in range(8)], [{"until": [], "max_gen_toks": 12}])
+    )
+    log.new()
+    channel = Memory(facts())
+    lm = ours(channel, think_end_token=" 2")
+    texts = lm.generate_until(requests)
+    assert {tuple(body["stop"]) for body in log.new()} == {("<|endoftext|>",)}  # reasoning may hold the task's own
+    behind = [text.split(" 2")[-1] for text in whole]
+    assert texts == [text.lstrip().split(" 3")[0].split(" 4")[0] for text in behind]
+    assert texts != whole
+    assert 0 < lm.departures.unfinished_reasoning == sum(" 2" not in text for text in whole) < 8
+    assert lm.counts.empty == sum(not text.strip() for text in texts)
+    stored = [json.loads(answer)["text"] for answer in channel.answers.values()]
+    assert sorted(stored) == sorted(whole)
+    replayed = ours(Memory(answers=channel.answers), shares=(), think_end_token=" 5")
+    assert replayed.generate_until(requests) != texts
+
+
+def test_reasoning_that_ends_with_a_special_token_is_asked_for_with_special_tokens(ours: Any) -> None:
+    plain = ours(Memory(), think_end_token="</think>").generation("Go:", {}, repeat=0).parameters
+    assert "skip_special_tokens" not in plain
+    special = ours(Memory(), think_end_token="<|im_end|>").generation("Go:", {}, repeat=0).parameters
+    assert special["skip_special_tokens"] is False
 
 
 # Resume
@@ -363,7 +509,7 @@ def test_repeats_of_a_sampled_request_get_a_seed_each(ours: Any, log: RequestsLo
     assert len(set(texts[:3])) == 3
     assert len(set(texts[5:])) == 1
     assert len(channel.answers) == 6
-    assert lm.seeded_repeats == 3
+    assert lm.departures.seeded_repeats == 3
     assert ours(Memory(answers=channel.answers), shares=()).generate_until([sampled] * 3) == texts[:3]
 
 
@@ -399,21 +545,60 @@ def test_what_does_not_fit_is_refused_before_anything_is_sent(ours: Any, log: Re
     assert len(over) == 3
     with pytest.raises(TaskError) as caught:
         lm.loglikelihood(instances("loglikelihood", LONG))
-    message = str(caught.value)
-    assert f"m/t: 3 of 4 requests exceed the server by up to {max(over)} tokens (max_model_len 48)" in message
-    assert "on_overflow: truncate" in message
-    with pytest.raises(TaskError, match=r"1 of 2 requests exceed the server by up to \d+ tokens"):
+    assert str(caught.value) == (
+        f"m/t: 3 of 4 samples do not fit into max_model_len 48: task 3 of 4 by up to {max(over)} tokens; raise "
+        f"max_model_len to {48 + max(over)} if the model was made for it, use fewer shots (num_fewshot), or set "
+        "`on_overflow: truncate` to cut contexts from the left as stock lm-eval does"
+    )
+    with pytest.raises(
+        TaskError, match=r"1 of 2 samples do not .* lower the generated tokens \(gen_kwargs: max_gen_toks"
+    ):
         lm.generate_until(generations(["Go:", "the river and the town " * 12], [{"max_gen_toks": 8}]))
     assert log.new() == []
     assert channel.fresh == []
+    longer = ours(Memory(facts(max_model_len=48 + max(over))))
+    longer.loglikelihood(instances("loglikelihood", LONG))
+    assert longer.counts.truncated == 0
+
+
+def test_what_does_not_fit_is_told_by_subtask_the_worst_first(ours: Any) -> None:
+    long, longer = "the river and the town " * 12, "the river and the town " * 15
+    by_task = {
+        "one": [long, "Go:", "Go on:"],
+        "two": [long, long, "Go:"],  # asked once, of two documents
+        "three": ["Go:"],
+        **{f"more_{n}": [longer] for n in range(5)},
+    }
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=(context, end), idx=i, metadata=(task, doc, 1))
+        for task, contexts in by_task.items()
+        for doc, context in enumerate(contexts)
+        for i, end in enumerate((" by the sea", " A"))
+    ]
+    lm = ours(Memory(facts(max_model_len=48)))
+    with pytest.raises(TaskError) as caught:
+        lm.loglikelihood(requests)
+    first, second = (
+        len(c) + len(t) - 47 for c, t in lm._encode_pairs([(text, " by the sea") for text in (long, longer)])
+    )
+    assert str(caught.value).split("; ")[0] == (
+        f"m/t: 8 of 12 samples do not fit into max_model_len 48: two 2 of 3 by up to {first} tokens, "
+        + ", ".join(f"more_{n} 1 of 1 by up to {second} tokens" for n in range(4))
+        + " and 2 more subtasks"
+    )
 
 
 def test_an_answer_that_leaves_no_room_for_its_prompt_is_refused_in_any_case(ours: Any, log: RequestsLog) -> None:
     log.new()
     for overflow in Overflow:
         lm = ours(Memory(facts(max_model_len=48)), overflow=overflow)
-        with pytest.raises(TaskError, match="1 of 1 requests leave no room for any context beside the answer"):
+        with pytest.raises(TaskError) as caught:
             lm.generate_until(generations(["Go:"], [{"max_gen_toks": 47}]))
+        assert str(caught.value) == (
+            "m/t: 1 of 1 samples leave no room for a context beside the answer in max_model_len 48: task 1 of 1 by up "
+            "to 1 tokens; raise max_model_len to 49 and by what contexts need, lower the generated tokens (gen_kwargs: "
+            "max_gen_toks)"
+        )
     assert log.new() == []
 
 
@@ -426,14 +611,11 @@ def test_contexts_are_cut_as_stock_cuts_them_where_the_config_allows_it(
     reference = stock(concurrent, max_length=48)
     log.new()
     expected = [reference.loglikelihood(pairs, disable_tqdm=True), reference.generate_until(prompts, disable_tqdm=True)]
-    sent_by_stock = log.new()
-    for body in sent_by_stock:
-        if "stop" in body and "<|endoftext|>" not in body["stop"]:
-            body["stop"].append("<|endoftext|>")
+    sent_by_stock = with_end(log.new(), "<|endoftext|>")
     channel = Memory(facts(max_model_len=48, methods=[Method.ECHO]))
     lm = ours(channel, overflow=Overflow.TRUNCATE)
     assert [lm.loglikelihood(pairs), lm.generate_until(prompts)] == expected
-    assert normal(log.new()) == normal(sent_by_stock)
+    assert distinct(log.new()) == distinct(sent_by_stock)
     assert lm.counts.truncated == 6
     replay = ours(Memory(channel.known_facts, answers=channel.answers), overflow=Overflow.TRUNCATE, shares=())
     assert [replay.loglikelihood(pairs), replay.generate_until(prompts)] == expected

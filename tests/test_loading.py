@@ -463,6 +463,23 @@ ONE_TASK = "tasks: {gsm8k: }\n"
             ["models.m.url=http://node7:8000/v1/completions"],
             "got 'http://node7:8000/v1/completions'; did you mean 'http://node7:8000'?",
         ),
+        # prompts and answers
+        (
+            SMALL,
+            ["models.qwen.chat_template_kwargs={a: 1}"],
+            "chat_template_kwargs: has no effect without `chat: true`",
+        ),
+        (
+            SMALL,
+            ["models.qwen.chat=true", "models.qwen.chat_template_kwargs.add_generation_prompt=false"],
+            "chat_template_kwargs: add_generation_prompt is what lm-eval says for each prompt; leave it out",
+        ),
+        (SMALL, ["models.qwen.think_end_token=''"], "models.qwen.think_end_token: is empty"),
+        (
+            SMALL,
+            ["models.qwen.device=cpu", "models.qwen.env.VLLM_BATCH_INVARIANT=1"],
+            "models.qwen.env: VLLM_BATCH_INVARIANT needs a GPU",
+        ),
         # the Python of a server
         (SMALL, ["models.qwen.server_python=/gone/python"], "models.qwen.server_python: no file '/gone/python'"),
         (SMALL, ["models.qwen.server_python=."], "is a folder; did you mean '/"),
@@ -560,6 +577,18 @@ def test_two_checkpoints_of_one_name_are_refused():
     message = refused("models: {m: {checkpoints: [a/x, b/x]}}\n" + ONE_TASK)
     assert "models.m.checkpoints: " in message
     assert "would both be called 'm-x'" in message
+
+
+def test_what_a_template_takes_is_kept_as_it_is_written():
+    config = loaded("""
+defaults: {model: {chat: true, chat_template_kwargs: {enable_thinking: false, effort: low}, think_end_token: </think>}}
+models: {a: {path: o/a}, b: {path: o/b, chat_template_kwargs: {enable_thinking: true}, think_end_token: null}}
+tasks: {gsm8k: }
+""")
+    assert config.models["a"].chat_template_kwargs == {"enable_thinking": False, "effort": "low"}
+    assert config.models["a"].think_end_token == "</think>"
+    assert config.models["b"].chat_template_kwargs == {"enable_thinking": True, "effort": "low"}
+    assert config.models["b"].think_end_token is None
 
 
 # --- Secrets ---------------------------------------------------------------------------------------------------------

@@ -211,7 +211,15 @@ def test_two_pythons_of_one_model_share_no_answer() -> None:
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize("changes", [{"chat": True}, {"system_instruction": "be brief"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chat": True},
+        {"system_instruction": "be brief"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"think_end_token": "</think>"},
+    ],
+)
 def test_what_is_in_the_prompt_is_the_cell_s_business_not_the_model_s(changes: dict[str, Any]) -> None:
     """So that a chat variant reuses what is the same."""
     before, after = (planned(sweep({"m": model})) for model in (Model(path="p/m"), Model(path="p/m", **changes)))

@@ -229,7 +229,10 @@ def bent(monkeypatch: pytest.MonkeyPatch, kind: type, **changes: Any) -> None:
 
     def logprobs(call: Any, reply: Any) -> Iterator[LogProb]:
         for answer in original(call, reply):
-            yield replace(answer, **{name: change(answer, call) for name, change in changes.items()})
+            changed = {name: change(answer, call) for name, change in changes.items()}
+            if "logprob" in changed:
+                changed["logprobs"] = (changed.pop("logprob"),)
+            yield replace(answer, **changed)
 
     monkeypatch.setattr(kind, "logprobs", logprobs)
 

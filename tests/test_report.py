@@ -149,6 +149,22 @@ def test_everything_that_could_bend_a_number_is_listed_once_for_all_cells_it_con
     ]
 
 
+def test_requests_that_were_cut_empty_or_stopped_are_counted_in_the_table_by_model() -> None:
+    records = [
+        done("a", "mmlu", score("mmlu"), score("algebra", depth=1), counts=Counts(requests=80, truncated=3)),
+        done("b", "mmlu", score("mmlu"), score("algebra", depth=1), counts=Counts(requests=40, length_stopped=7)),
+        failed("c", "mmlu", "no memory"),
+    ]
+    rows = [[cell.strip() for cell in row] for row in lines_of(markdown(records, ["a", "b", "c", "d"]))]
+    figure = "0.8125 ± 0.0437"
+    assert [(row[0], *row[4:]) for row in rows] == [
+        ("mmlu", "acc", "↑", figure, figure, "failed", "–"),
+        ("", "truncated", "", "3 of 80", "0 of 40", "failed", "–"),
+        ("", "length-stopped", "", "0 of 80", "7 of 40", "failed", "–"),
+        ("- algebra", "acc", "↑", figure, figure, "failed", "–"),
+    ]
+
+
 def test_a_finished_cell_without_a_number_says_so() -> None:
     empty = done("m", "gsm8k")
     assert caveats(empty) == ["lm-eval gave no number"]

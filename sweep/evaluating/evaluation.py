@@ -199,6 +199,9 @@ def _lm(cell: Cell, tokenizer: Any, client: Client, channel: Any) -> SweepLM:
         client=client,
         channel=channel,
         scoring=(Method.ECHO,) if cell.model.model.scoring is Scoring.ECHO else (),
+        chat_template_kwargs=cell.model.model.chat_template_kwargs,
+        system_instruction=cell.model.model.system_instruction,
+        think_end_token=cell.model.model.think_end_token,
     )
 
 
@@ -370,6 +373,16 @@ def _check_effect(cell: Cell, results: Mapping[str, Any]) -> None:
     for name, samples in results["n-samples"].items():
         if limit is not None and limit >= 1 and samples["effective"] > limit:
             raise TaskError(f"{cell.key}: limit {limit} was asked for, but {name} scored {samples['effective']}")
+    for name, seed in asdict(cell.seeds).items():
+        if (took := results["config"][f"{name}_seed"]) != seed:
+            raise TaskError(f"{cell.key}: the {name} seed {seed} was asked for, but lm-eval took {took}")
+    for name, config in results["configs"].items():
+        took = config.get("generation_kwargs") or {}
+        wrong = {key: took.get(key) for key, value in cell.task.gen_kwargs.items() if took.get(key) != value}
+        if config.get("output_type") == "generate_until" and wrong:
+            raise TaskError(
+                f"{cell.key}: gen_kwargs {cell.task.gen_kwargs} were asked for, but {name} ran with {wrong}"
+            )
 
 
 def _scores(results: Mapping[str, Any]) -> tuple[tuple[Score, ...], tuple[str, ...]]:
@@ -468,11 +481,7 @@ def _warnings(cell: Cell, lm: SweepLM) -> Iterator[str]:
         yield f"{lm.without_tokens} continuations have no tokens of their own and count as certain, as in stock lm-eval"
     if len(lm.engines) > 1:
         yield f"answers of several versions of vLLM are mixed: {', '.join(f'{e}: {n}' for e, n in lm.engines.items())}"
-    if lm.seeded_repeats:
-        yield (
-            f"{lm.seeded_repeats} repeats of sampled requests have a seed of their own each; "
-            "stock lm-eval sends one seed for all, which makes them equal"
-        )
+    yield from _departures(cell.model.model, lm)
     model = cell.model.model
     if model.url is not None:
         yield (
@@ -481,6 +490,53 @@ def _warnings(cell: Cell, lm: SweepLM) -> Iterator[str]:
         )
     elif not cell.model.revision and not os.path.isabs(model.path):
         yield f"the commit of {model.path} is not known: a later change of the branch would go unnoticed"
+
+
+def _departures(model: Model, lm: SweepLM) -> Iterator[str]:
+    """What is not as stock lm-eval or the reader would expect; see docs/fidelity.md."""
+    found = lm.departures
+    if found.seeded_repeats:
+        yield (
+            f"{found.seeded_repeats} repeats of sampled requests have a seed of their own each; "
+            "stock lm-eval sends one seed for all, which makes them equal"
+        )
+    if found.made_greedy:
+        yield (
+            f"{found.made_greedy} requests with `do_sample: false` beside a temperature were sent with temperature 0; "
+            "stock lm-eval would sample them, `gen_kwargs: {do_sample: true}` does"
+        )
+    if found.never_sampled:
+        yield (
+            f"{found.never_sampled} requests with `do_sample: true` and no temperature were sent with temperature 0, "
+            "as stock lm-eval sends them; `gen_kwargs: {temperature: ...}` samples them"
+        )
+    if found.without_bos:
+        yield (
+            f"{found.without_bos} prompts begin without the BOS that this tokenizer puts before a text, as stock "
+            "local-completions sends them; lm-eval's hf and vllm backends send it"
+        )
+    if model.chat and found.outside_template:
+        yield (
+            f"{found.outside_template} prompts are not as the chat template rendered them: whole texts have no turns, "
+            "and some tasks write their prompts themselves"
+        )
+    if found.without_instruction:
+        yield (
+            f"the system instruction is missing in {found.without_instruction} prompts: the chat template drops or "
+            "changes it, or the task takes none (whole texts do not)"
+        )
+    if found.unfinished_reasoning:
+        yield (
+            f"{found.unfinished_reasoning} answers have no {model.think_end_token!r} and are taken whole: unfinished "
+            "reasoning, or none at all"
+        )
+    if model.think_end_token and lm.methods.keys() - {Method.GENERATE}:
+        yield "continuations are scored without the reasoning that this model would write before an answer"
+    for token, answers in found.stopped_at.items():
+        yield (
+            f"{answers} answers ended at the stop string {token!r}, a special token, which stock local-completions "
+            "runs over: servers leave special tokens out of the text in which they look for stop strings"
+        )
 
 
 def _settings(
@@ -497,6 +553,9 @@ def _settings(
         "max_model_len": facts.max_model_len,
         "chat": model.chat,
         "chat_template_sha": hash_string(template) if template else None,
+        "chat_template_kwargs": model.chat_template_kwargs,
+        "think_end_token": model.think_end_token,
+        "fewshot_as_multiturn": _as_multiturn(cell),
         "system_instruction": model.system_instruction,
         "task": asdict(cell.task),
         "seeds": asdict(cell.seeds),

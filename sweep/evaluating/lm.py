@@ -8,14 +8,15 @@ with tokenized requests (lm_eval 0.4.13: models/api_models.py, models/openai_com
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.models.utils import handle_stop_sequences
+from lm_eval.models.utils import handle_stop_sequences, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sweep.errors import TaskError
@@ -37,6 +38,12 @@ DEFAULT_MAX_GEN_TOKS = 256
 A = TypeVar("A", "PairAnswer", "GenerationAnswer")
 
 C = TypeVar("C", bound=Call)
+
+Sample = tuple[str, int]
+"""lm-eval's name of a (sub)task, and the number of a document in it."""
+
+LISTED = 5
+"""Subtasks that an error names before it counts the rest."""
 
 Answer = Callable[[int, Any], None]
 """Takes the index of an owed request and its answer."""
@@ -84,20 +91,60 @@ class GenerationAnswer:
     """The stored answer of a generate_until request."""
 
     text: str
+    """As the server gave it: with the reasoning, which is cut off when the answer is handed to lm-eval."""
     finish_reason: str
     tokens: int
     cut: int = 0
+    stop_token: int | None = None
+    """The token of `stop_token_ids` that ended it."""
     method: Method = Method.GENERATE
     engine: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Generate:
-    """One generate_until request, reduced to what its answer depends on."""
+    """One generate_until request."""
 
     prompt: str
     parameters: dict[str, Any]
-    """The request body without the prompt."""
+    """The request body without the prompt; with it all that the answer depends on."""
+    until: tuple[str, ...] = ()
+    """Stop strings that end the answer behind the reasoning. They are not sent, since reasoning may hold them."""
+    stop_tokens: tuple[int, ...] = ()
+    """Those of the body's `stop_token_ids` that stand for stop strings."""
+
+
+class _TooLongError(Exception):
+    """Requests that the server's length does not hold; caught where it is known whose they are."""
+
+    def __init__(self, excess: Sequence[int], *, hopeless: bool, what: str) -> None:
+        """`excess`: tokens too many of each request that was asked for. `hopeless`: cutting contexts does not help."""
+        super().__init__("too long")
+        self.excess = excess
+        self.hopeless = hopeless
+        self.what = what
+
+
+@dataclass(kw_only=True)
+class Departures:
+    """Requests of a cell, counted by what is not as stock lm-eval or its reader would expect."""
+
+    seeded_repeats: int = 0
+    """Sampled, with another seed than stock lm-eval's because they repeat an earlier one."""
+    made_greedy: int = 0
+    """With `do_sample: false` beside a temperature, which stock lm-eval sends."""
+    never_sampled: int = 0
+    """With `do_sample: true` and no temperature: stock lm-eval sends 0, and so do we."""
+    without_bos: int = 0
+    """With a prompt that begins without the BOS which the tokenizer puts before a text."""
+    outside_template: int = 0
+    """With a prompt that is no chat as the template rendered it."""
+    without_instruction: int = 0
+    """With a prompt that does not hold the system instruction."""
+    unfinished_reasoning: int = 0
+    """Answers without the `think_end_token`: they are taken whole."""
+    stopped_at: Counter[str] = field(default_factory=Counter)
+    """Answers that ended at a stop string which is a special token, by this token."""
 
 
 class SweepLM(LM):  # type: ignore[misc]
@@ -113,6 +160,9 @@ class SweepLM(LM):  # type: ignore[misc]
         client: Client,
         channel: Channel,
         scoring: Collection[Method] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        system_instruction: str | None = None,
+        think_end_token: str | None = None,
     ) -> None:
         """`scoring` are the only methods to score by; empty leaves it to what the server was seen to do."""
         super().__init__()
@@ -124,14 +174,17 @@ class SweepLM(LM):  # type: ignore[misc]
         self.overflow = overflow
         self.client = client
         self.channel = channel
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.system_instruction = system_instruction
+        self.think_end_token = think_end_token
         self.counts = Counts()
         self.methods: Counter[str] = Counter()
         self.engines: Counter[str] = Counter()
         """Distinct requests by the way, and by the version of vLLM, that their answers were computed, now or before."""
         self.without_tokens = 0
         """Continuations that have no tokens of their own."""
-        self.seeded_repeats = 0
-        """Sampled requests with another seed than stock lm-eval's, because they repeat an earlier one."""
+        self.departures = Departures()
+        self._rendered: set[str] = set()
         self.waited_s = 0.0
         """For a server, before the first request could be sent."""
         self._done = 0
@@ -146,21 +199,30 @@ class SweepLM(LM):  # type: ignore[misc]
         return str(self.tokenizer.get_chat_template()) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(
+        rendered = str(
             self.tokenizer.apply_chat_template(
                 chat_history,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
+                **self.chat_template_kwargs,
             )
         )
+        self._rendered.add(rendered)
+        return rendered
 
     # The three kinds of request.
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         pairs = [(str(context), str(continuation)) for context, continuation in (r.args for r in requests)]
+        self._look_at({context for context, _ in pairs})
         answers, distinct = self._answers(
-            "loglikelihood", pairs, PairAnswer, identity=self._effective, ask=self._ask_pairs
+            "loglikelihood",
+            pairs,
+            PairAnswer,
+            samples=_samples(requests),
+            identity=self._effective,
+            ask=self._ask_pairs,
         )
         self._count(truncated=sum(a.cut > 0 for a in distinct))
         self.without_tokens += sum(a.tokens == 0 for a in distinct)
@@ -169,7 +231,9 @@ class SweepLM(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         # Windows are requests of their own, so a long document is as durable as a short one. The reference keeps one
         # token of the context free for an answer and one for the prefix: hence two less than the server's length.
-        encoded = self.encoder.texts([str(text) for (text,) in (r.args for r in requests)])
+        texts = [str(text) for (text,) in (r.args for r in requests)]
+        self._look_at(set(texts), begun=True)
+        encoded = self.encoder.texts(texts)
         longest = self._facts().max_model_len - 2
         windows: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
         for tokens in encoded:
@@ -185,26 +249,58 @@ class SweepLM(LM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance]) -> list[str]:
         prompts = []
         seen: Counter[int] = Counter()
+        said = self.departures
         for request in requests:
             text, arguments = request.args
             # lm-eval repeats a request by listing the same object again.
             repeat = seen[id(request)]
             seen[id(request)] += 1
             prompts.append(self.generation(str(text), arguments, repeat=repeat))
-            self.seeded_repeats += bool(repeat and prompts[-1].parameters["temperature"])
+            asked, sent = arguments.get("temperature"), prompts[-1].parameters["temperature"]
+            said.seeded_repeats += bool(repeat and sent)
+            said.made_greedy += bool(asked and not sent)
+            said.never_sampled += bool(arguments.get("do_sample") and not sent)
+        self._look_at({wanted.prompt for wanted in prompts})
         generations, distinct = self._answers(
             "generate",
             prompts,
             GenerationAnswer,
+            samples=_samples(requests),
             identity=lambda g: self._effective((g.prompt, g.parameters)),
             ask=self._ask_generations,
         )
+        texts = [self._behind_reasoning(g.text, wanted) for g, wanted in zip(generations, prompts, strict=True)]
+        each = {id(g): (g, wanted, text) for g, wanted, text in zip(generations, prompts, texts, strict=True)}
+        for g, wanted, _ in each.values():
+            if g.stop_token in wanted.stop_tokens:
+                said.stopped_at[self._special[g.stop_token]] += 1
+            said.unfinished_reasoning += bool(self.think_end_token) and str(self.think_end_token) not in g.text
         self._count(
             truncated=sum(g.cut > 0 for g in distinct),
-            empty=sum(not g.text.strip() for g in distinct),
+            empty=sum(not text.strip() for _, _, text in each.values()),
             length_stopped=sum(g.finish_reason == "length" for g in distinct),
         )
-        return [g.text for g in generations]
+        return texts
+
+    def _behind_reasoning(self, text: str, wanted: _Generate) -> str:
+        """What lm-eval's own backends for reasoning models hand over: the text behind the last `think_end_token`, up to
+        the first stop string."""
+        if self.think_end_token is None:
+            return text
+        return str(postprocess_generated_text(text, list(wanted.until), self.think_end_token))
+
+    def _look_at(self, prompts: Collection[str], *, begun: bool = False) -> None:
+        """Count what of these distinct prompts is not as the template, the tokenizer or the user would have it.
+
+        `begun`: each is sent behind the prefix token, as an empty one is in any case.
+        """
+        known = [prompt for prompt in prompts if prompt]
+        self.departures.outside_template += sum(prompt not in self._rendered for prompt in known)
+        if self.system_instruction is not None:
+            instruction = self.system_instruction.strip()
+            self.departures.without_instruction += sum(instruction not in prompt for prompt in known)
+        if not begun and (bos := self._own_bos) is not None:
+            self.departures.without_bos += sum(not prompt.startswith(bos) for prompt in known)
 
     # Stored answers first.
 
@@ -214,12 +310,13 @@ class SweepLM(LM):  # type: ignore[misc]
         items: Sequence[Any],
         answer_type: type[A],
         *,
+        samples: Sequence[Sample] = (),
         identity: Callable[[Any], Any],
         ask: Callable[[Sequence[Any], Answer], None],
     ) -> tuple[list[A], Collection[A]]:
         """The answers of `items` in order, and those of distinct items, which is what is asked and counted.
 
-        `ask` gets what no stored answer covers.
+        `ask` gets what no stored answer covers. `samples` says of each item whose it is, where it may be too long.
         """
         keys = [response_key(self.fingerprint, kind, identity(item)) for item in items]
         item_by_key = dict(zip(keys, items, strict=True))
@@ -244,7 +341,13 @@ class SweepLM(LM):  # type: ignore[misc]
                 self._count(asked=1)
                 self._show_progress()
 
-            ask([item_by_key[key] for key in owed], answer)
+            try:
+                ask([item_by_key[key] for key in owed], answer)
+            except _TooLongError as error:
+                excess = dict(zip(owed, error.excess, strict=True))
+                raise TaskError(
+                    self._too_long(error, [(s, excess.get(k, 0)) for k, s in zip(keys, samples, strict=True)])
+                ) from None
         self.methods.update(str(answer.method) for answer in answer_by_key.values())
         self.engines.update(answer.engine for answer in answer_by_key.values())
         return [answer_by_key[key] for key in keys], answer_by_key.values()
@@ -328,7 +431,11 @@ class SweepLM(LM):  # type: ignore[misc]
             found = call.generation(reply)
             self._count(generated_tokens=found.tokens)
             value = GenerationAnswer(
-                text=found.text, finish_reason=found.finish_reason, tokens=found.tokens, cut=cuts[call.index]
+                text=found.text,
+                finish_reason=found.finish_reason,
+                tokens=found.tokens,
+                cut=cuts[call.index],
+                stop_token=found.stop_token,
             )
             answer(call.index, value)
 
@@ -343,19 +450,35 @@ class SweepLM(LM):  # type: ignore[misc]
             self.waited_s += first_sent - start
 
     def generation(self, prompt: str, arguments: Mapping[str, Any], *, repeat: int) -> _Generate:
-        """`arguments` (lm-eval's generation_kwargs) as the body that `local-completions` would send.
+        """`arguments` (lm-eval's generation_kwargs) as the body that `local-completions` would send, but for this:
 
-        Repeats of a sampled request get a seed each; the reference sends one seed for all, which makes them equal. It
-        adds the end-of-text string to `stop` with one request in flight only; we always do.
+        - Repeats of a sampled request get a seed each; the reference sends one for all, which makes them equal.
+        - The end-of-text string is always a stop string; the reference adds it with one request in flight only.
+        - `do_sample: false` means temperature 0; the reference drops it and sends the temperature.
+        - A stop string that is a special token is sent as its id too: servers leave special tokens out of the text in
+          which they look for stop strings. The end-of-text token ends an answer anyway.
+        - Of a reasoning model (`think_end_token`) stop strings are kept back, as reasoning may hold them.
         """
         rest = dict(arguments)
-        rest.pop("do_sample", None)
+        do_sample = rest.pop("do_sample", None)
         default = rest.pop("max_gen_toks", DEFAULT_MAX_GEN_TOKS)
         max_tokens = int(rest.pop("max_tokens", default))
         temperature = rest.pop("temperature", 0)
+        if do_sample is False and temperature:
+            temperature = 0
         seed = int(rest.pop("seed", GENERATION_SEED))
         until = rest.pop("until", None)
         stop = handle_stop_sequences(list(until) if isinstance(until, list | tuple) else until, self.eos)
+        stop_tokens = [token for token, text in self._special.items() if text in stop and text != self.eos]
+        kept_back: list[str] = []
+        if self.think_end_token is not None:
+            kept_back, stop = stop, [text for text in stop if text == self.eos]
+            if self.think_end_token in self._special.values():
+                rest = {"skip_special_tokens": False, "spaces_between_special_tokens": False, **rest}
+        if stop_tokens and rest.get("skip_special_tokens", True) and "stop_token_ids" not in rest:
+            rest["stop_token_ids"] = stop_tokens
+        else:
+            stop_tokens = []
         parameters = {
             "max_tokens": max_tokens,
             "temperature": temperature,
@@ -363,7 +486,7 @@ class SweepLM(LM):  # type: ignore[misc]
             "seed": seed + (repeat if temperature else 0),
             **rest,
         }
-        return _Generate(prompt=prompt, parameters=parameters)
+        return _Generate(prompt=prompt, parameters=parameters, until=tuple(kept_back), stop_tokens=tuple(stop_tokens))
 
     # Tokens.
 
@@ -371,6 +494,17 @@ class SweepLM(LM):  # type: ignore[misc]
     def eos(self) -> str | None:
         token: str | None = self.tokenizer.eos_token
         return token
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        """The tokens that a server leaves out of its texts, by id."""
+        return {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+    @cached_property
+    def _own_bos(self) -> str | None:
+        """The BOS that the tokenizer by itself puts before a text; stock `local-completions` does not let it."""
+        adds = self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
+        return str(self.tokenizer.bos_token) if adds else None
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
         """Context and continuation ids of each pair; raises TaskError for a context that has none."""
@@ -386,20 +520,44 @@ class SweepLM(LM):  # type: ignore[misc]
     def _cuts(self, wanted: Sequence[tuple[int, int]], longest: int, *, what: str) -> list[int]:
         """How many tokens to cut from the left of each context; `wanted` is (context, room for its `what`) in tokens.
 
-        Cuts where the config allows it, as the reference does; raises TaskError otherwise, before anything is sent.
+        Cuts where the config allows it, as the reference does; raises _TooLongError otherwise, before anything is sent.
         """
+        if any(room >= longest for _, room in wanted):
+            # A context has one token at least.
+            raise _TooLongError([max(0, 1 + room - longest) for _, room in wanted], hopeless=True, what=what)
         excess = [max(0, context + room - longest) for context, room in wanted]
-        hopeless = sum(room >= longest for _, room in wanted)
-        over = sum(cut > 0 for cut in excess)
-        if hopeless:
-            raise TaskError(
-                f"{self.cell}: {hopeless} of {len(wanted)} requests leave no room for any context beside the {what} "
-                f"(max_model_len {longest + 1}); raise max_model_len or lower the generated tokens (gen_kwargs)"
-            )
-        if over and self.overflow is Overflow.ERROR:
-            raise TaskError(
-                f"{self.cell}: {over} of {len(wanted)} requests exceed the server by up to {max(excess)} tokens "
-                f"(max_model_len {longest + 1}); raise max_model_len, use fewer shots or fewer generated tokens "
-                "(gen_kwargs), or set `on_overflow: truncate` to cut contexts from the left as stock lm-eval does"
-            )
+        if self.overflow is Overflow.ERROR and any(excess):
+            raise _TooLongError(excess, hopeless=False, what=what)
         return excess
+
+    def _too_long(self, error: _TooLongError, excess: Iterable[tuple[Sample, int]]) -> str:
+        """Which samples are too long by how many tokens, by subtask, the worst first; and what to set."""
+        most: dict[str, dict[int, int]] = {}
+        for (task, doc), tokens in excess:
+            of_task = most.setdefault(task, {})
+            of_task[doc] = max(tokens, of_task.get(doc, 0))
+        over = {task: [tokens for tokens in docs.values() if tokens] for task, docs in most.items()}
+        worst = sorted((task for task in over if over[task]), key=lambda task: (-len(over[task]), -max(over[task])))
+        listed = ", ".join(
+            f"{task} {len(over[task])} of {len(most[task])} by up to {max(over[task])} tokens"
+            for task in worst[:LISTED]
+        )
+        more = f" and {len(worst) - LISTED} more subtasks" if len(worst) > LISTED else ""
+        length = self._facts().max_model_len
+        needed = f"raise max_model_len to {length + max(max(over[task]) for task in worst)}"
+        shorter = "" if error.what == "continuation" else ", lower the generated tokens (gen_kwargs: max_gen_toks)"
+        if error.hopeless:
+            said = f"leave no room for a context beside the {error.what} in max_model_len {length}"
+            cure = f"{needed} and by what contexts need{shorter}"
+        else:
+            said = f"do not fit into max_model_len {length}"
+            cure = (
+                f"{needed} if the model was made for it, use fewer shots (num_fewshot){shorter}, or set "
+                "`on_overflow: truncate` to cut contexts from the left as stock lm-eval does"
+            )
+        total = sum(map(len, most.values()))
+        return f"{self.cell}: {sum(map(len, over.values()))} of {total} samples {said}: {listed}{more}; {cure}"
+
+
+def _samples(requests: Iterable[Instance]) -> list[Sample]:
+    return [(str(request.task_name), int(request.doc_id or 0)) for request in requests]

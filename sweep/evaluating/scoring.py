@@ -30,6 +30,10 @@ GENERATE = "/inference/v1/generate"
 ECHO_SEED = 1234
 """What stock lm-eval sends with a scoring request; no effect on log-probabilities, kept so that requests are equal."""
 
+NO_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""Against a server's own (`generation_config: auto`, somebody else's server): log-probabilities do not feel them, but
+the sampled token does, by which a continuation is called greedy or not."""
+
 NEXT_TOKEN_MOST = 128
 """Token ids that one request may ask for: vLLM's MAX_LOGPROB_TOKEN_IDS."""
 
@@ -72,10 +76,17 @@ class LogProb:
     """What a model says of one continuation."""
 
     index: int
-    logprob: float
-    """Natural logarithm, summed over the continuation's tokens."""
+    start: int
+    """Tokens in front of it, which orders the parts of one continuation."""
+    logprobs: tuple[float, ...]
+    """Natural logarithms, one for each token."""
     is_greedy: bool
     """Whether each token was the most likely one; ties count, as in stock lm-eval."""
+
+    @property
+    def logprob(self) -> float:
+        """Added up in the order of the tokens, as stock does: another order would round otherwise."""
+        return sum(self.logprobs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +125,7 @@ class EchoCall:
                 f"(got {tokens}): does the server support `echo` with `logprobs`?"
             )
         greedy = all(t >= max(b.values()) for t, b in zip(tokens, best, strict=True))
-        yield LogProb(index=self.pair.index, logprob=sum(tokens), is_greedy=greedy)
+        yield LogProb(index=self.pair.index, start=start, logprobs=tuple(tokens), is_greedy=greedy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +162,7 @@ class NextTokenCall:
             "seed": ECHO_SEED,
             # A context that ends where the model wants to stop must still be answered.
             "ignore_eos": True,
+            **NO_PENALTIES,
         }
 
     def logprobs(self, reply: Mapping[str, Any]) -> Iterator[LogProb]:
@@ -166,7 +178,7 @@ class NextTokenCall:
                     "`logprob_token_ids`, which vLLM has since 0.32"
                 )
             for index in indices:
-                yield LogProb(index=index, logprob=logprob, is_greedy=logprob >= best)
+                yield LogProb(index=index, start=len(self.context), logprobs=(logprob,), is_greedy=logprob >= best)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,8 +236,9 @@ class ForcedCall:
         if tokens[:end] != [f"token_id:{token}" for token in self.continuation] or tokens[end:] == verdicts[:1]:
             return
         greedy = verdicts.index(*tokens[end:]) - 1
+        start, found = len(self.context), tuple(logprobs[:end])
         for index in self.indices:
-            yield LogProb(index=index, logprob=sum(logprobs[:end]), is_greedy=greedy == end)
+            yield LogProb(index=index, start=start, logprobs=found, is_greedy=greedy == end)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -277,11 +290,11 @@ class TailCall:
         wanted = [str(token) for token in self.continuation]
         if len(rows) != len(wanted) or not all(row and token in row for row, token in zip(rows, wanted, strict=True)):
             raise RequestError(f"a tail reply lacks rows for the last {len(wanted)} tokens of its prompt (got {rows})")
-        logprobs = [row[token]["logprob"] for row, token in zip(rows, wanted, strict=True)]
+        logprobs = tuple(row[token]["logprob"] for row, token in zip(rows, wanted, strict=True))
         best = [max(other["logprob"] for other in row.values()) for row in rows]
         greedy = all(logprob >= top for logprob, top in zip(logprobs, best, strict=True))
         for index in self.indices:
-            yield LogProb(index=index, logprob=sum(logprobs), is_greedy=greedy)
+            yield LogProb(index=index, start=len(self.context), logprobs=logprobs, is_greedy=greedy)
 
 
 ScoringCall = EchoCall | NextTokenCall | ForcedCall | TailCall
@@ -295,6 +308,8 @@ class Generation:
     finish_reason: str
     """`stop` (a stop string or end of text) or `length`."""
     tokens: int
+    stop_token: int | None = None
+    """The token that ended it: one of `stop_token_ids`, or a second end-of-text token of the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -329,6 +344,7 @@ class GenerateCall:
             text=choice["text"],
             finish_reason=choice["finish_reason"],
             tokens=reply["usage"]["completion_tokens"],
+            stop_token=reason if isinstance(reason := choice.get("stop_reason"), int) else None,
         )
 
 
@@ -381,18 +397,24 @@ class Assembly:
     def __init__(self, pairs: Sequence[Scored], edges: Iterable[_Edge]) -> None:
         self._pairs = {pair.index: pair for pair in pairs}
         self._owed = Counter(index for edge in edges for index in edge.indices)
-        self._sums: dict[int, tuple[float, bool]] = {}
+        self._parts: dict[int, list[LogProb]] = defaultdict(list)
 
     def add(self, found: Iterable[LogProb]) -> list[LogProb]:
         """The pairs that are answered by now because of what a call `found`."""
         whole = []
         for part in found:
-            logprob, greedy = self._sums.get(part.index, (0.0, True))
-            self._sums[part.index] = logprob, greedy = logprob + part.logprob, greedy and part.is_greedy
-            self._owed[part.index] -= 1
-            if not self._owed[part.index]:
+            self._parts[part.index].append(part)
+            if len(self._parts[part.index]) == self._owed[part.index]:
+                parts = sorted(self._parts.pop(part.index), key=lambda part: part.start)
                 del self._pairs[part.index]
-                whole.append(LogProb(index=part.index, logprob=logprob, is_greedy=greedy))
+                whole.append(
+                    LogProb(
+                        index=part.index,
+                        start=parts[0].start,
+                        logprobs=tuple(itertools.chain.from_iterable(some.logprobs for some in parts)),
+                        is_greedy=all(some.is_greedy for some in parts),
+                    )
+                )
         return whole
 
     def missing(self) -> list[Scored]:

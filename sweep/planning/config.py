@@ -45,7 +45,13 @@ class Model:
     """Hub id or folder of another tokenizer than the model's own."""
     chat: bool = False
     """Apply the model's chat template. Off as in stock lm-eval."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What a template takes beside the messages: `enable_thinking: false`, say."""
     system_instruction: str | None = None
+    """Before everything else, as a turn of its own with `chat`."""
+    think_end_token: str | None = None
+    """What ends the reasoning of a reasoning model (`</think>`): its answer is the text behind the last one. Stop
+    strings then apply to the answer alone, so give it room (`gen_kwargs: {max_gen_toks: ...}`)."""
     dtype: str = "auto"
     quantization: str | None = None
     """Left to vLLM, which reads it from the checkpoint, when unset."""

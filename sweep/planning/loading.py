@@ -699,6 +699,16 @@ def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None
         raise draft.mistake("gpus", f"device is cpu, which holds none; got {model.gpus:g}")
     if model.gpus is not None and model.gpus < model.tensor_parallel > 1:
         raise draft.mistake("gpus", f"tensor_parallel spans {model.tensor_parallel} whole GPUs, got {model.gpus:g}")
+    if model.device is Device.CPU and model.env.get(BATCH_INVARIANT, "0") != "0":
+        raise draft.mistake(
+            "env", f"{BATCH_INVARIANT} needs a GPU: vLLM's CPU build cannot keep answers independent of the batch"
+        )
+    if model.chat_template_kwargs and not model.chat:
+        raise draft.mistake("chat_template_kwargs", "has no effect without `chat: true`")
+    for name in sorted(_OF_LM_EVAL & model.chat_template_kwargs.keys()):
+        raise draft.mistake("chat_template_kwargs", f"{name} is what lm-eval says for each prompt; leave it out")
+    if model.think_end_token == "":
+        raise draft.mistake("think_end_token", "is empty; leave it out for a model without reasoning")
     excluded = [choice.startswith("!") for choice in model.tasks]
     if any(excluded) and not all(excluded):
         raise draft.mistake("tasks", "either all or none of the names start with '!'")
@@ -706,6 +716,14 @@ def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None
         if name not in tasks:
             raise draft.mistake("tasks", f"no task {name!r} in this sweep{_near(name, tasks)}")
 
+
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+"""vLLM's variable for answers that do not depend on what else is computed at the same time."""
+
+_OF_LM_EVAL = frozenset(
+    {"conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_dict"}
+)
+"""Arguments of `apply_chat_template` that are not the user's."""
 
 _AMOUNTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "limit": (

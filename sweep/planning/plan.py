@@ -415,10 +415,16 @@ def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None
 
 
 def _cell_fingerprint(model: ModelPlan, task: Task, seeds: Seeds, task_files: str) -> str:
+    # Keys of their own only where they are set, as above. Answers are stored whole and by their prompts, so neither is
+    # a part of the model's fingerprint.
+    chosen = {
+        name: value for name in ("chat_template_kwargs", "think_end_token") if (value := getattr(model.model, name))
+    }
     return _digest(
         {
             "model": model.fingerprint,
             "chat": model.model.chat,
+            **chosen,
             "system_instruction": model.model.system_instruction,
             "task": {k: v for k, v in asdict(task).items() if k not in ("include_path", "unsafe_code")},
             "task_files": task_files,

@@ -7,7 +7,7 @@ ranked or rounded beyond lm-eval's four decimals here. The order of tasks is tha
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from sweep.record import Record, Score, Status
 
@@ -17,6 +17,9 @@ MISSING = "–"
 COMPARED = ("gen_kwargs", "fewshot_as_multiturn", "metadata")
 """Settings of a task that change its numbers and leave no trace in the table, unlike shots, version and the number of
 documents. What belongs to the model (chat template, scoring method) is not among them: to compare it is the purpose."""
+
+COUNTED = {"truncated": "truncated", "empty": "empty", "length_stopped": "length-stopped"}
+"""Counters of requests that can bend a number, and what their rows are called; a task without any has no such row."""
 
 COLUMNS = (
     *("model", "task", "lm_eval_task", "version", "filter", "num_fewshot", "metric", "higher_is_better"),
@@ -206,7 +209,18 @@ def _rows(
         for (version, *rest), number in metrics.items():
             rows.append((shown, version if shown else "", *rest, *cells(number)))
             shown = ""
+        if (depth, name) == next(iter(figures)):  # of the whole cell, so above its subtasks
+            rows += [("", "", "", "", what, "", *cells(number)) for what, number in _counted(by_model)]
     return rows or [(label, "", "", "", "", "", *cells({}))]
+
+
+def _counted(by_model: Mapping[str, Record]) -> Iterator[tuple[str, dict[str, str]]]:
+    """`length-stopped`, and by model how many of its requests were; only what happened to one model at least."""
+    done = {model: record.counts for model, record in by_model.items() if record.status is Status.DONE}
+    for name, what in COUNTED.items():
+        numbers = {model: getattr(counts, name) for model, counts in done.items()}
+        if any(numbers.values()):
+            yield what, {m: f"{n} of {done[m].requests}" for m, n in numbers.items()}
 
 
 def _columns_of(score: Score) -> dict[str, object]:

@@ -25,10 +25,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from sweep import ROOT
-from sweep.errors import ConfigError, nearest
+from sweep.errors import ConfigError, ServerError, nearest
 from sweep.masking import is_proxy, is_secret, masked, passwords, secret_variables
 from sweep.planning.config import Scoring, SweepConfig
-from sweep.planning.loading import secrets_of
+from sweep.planning.loading import BATCH_INVARIANT, secrets_of
 from sweep.planning.plan import SPEED_ONLY_ENVIRONMENT, ServerPlan, is_local
 from sweep.serving.causes import PORT_TAKEN as PORT_TAKEN
 from sweep.serving.causes import Cause as Cause
@@ -234,7 +234,15 @@ def environment(
     base: Mapping[str, str],
     extras: Extras = NO_EXTRAS,
 ) -> dict[str, str]:
-    """The environment of a server process that owns these GPUs, none of them for a CPU server."""
+    """The environment of a server process that owns these GPUs, none of them for a CPU server.
+
+    Raises ServerError for what a server without a GPU cannot do.
+    """
+    if not gpu_ids and variables(plan).get(BATCH_INVARIANT, "0") != "0":
+        # It would start, and answer every request with an internal error (vLLM 0.32: Triton kernels on CPU tensors).
+        raise ServerError(
+            f"models.{plan.name}.env: {BATCH_INVARIANT} needs a GPU, and this server has none: leave it out"
+        )
     given = _passed_on(base, plan.model.server_python)
     given["VLLM_NO_USAGE_STATS"] = "1"
     # vLLM refuses a request with more than 4 stop strings unless told otherwise; lm-eval's tasks have up to a dozen.
