@@ -17,6 +17,7 @@ import aiohttp
 import msgspec
 
 from sweep.errors import PassingFault, RequestError
+from sweep.evaluating.concurrency import Need
 from sweep.serving.server import Endpoint
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,12 @@ class _Slot:
     pause_s: float = 0.0
     """The last pause; 0 once it answered again."""
     paused_until: float = 0.0
+    refused: int = 0
+
+    def need(self, queued: int) -> Need:
+        held = max(self.limit, self.in_flight)
+        # Between an answer and the next request a place is free for a moment, and no less needed.
+        return Need(wanted=queued + (held if queued else self.in_flight), held=held, refused=self.refused)
 
 
 @dataclass(kw_only=True)
@@ -119,10 +126,15 @@ class Pool:
         if began:
             self._on_want()
 
-    def demand(self) -> tuple[int, dict[str, int]]:
-        """Prompts that wait for a place, and by endpoint those in flight or the share, if that is more."""
+    def refuse(self, endpoint: Endpoint) -> None:
+        """Tell that it has too many requests."""
         with self._lock:
-            return self._queued, {name: max(slot.in_flight, slot.limit) for name, slot in self._slots.items()}
+            self._slots[endpoint.server].refused += 1
+
+    def needs(self) -> dict[str, Need]:
+        """By endpoint."""
+        with self._lock:
+            return {name: slot.need(self._queued) for name, slot in self._slots.items()}
 
     def cancel(self, reason: str) -> None:
         with self._lock:
@@ -286,6 +298,8 @@ class Client:
                 return msgspec.json.decode(content, type=dict[str, Any])
             except msgspec.DecodeError as error:
                 raise PassingFault(f"{endpoint.server} sent a broken answer: {error}") from None
+        if response.status in (429, 503):
+            self.pool.refuse(endpoint)
         said = content.decode(errors="replace")
         words = (said.replace(key, "***") if key else said)[:WORDS]
         if response.status == 429 or response.status >= 500:
