@@ -18,6 +18,7 @@ import pytest
 from conftest import apart, free_port
 
 from sweep.evaluating.preflight import Expected, Outcome
+from sweep.evaluating.concurrency import Controller
 from sweep.planning.config import Device, Model, RayConfig
 from sweep.planning.plan import ServerPlan
 from sweep.running import cluster as module
@@ -28,6 +29,7 @@ from sweep.running.cluster import (
     EvaluatorLost,
     EvaluatorReady,
     ServerFailed,
+    ServerLoad,
     ServerLost,
     ServerReady,
     ServerStopped,

@@ -45,8 +45,9 @@ WIDE_LOOKS, FINE_LOOKS = 4, 8
 """How many looks a level gets before it is judged. Throughput of half a second varies by some percent, so a step of an
 eighth takes the longer of them."""
 
-FINISHED_LEAST = 3
-"""Sequences that must have ended for a throughput to tell something, however few run."""
+FINISHED_LEAST, FINE_FINISHED_LEAST = 3, 64
+"""Sequences that must have ended for a throughput to tell something, however few run; the second for a step of an
+eighth, which is less than the chance of how many end in a few seconds."""
 
 QUEUE_LOOKS = 3
 """A queue that is there in so many looks in a row stays."""
@@ -64,10 +65,10 @@ CLEAR_GAIN = 0.5
 PROBE_S, PROBE_MOST_S = 5.0, 60.0
 """Pause before the next trial after one that brought nothing; doubled each time."""
 
-CALM_S = 30.0
+CALM_S = 20.0
 """No trial for so long after a preemption."""
 
-KV_CACHE_FULL, KV_CACHE_FULL_MOST = 0.95, 0.98
+KV_CACHE_FULL, KV_CACHE_FULL_MOST = 0.92, 0.98
 """No trial beyond the first, less in flight beyond the second: sequences grow after they were let in, and where there
 is no room left the server starts one of them anew."""
 
@@ -148,10 +149,10 @@ class _Window:
         seen = [interval.kv_cache_use for interval in self.intervals[-QUEUE_LOOKS:]]
         return len(seen) == QUEUE_LOOKS and min(seen) >= KV_CACHE_FULL_MOST
 
-    def tells(self, limit: int) -> bool:
+    def tells(self, limit: int, least: int = FINISHED_LEAST) -> bool:
         """Whether enough was done for a throughput: each sequence has ended once. Before, sequences that began together
         all read their prompts, or all write."""
-        return self.total("finished") >= max(FINISHED_LEAST, limit)
+        return self.total("finished") >= max(least, limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,14 +238,15 @@ class Controller:
         window.intervals.append(interval)
         if preempted or window.cache_is_full():
             # Of what runs, not of the limit: what is in flight cannot be called back, and each look would take more.
-            self._hold(max(1, min(self.limit, int(0.9 * interval.running))), now_s + CALM_S)
+            self._hold(max(1, min(self.limit, int(0.95 * interval.running))), now_s + CALM_S)
             return
         if wanted < self.limit or interval.finished < 0:
             # What the server does says nothing about the limit; or it is another server behind the same address.
             self._rest()
             return
         if self._settling and not self._trial:
-            self._settling = False
+            # What is in flight beyond a limit that has fallen keeps new requests away, whose prompts would count.
+            self._settling = interval.running + interval.waiting > 1.1 * self.limit + LIMIT_LEAST
             window.intervals.clear()
             return
         if self._queue_stays(now_s):
@@ -252,7 +254,7 @@ class Controller:
         if self._trial:
             self._compare(self._trial, now_s, wanted)
             return
-        if len(window) > FINE_LOOKS and window.last(FINE_LOOKS).tells(self.limit):
+        if len(window) > FINE_LOOKS and _finely(window.last(FINE_LOOKS), self.limit):
             window.intervals.pop(0)
         if window.tells(self.limit):
             self._search(now_s, wanted)
@@ -281,7 +283,7 @@ class Controller:
             window.intervals.clear()
             return
         wide = STEPS[trial.level] > STEPS[0]
-        if not clear and (len(window) < (WIDE_LOOKS if wide else FINE_LOOKS) or not window.tells(self.limit)):
+        if not clear and not (_enough(window, self.limit) if wide else _finely(window, self.limit)):
             return
         if gain >= min(GAIN, 0.6 * (self.limit / trial.before - 1)):
             self._accept(window.throughput, min(trial.level + 1, len(STEPS) - 1), now_s, wanted)
@@ -309,7 +311,7 @@ class Controller:
         if len(window) >= WIDE_LOOKS and not climbing:
             if self._rival is not None:
                 (limit, throughput), self._rival = self._rival, None
-                if throughput >= (1 + GAIN) * window.throughput:
+                if throughput >= (1 + 2 * GAIN) * window.throughput:
                     self.limit = limit
                     self._accept(throughput, len(STEPS) - 1, now_s, wanted)
                     return
@@ -318,7 +320,7 @@ class Controller:
             if share > NEW_WORK * self._share or share < self._share / NEW_WORK:
                 self._share = None
                 self._level, climbing, self._next_trial_s = len(STEPS) - 1, True, -math.inf
-        if now_s >= self._next_trial_s and (climbing or len(window) >= FINE_LOOKS):
+        if now_s >= self._next_trial_s and (climbing or _finely(window, self.limit)):
             self._raise(window.throughput, wanted, first=True)
 
     def _raise(self, throughput: float, wanted: int, *, first: bool) -> bool:
@@ -352,6 +354,14 @@ class Controller:
         self.limit = limit
         self._settling = True
         self._window = _Window()
+
+
+def _enough(window: _Window, limit: int) -> bool:
+    return len(window) >= WIDE_LOOKS and window.tells(limit)
+
+
+def _finely(window: _Window, limit: int) -> bool:
+    return len(window) >= FINE_LOOKS and window.tells(limit, FINE_FINISHED_LEAST)
 
 
 def _between(last: tuple[float, Snapshot], now: tuple[float, Snapshot]) -> _Interval:
