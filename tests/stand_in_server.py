@@ -12,12 +12,13 @@ Answers
     --tokenizer or --model names; where there is none, its token ids are its UTF-8 bytes.
 
 From vLLM's arguments: --model, --tokenizer, --served-model-name, --lora-modules, --host, --port, --max-model-len
-(2048), --max-num-seqs (256; more wait, and the metrics say so). The rest is accepted and has no effect.
+(2048), --max-num-seqs (256; more wait, and the metrics say so), --logits-processors (ours forces continuations),
+--enable-scale-out (with /inference/v1/generate). The rest is accepted and has no effect.
 
 Options of its own, each as `--stand-in-NAME VALUE` or as the environment variable `STAND_IN_NAME` in capitals (`env:`
 of a model gives it to one server); see `Options` for what they mean:
-    start_delay_s latency_s die_after die_mark hang_after mute_after refuse lose_port null_logprobs null_chat_logprobs
-    no_chat no_tokenize no_echo echo_shift echo_offset echo_clip busy_above other_tokenizer end_every vocabulary tree
+    start_delay_s latency_s die_after die_mark hang_after mute_after refuse refuse_forced lose_port null_logprobs
+    null_chat_logprobs no_chat no_tokenize no_echo echo_shift echo_offset echo_clip busy_above other_tokenizer end_every vocabulary tree
     leftovers ignore_term requests_log
 """
 
@@ -72,6 +73,8 @@ class Options:
     """1 knows no chat, 2 has no chat template."""
     no_tokenize: int = 0
     """1 has no /tokenize, 2 shows no token ids in completions either."""
+    refuse_forced: str = ""
+    """What a start ends with where ForcedDecoding is among its logits processors."""
     no_echo: int = 0
     """1 gives log-probabilities of generated tokens only, `echo` or not."""
     echo_shift: int = 0
@@ -574,6 +577,8 @@ def main() -> None:
     parser.add_argument("--logits-processors", nargs="+", default=[])
     parser.add_argument("--enable-scale-out", action="store_true")
     found, _ = parser.parse_known_args(rest)
+    if options.refuse_forced and found.logits_processors:
+        sys.exit(options.refuse_forced)
     if options.refuse:
         sys.exit(options.refuse.replace("\\n", "\n"))
 

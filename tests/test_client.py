@@ -16,6 +16,7 @@ from conftest import KEY, StandIn
 from sweep.errors import PassingFault, RequestError
 from sweep.evaluating import client as module
 from sweep.evaluating.client import ATTEMPTS, Cancelled, Client, Pool
+from sweep.evaluating.concurrency import Need
 from sweep.serving.server import Endpoint
 
 
@@ -209,6 +210,42 @@ def test_a_share_that_shrinks_grows_or_comes_back_is_kept_to(
     with later(leave_and_come_back):
         assert run(pool, asked(60)) == Counter(range(60))
     assert gauge.most["m-0"] == 8
+
+
+def test_a_pool_gives_several_places_at_once_and_says_what_is_needed(stand_in: Callable[..., StandIn]) -> None:
+    began: list[bool] = []
+    pool = Pool(lambda: began.append(True))
+    first, second = stand_in().endpoint, stand_in().endpoint
+    pool.update([(first, 5), (second, 8)])
+    slot, granted = pool.take(3)
+    assert slot is not None
+    assert (slot.endpoint, granted) == (first, 1)  # several requests fill a share, so that some compute meanwhile
+    assert [pool.take(9, but=[first.server])[1] for _ in range(5)] == [2, 2, 2, 2, 0]
+    assert [pool.take(9)[1] for _ in range(4)] == [1, 1, 1, 1]
+    assert pool.take() == (None, 0)
+    assert pool.pause_s() == 60.0
+    pool.want(10)
+    pool.want(9)
+    assert began == [True]
+    pool.update([(first, 1), (second, 4)])
+    pool.refuse(first)
+    assert pool.needs() == {
+        first.server: Need(wanted=9 + 5, held=5, refused=1),  # until it has come down to its share
+        second.server: Need(wanted=9 + 8, held=8),
+    }
+    pool.give_back(slot, 3)
+    pool.want(0)
+    assert pool.needs()[first.server] == Need(wanted=2, held=2, refused=1)
+    pool.want(1)
+    assert began == [True, True]
+
+
+@pytest.mark.parametrize(("status", "refused"), [(429, 1), (503, 1), (500, 0)])
+def test_refusals_are_counted_for_the_limit(scripted: Callable[..., Scripted], status: int, refused: int) -> None:
+    server = scripted(lambda number: fine() if number else web.Response(status=status))
+    pool = pool_of((server.endpoint(), 1))
+    assert run(pool, asked(3)) == Counter(range(3))
+    assert pool.needs()["m-0"] == Need(wanted=0, held=1, refused=refused)
 
 
 def test_twenty_thousand_queued_calls_need_no_more_tasks_than_may_be_in_flight(

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import apart, free_port
 
+from sweep.evaluating.concurrency import Controller
 from sweep.evaluating.preflight import Expected, Outcome
 from sweep.planning.config import Device, Model, RayConfig
 from sweep.planning.plan import ServerPlan
@@ -28,6 +29,7 @@ from sweep.running.cluster import (
     EvaluatorLost,
     EvaluatorReady,
     ServerFailed,
+    ServerLoad,
     ServerLost,
     ServerReady,
     ServerStopped,
@@ -160,6 +162,7 @@ class Seen:
     server_of_ray: list[str]
     evaluator_gpus: str
     evaluator_offline: dict[str, str]
+    refusing: int
     killed: list[str]
     killed_reason: str
     killed_after_s: float
@@ -227,6 +230,10 @@ def play(play: Play, found: dict[str, Any], *, url: str) -> None:
     found["gpus_of_two"] = environment["CUDA_VISIBLE_DEVICES"]
     found["server_offline"] = offline(environment)
     found["server_of_ray"] = [name for name in environment if name.startswith("RAY_")]
+    play.until(ServerReady, "two-0")
+    cluster.tune("two-0", Controller(64))
+    cluster.press("two-0", wanted=100, refused=3)
+    found["refusing"] = play.until(ServerLoad, "two-0").load.limit
 
     until(lambda: bool(evaluators()), "the evaluator began")
     environment = evaluators()[0].environ()
@@ -309,7 +316,8 @@ def test_offline_words_of_the_launch_reach_servers_and_evaluators_and_rays_own_d
 
 @pytest.mark.ray
 def test_a_killed_server_is_lost_within_a_second_and_stopped_when_nothing_of_it_is_left(seen: Seen) -> None:
-    assert seen.killed == ["ServerReady", "ServerLost", "ServerStopped"]
+    assert seen.refusing == 48
+    assert seen.killed == ["ServerReady", "ServerLoad", "ServerLost", "ServerStopped"]
     assert seen.killed_reason.startswith("was killed by SIGKILL")
     assert seen.killed_after_s < 2  # a second, and a busy machine
 

@@ -22,6 +22,7 @@ import pytest
 from doubles import KEY, RequestsLog, facts, make_gpqa, make_tasks, make_tokenizer, stand_in
 from tokenizers import Tokenizer
 
+from sweep.evaluating.concurrency import Need
 from sweep.evaluating.evaluator import (
     Answered,
     CancelCell,
@@ -31,6 +32,7 @@ from sweep.evaluating.evaluator import (
     Checked,
     CheckModel,
     CheckTask,
+    Demand,
     EvaluatorProcess,
     Event,
     KnownAnswers,
@@ -434,6 +436,26 @@ def test_answers_arrive_in_batches_and_at_most_half_a_second_late(
     assert sum(number for _, number in times) == 64
     assert 4 <= len(times) <= 10
     assert max(later - earlier for (earlier, _), (later, _) in itertools.pairwise(times)) < 1.2
+
+
+def test_an_evaluator_says_at_once_what_it_needs_and_that_it_has_heard_of_a_share(
+    evaluator: Driver, cell: Any, slow: tuple[Endpoint, RequestsLog]
+) -> None:
+    endpoint, _ = slow
+    since = evaluator.begin(cell("phrases"), ECHO_ONLY, [(endpoint, 0)])
+
+    def needs(serial: int) -> list[Need]:
+        told = [event for event in evaluator.events(Demand, since) if event.serial == serial]
+        return [event.needs[endpoint.server] for event in told if endpoint.server in event.needs]
+
+    evaluator.wait(NeedServer, since)
+    until(lambda: Need(wanted=64, held=0) in needs(0))
+    evaluator.process.send(PoolChanged(shares=((endpoint, 4),), facts=ECHO_ONLY, serial=7))
+    until(lambda: needs(7))
+    assert needs(7)[0].held == 4
+    assert 60 <= needs(7)[0].wanted <= 68
+    assert isinstance(evaluator.end(since), CellDone)
+    until(lambda: needs(7)[-1] == Need(wanted=0, held=4))
 
 
 def test_a_time_limit_by_sigalrm_works_in_a_tasks_metric(evaluator: Driver, cell: Any, endpoint: Endpoint) -> None:

@@ -175,6 +175,12 @@ def test_a_path_before_v1_is_a_gateway_s_and_stays(scripted: Callable[..., Scrip
     assert server(f"{script.url}/api").start().url == f"{script.url}/api"
 
 
+def test_it_tells_how_it_stands_if_it_is_vllm(stand_in: Starts, scripted: Callable[..., Scripted]) -> None:
+    assert server(stand_in().endpoint.url).figures().running == 0
+    with pytest.raises(ValueError, match="/metrics answered 404"):
+        server(scripted().url).figures()
+
+
 def test_a_server_that_comes_later_is_waited_for(scripted: Callable[..., Scripted], free_port: int) -> None:
     """Nobody listens, then a gateway says that nobody is behind it, then it answers."""
     theirs = server(f"http://127.0.0.1:{free_port}")

@@ -34,6 +34,7 @@ from tokenizers import Tokenizer
 
 from sweep.errors import StoreError
 from sweep.evaluating import evaluator as ev
+from sweep.evaluating.concurrency import Controller, Load, Need
 from sweep.evaluating.preflight import Check, Expected, Facts
 from sweep.evaluating.preflight import Outcome as Checked
 from sweep.evaluating.scoring import Method
@@ -47,6 +48,7 @@ from sweep.running.cluster import (
     EvaluatorReady,
     EvaluatorSaid,
     ServerFailed,
+    ServerLoad,
     ServerLost,
     ServerReady,
     ServerStopped,
@@ -55,6 +57,7 @@ from sweep.running.machine import Capacity
 from sweep.running.progress import Terminal
 from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
 from sweep.running.runner import DEATHS_MOST, Runner
+from sweep.serving.metrics import Snapshot
 from sweep.serving.server import Endpoint
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +83,9 @@ class ScriptedCluster:
         self.stopped: list[str] = []
         self.expected: dict[str, Mapping[str, Expected]] = {}
         """Life -> what it was to be."""
+        self.controllers: dict[str, Controller] = {}
+        """Life -> what finds its limit."""
+        self.pressed: dict[str, tuple[int, int]] = {}
         self.now = 1000.0
         """The runner's clock."""
         self._script = script(self)
@@ -97,6 +103,12 @@ class ScriptedCluster:
 
     def stop_server(self, life: str) -> None:
         self.stopped.append(life)
+
+    def tune(self, life: str, controller: Controller) -> None:
+        self.controllers[life] = controller
+
+    def press(self, life: str, *, wanted: int, refused: int) -> None:
+        self.pressed[life] = (wanted, refused)
 
     def send(self, evaluator: str, message: Any) -> None:
         self.sent[evaluator].append(message)
@@ -782,29 +794,111 @@ def test_answers_are_durable_whatever_became_of_the_attempt_that_asked(loop: Loo
     store.close()
 
 
-def test_the_shares_of_a_server_follow_the_cells_that_run_on_it(loop: Loop) -> None:
+class Sharing:
+    """What each cell's evaluator has been told of one endpoint, and words of theirs about it."""
+
+    def __init__(self, cluster: ScriptedCluster) -> None:
+        self.cluster = cluster
+        self.told: dict[str, ev.PoolChanged] = {}
+
+    def needs(self, cell: tuple[str, ev.RunCell], wanted: int, held: int, *, refused: int = 0) -> EvaluatorSaid:
+        """Said by one that has heard all that it was told."""
+        self.shares()
+        name, run = cell
+        need = {"a-0": Need(wanted=wanted, held=held, refused=refused)}
+        serial = self.told[name].serial
+        return said(name, ev.Demand(cell=run.cell.key, attempt=run.attempt, serial=serial, needs=need))
+
+    def shares(self) -> dict[str, int]:
+        """By evaluator, of those that were told something since the last time."""
+        changes = dict(self.cluster.taken(ev.PoolChanged))
+        self.told |= changes
+        return {name: sum(share for _, share in change.shares) for name, change in changes.items()}
+
+
+def test_a_servers_limit_goes_to_the_cells_that_can_use_it_and_only_when_others_have_given_it_back(loop: Loop) -> None:
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()
         yield [cluster.ready("a-0")]
-        cells = cluster.running()
-        assert len(cells) == 2
-
-        def told() -> dict[str, int]:
-            changes = dict(cluster.taken(ev.PoolChanged))
-            return {name: sum(share for _, share in change.shares) for name, change in changes.items()}
-
-        assert sorted(told().values()) == [4, 4]
-        name, _ = cells["a/one"]
-        yield [EvaluatorLost(evaluator=name, reason="killed")]
-        assert told()[cells["a/two"][0]] == 8  # alone until the cell runs again
+        cells, sharing = cluster.running(), Sharing(cluster)
+        one, two = cells["a/one"], cells["a/two"]
+        assert sharing.shares() == {one[0]: 0, two[0]: 0}  # nobody has asked yet
+        yield [sharing.needs(one, wanted=100, held=0)]
+        assert sharing.shares() == {one[0]: 8}
+        yield [sharing.needs(one, wanted=100, held=8), sharing.needs(two, wanted=100, held=0)]
+        assert sharing.shares() == {one[0]: 4}  # what it still has in flight is nobody's yet
+        assert cluster.pressed["a-0"] == (32, 0)
+        yield [sharing.needs(one, wanted=100, held=6)]
+        assert sharing.shares() == {two[0]: 2}
+        yield [sharing.needs(one, wanted=100, held=4)]
+        assert sharing.shares() == {two[0]: 4}
+        yield [sharing.needs(two, wanted=100, held=4)]
+        assert sharing.shares() == {}
+        yield [sharing.needs(one, wanted=1, held=4)]  # drains
+        assert sharing.shares() == {one[0]: 1}
+        yield [sharing.needs(one, wanted=1, held=1)]
+        assert sharing.shares() == {two[0]: 7}
+        yield [EvaluatorLost(evaluator=one[0], reason="killed")]
+        assert sharing.shares() == {two[0]: 8}
         yield from cluster.after(BACKOFF_S)
-        assert told()[cells["a/two"][0]] == 4
         again = cluster.running()["a/one"]
+        assert sharing.shares() == {again[0]: 0}
         yield [done(*again)]
-        assert told()[cells["a/two"][0]] == 8
-        yield [done(*cells["a/two"])]
+        yield [done(*two)]
 
     loop(a_plan(["a"], ["one", "two"], concurrency=8), script, evaluators=2)
+
+
+def test_a_limit_that_moves_is_followed_and_the_next_life_and_the_next_run_begin_with_it(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cell, sharing = cluster.running()["a/one"], Sharing(cluster)
+        assert cluster.controllers["a-0"].limit == 40
+        yield [sharing.needs(cell, wanted=1000, held=0)]
+        assert sharing.shares() == {cell[0]: 40}
+        yield [ServerLoad(life="a-0", load=Load(limit=80, settled=40))]
+        assert sharing.shares() == {cell[0]: 80}
+        yield [ServerLoad(life="a-0", load=Load(limit=60, settled=60, running=48, waiting=12))]
+        assert sharing.shares() == {cell[0]: 60}
+        yield [asks(*cell), sharing.needs(cell, wanted=1000, held=60, refused=3)]
+        assert cluster.pressed["a-0"] == (240, 3)
+        yield [ServerLost(life="a-0", reason="died"), ServerStopped(life="a-0")]
+        yield from cluster.after(BACKOFF_S)
+        yield [ServerLoad(life="a-0", load=Load(limit=1, settled=1)), cluster.ready("a-1")]
+        assert cluster.controllers["a-1"].limit == 60
+        yield [done(*cell)]
+
+    def next_run(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        cell = cluster.running()["a/two"]
+        yield [asks(*cell)]
+        yield [cancelled(*cell)]
+        yield [cluster.ready("a-0")]
+        assert cluster.controllers["a-0"].limit == 60
+        yield [done(*cluster.running()["a/two"])]
+
+    loop(a_plan(["a"], ["one"]), script)
+    assert msgspec.json.decode(RunDirectory(loop.folder).concurrency("a").read_bytes()) == {"concurrency": 60}
+    shutil.rmtree(loop.folder / "records")
+    loop(a_plan(["a"], ["two"]), next_run)
+
+
+def test_a_number_of_the_users_is_the_limit_and_stays(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        seen = Snapshot(
+            running=1, waiting=9, kv_cache_use=1.0, preemptions=0, prompt_tokens=0, generation_tokens=0, finished=0
+        )
+        for second in range(1, 20):
+            now = replace(seen, preemptions=second, prompt_tokens=9 * second, finished=second)
+            assert cluster.controllers["a-0"].look(now_s=second, seen=now, wanted=99, refused=1) == 32
+        yield [ServerLoad(life="a-0", load=cluster.controllers["a-0"].load)]
+        yield [done(*cluster.running()["a/one"])]
+
+    loop(a_plan(["a"], ["one"], concurrency=32), script)
+    assert not RunDirectory(loop.folder).concurrency("a").exists()
 
 
 def test_a_store_that_cannot_be_written_ends_the_loop(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:

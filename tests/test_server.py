@@ -143,7 +143,14 @@ def test_a_server_starts_answers_and_stops(bench: Bench) -> None:
     assert not one.alive()
     endpoint = one.start()
     assert one.alive()
-    assert endpoint == Endpoint(server="m-0", url=endpoint.url, api_key=KEY, max_model_len=512, engine_version="0.32.0")
+    assert endpoint == Endpoint(
+        server="m-0",
+        url=endpoint.url,
+        api_key=KEY,
+        max_model_len=512,
+        engine_version="0.32.0",
+        scoring=("forced_decoding",),
+    )
     assert KEY not in repr(endpoint)
     port = int(endpoint.url.rpartition(":")[2])
     assert port in server.PORTS
@@ -442,6 +449,21 @@ def test_a_start_that_was_killed_may_succeed_another_time(bench: Bench) -> None:
         one.start()
     kill.join()
     assert running() == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RuntimeError: Failed to load 0th LogitsProcessor plugin sweep.serving.forced_decoding:ForcedDecoding",
+        "api_server.py: error: unrecognized arguments: --logits-processors sweep.serving.forced_decoding:ForcedDecoding",
+    ],
+)
+def test_a_server_that_fails_over_what_is_for_speed_alone_is_started_without_it(line: str, bench: Bench) -> None:
+    bench_server = bench(refuse_forced=line)
+    endpoint = bench_server.start()
+    assert endpoint.scoring == ()
+    log_text = bench_server.log_path.read_text()
+    assert "lmsweep: it ended because of logits_processors; it is started again without, to score by echo" in log_text
 
 
 def test_an_engine_that_is_not_supported_is_refused_by_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

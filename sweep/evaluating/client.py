@@ -16,6 +16,7 @@ import aiohttp
 import msgspec
 
 from sweep.errors import PassingFault, RequestError
+from sweep.evaluating.concurrency import Need
 from sweep.evaluating.dispatch import Dispatched, Queue, Queued
 from sweep.serving.server import Endpoint
 
@@ -88,6 +89,12 @@ class _Slot:
     pause_s: float = 0.0
     """The last pause; 0 once it answered again."""
     paused_until: float = 0.0
+    refused: int = 0
+
+    def need(self, queued: int) -> Need:
+        held = max(self.limit, self.in_flight)
+        # Between an answer and the next request a place is free for a moment, and no less needed.
+        return Need(wanted=queued + (held if queued else self.in_flight), held=held, refused=self.refused)
 
 
 def _nobody() -> None:
@@ -130,10 +137,15 @@ class Pool:
         if began:
             self._on_want()
 
-    def demand(self) -> tuple[int, dict[str, int]]:
-        """Prompts that wait for a place, and by endpoint those in flight or the share, if that is more."""
+    def refuse(self, endpoint: Endpoint) -> None:
+        """Tell that it has too many requests."""
         with self._lock:
-            return self._queued, {name: max(slot.in_flight, slot.limit) for name, slot in self._slots.items()}
+            self._slots[endpoint.server].refused += 1
+
+    def needs(self) -> dict[str, Need]:
+        """By endpoint."""
+        with self._lock:
+            return {name: slot.need(self._queued) for name, slot in self._slots.items()}
 
     def cancel(self, reason: str) -> None:
         with self._lock:
@@ -179,7 +191,8 @@ class Pool:
         now = time.monotonic()
         with self._lock:
             waits = [s.paused_until - now for s in self._slots.values() if s.in_flight < s.limit]
-        return max(0.0, min(waits, default=60.0))
+        # One with room and no pause has nothing to do: what waits needs what others compute.
+        return min((wait for wait in waits if wait > 0), default=60.0)
 
 
 @dataclass(kw_only=True)
@@ -325,6 +338,8 @@ class Client:
                 return msgspec.json.decode(content, type=dict[str, Any])
             except msgspec.DecodeError as error:
                 raise PassingFault(f"{endpoint.server} sent a broken answer: {error}") from None
+        if response.status in (429, 503):
+            self.pool.refuse(endpoint)
         said = content.decode(errors="replace")
         words = (said.replace(key, "***") if key else said)[:WORDS]
         if response.status == 429 or response.status >= 500:

@@ -100,7 +100,7 @@ class Queue:
                 return [self._first(family, endpoint)]
         # All that is left belongs to other endpoints, or waits for its prefix here.
         for family in self._families:
-            if endpoint not in family.priming and len(family.waiting) >= FAMILY_LEAST:
+            if family.waiting and endpoint not in family.priming:
                 return [self._first(family, endpoint)]
         return []
 

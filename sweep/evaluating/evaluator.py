@@ -24,6 +24,7 @@ import functools
 import logging
 import os
 import queue
+import resource
 import socket
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from typing import IO, Any
 from sweep import ROOT
 from sweep.errors import SweepError
 from sweep.evaluating.client import Cancelled, Pool
+from sweep.evaluating.concurrency import Need
 from sweep.evaluating.preflight import Facts
 from sweep.masking import SECRET_LEAST, is_proxy, secret_variables
 from sweep.planning.config import Model, Seeds, Task
@@ -117,10 +119,12 @@ class KnownAnswers:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolChanged:
-    """The endpoints of the running cell's model, each with this evaluator's share of requests in flight."""
+    """The endpoints of the running cell's model, each with this evaluator's share of prompts in flight."""
 
     shares: tuple[tuple[Endpoint, int], ...]
     facts: Facts | None
+    serial: int = 0
+    """Comes back with Demand, which says that it was heard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +163,19 @@ class NeedServer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What the cell needs of each endpoint; every half second if it has changed, and at once when it has heard of a
+    share or requests begin to wait."""
+
+    cell: str
+    attempt: int
+    serial: int
+    """Of the last PoolChanged that it has heard."""
+    needs: Mapping[str, Need]
+    """By the name of the endpoint's server life."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answered:
     cell: str
     attempt: int
@@ -193,7 +210,7 @@ class CellFailed:
     error: str | None
 
 
-Event = Checked | WantAnswers | NeedServer | Answered | CellProgress | CellDone | CellFailed
+Event = Checked | WantAnswers | NeedServer | Demand | Answered | CellProgress | CellDone | CellFailed
 
 
 class EvaluatorProcess:
@@ -303,13 +320,16 @@ class _Attempt:
         """`hide` takes the credentials out of the environment."""
         self.cell = run.cell
         self.number = run.attempt
-        self.pool = Pool()
+        self.pool = Pool(self.tell_demand)
         self._say = say
         self._hide = hide
         self._facts = run.facts
         self._answers: Mapping[bytes, bytes] | None = None
         self._cancelled: str | None = None
         self._heard = threading.Condition()
+        self._serial = 0
+        self._demand: Demand | None = None
+        self._telling = threading.Lock()
         self._batch: list[Response] = []
         self._batch_lock = threading.Lock()
         self._last_progress = 0.0
@@ -319,13 +339,24 @@ class _Attempt:
             match message:
                 case KnownAnswers(answers=answers):
                     self._answers = answers
-                case PoolChanged(shares=shares, facts=facts):
+                case PoolChanged(shares=shares, facts=facts, serial=serial):
                     self._facts = facts or self._facts
                     self.pool.update(shares)
+                    self._serial = serial
                 case CancelCell(reason=reason):
                     self._cancelled = reason
                     self.pool.cancel(reason)
             self._heard.notify_all()
+        self.tell_demand()
+
+    def tell_demand(self) -> None:
+        """Say what the cell needs of each endpoint, if that is news."""
+        with self._telling:  # in the order of what was seen
+            serial = self._serial  # before the pool: what it told may be newer, never older
+            demand = Demand(cell=self.cell.key, attempt=self.number, serial=serial, needs=self.pool.needs())
+            if demand != self._demand:
+                self._demand = demand
+                self._say(demand)
 
     def flush(self) -> None:
         """Send what has been answered; afterwards it is the driver's."""
@@ -437,6 +468,7 @@ class _Link:
             if (attempt := self._attempt) is not None:
                 try:
                     attempt.flush()
+                    attempt.tell_demand()
                 except OSError:
                     return  # the driver is gone, and soon are we
 
@@ -502,6 +534,9 @@ def _words(doing: str, error: BaseException) -> str:
 def main(descriptor: int) -> None:
     """The child's entry point; its supervisor has made it the leader of a session of its own."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # A connection for each request in flight; what a shell allows by default may be less.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # A folder of its own: lm-eval takes a folder under the working directory that is named like a data set for that
     # data set. The supervisor has made it, also for temporary files, and removes it with the gigabytes that data sets
     # leave behind when a process is killed.

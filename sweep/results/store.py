@@ -7,6 +7,7 @@
       records/          one JSON file per finished or failed cell, written last
       results/<task>/<model>/   lm-eval's own results_*.json and samples_*.jsonl
       servers/<model>.json      what preflight saw of a model's server; enough to score stored answers without one
+      servers/<model>.concurrency.json   how many sequences its servers had in flight at last; the next run begins there
       logs/             one file per server life, and the driver's own
       report.md, results.csv, wandb/
 
@@ -92,6 +93,9 @@ class RunDirectory:
 
     def facts(self, model: str) -> Path:
         return self.servers / f"{model}.json"
+
+    def concurrency(self, model: str) -> Path:
+        return self.servers / f"{model}.concurrency.json"
 
 
 def read_records(directory: RunDirectory) -> dict[tuple[str, str], Record]:

@@ -4,6 +4,7 @@ Ray carries control: starting, stopping, messages and their events. Requests go 
 Both kinds of actor are made without restarts or retries: what happens after a loss is the runner's decision.
 """
 
+import http.client
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sweep.errors import ResourceError, ServerError, ServerFault, SweepError
+from sweep.evaluating.concurrency import LOOK_S, Controller, Load
 from sweep.evaluating.evaluator import EvaluatorProcess, Event
 from sweep.evaluating.preflight import Check, Expected, Facts, Inspection, inspect
 from sweep.planning.config import RayConfig
@@ -38,6 +40,9 @@ DEATH_PERIOD_S = 0.05
 
 PLACE_S = 30.0
 """Ray starts an actor within a second or two of what it needs being free, on a busy machine within ten."""
+
+LOAD_S = 5.0
+"""Between two words of a server's figures while its limit stays."""
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 """What these are where the sweep is launched holds for its servers and evaluators on every node, whose own environment
@@ -72,6 +77,14 @@ class ServerLost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerLoad:
+    """How many sequences may be in flight at a ready server, and how it stands; told when that changes."""
+
+    life: str
+    load: Load
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerStopped:
     life: str
 
@@ -95,7 +108,16 @@ class EvaluatorLost:
     reason: str
 
 
-ClusterEvent = ServerReady | ServerFailed | ServerLost | ServerStopped | EvaluatorReady | EvaluatorSaid | EvaluatorLost
+ClusterEvent = (
+    ServerReady
+    | ServerFailed
+    | ServerLoad
+    | ServerLost
+    | ServerStopped
+    | EvaluatorReady
+    | EvaluatorSaid
+    | EvaluatorLost
+)
 
 
 @dataclass(kw_only=True)
@@ -128,6 +150,7 @@ class _ServerHost:
         _be_ordinary(variables)
         self._life = life
         self._log_path = log_path
+        self._pressure = (0, 0)
         self._server: Server | ExternalServer
         if plan.external:
             self._server = ExternalServer(plan, name=life)
@@ -174,6 +197,32 @@ class _ServerHost:
         log.info("%s died in preflight: %s", self._life, seen)
         raise ServerFault(f"{self._life} died in preflight: {self._server.wait()} (see {self._log_path})")
 
+    @ray.method(num_returns="streaming", concurrency_group="tuning")
+    def tune(self, controller: Controller) -> Iterator[Load]:
+        """The limit and the server's figures until it is gone, the first as soon as it changes."""
+        told, told_s, silent, refused_before = controller.load, time.monotonic(), False, 0
+        while self._server.alive():
+            time.sleep(LOOK_S)
+            (wanted, refused), seen = self._pressure, None
+            if wanted and not silent:
+                try:
+                    seen = self._server.figures()
+                except ValueError as error:
+                    log.info("%s does not tell how it stands, its limit stays: %s", self._life, error)
+                    silent = True
+                except (OSError, http.client.HTTPException) as error:
+                    log.debug("%s did not tell how it stands: %s", self._life, error)
+            now_s = time.monotonic()
+            controller.look(now_s=now_s, seen=seen, wanted=wanted, refused=refused - refused_before)
+            refused_before, load = refused, controller.load
+            if load != told and (load.limit != told.limit or now_s > told_s + LOAD_S):
+                told, told_s = load, now_s
+                yield load
+
+    def press(self, wanted: int, refused: int) -> None:
+        """How many sequences evaluators could have in flight here, and how many requests were refused in all."""
+        self._pressure = (wanted, refused)
+
     @ray.method(concurrency_group="sentinel")
     def wait(self) -> str:
         return str(self._server.wait())
@@ -214,7 +263,7 @@ class _EvaluatorHost:
 
 # The scheduler owns retries: a restart of Ray's own would load a model again behind its back.
 _ServerActor: Any = ray.remote(
-    num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"stop": 1, "sentinel": 1}
+    num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"stop": 1, "sentinel": 1, "tuning": 1}
 )(_ServerHost)
 _EvaluatorActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"messages": 1})(
     _EvaluatorHost
@@ -248,6 +297,7 @@ class Cluster:
         self._sentinels: dict[Any, str] = {}
         self._stopping: dict[Any, str] = {}
         self._streams: dict[Any, str] = {}
+        self._loads: dict[Any, str] = {}
         self._unplaced: dict[Any, _Unplaced] = {}
         self._next: list[ClusterEvent] = []
         """Events that are known already."""
@@ -302,11 +352,21 @@ class Cluster:
         """Ask a server to end; ServerStopped follows when its process is gone."""
         self._forget(self._starting, life)
         self._forget(self._sentinels, life)
+        self._forget(self._loads, life)
         if self._has_place(life):
             self._stopping[self._servers[life].stop.remote()] = life
         else:  # nobody would hear it
             self._end_server(life)
             self._next.append(ServerStopped(life=life))
+
+    def tune(self, life: str, controller: Controller) -> None:
+        """Have the limit of a ready server found; ServerLoad follows each time it changes."""
+        self._loads[self._servers[life].tune.remote(controller)] = life
+
+    def press(self, life: str, *, wanted: int, refused: int) -> None:
+        """Tell a ready server's controller what evaluators want; nobody waits for it."""
+        if (actor := self._servers.get(life)) is not None:
+            actor.press.remote(wanted, refused)
 
     def start_evaluator(self, name: str, log_path: Path) -> None:
         """EvaluatorReady or EvaluatorLost follows; what is sent before waits for it."""
@@ -341,7 +401,7 @@ class Cluster:
     def events(self, timeout_s: float) -> list[ClusterEvent]:
         """What happened in the next `timeout_s`; many events at a time cost the driver half as much as one by one."""
         events, self._next = self._next, []
-        references = [*self._starting, *self._sentinels, *self._stopping, *self._streams, *self._unplaced]
+        references = [*self._starting, *self._sentinels, *self._stopping, *self._streams, *self._loads, *self._unplaced]
         if not references and not events:  # all that there was has died and rests
             time.sleep(timeout_s)
             return []
@@ -356,6 +416,8 @@ class Cluster:
                     events.append(EvaluatorReady(evaluator=placed.name))
             elif reference in self._streams:
                 events += self._heard(reference)
+            elif reference in self._loads:
+                events += self._load(reference)
             elif reference in self._starting:
                 events.append(self._started(reference))
             elif reference in self._sentinels:
@@ -421,6 +483,15 @@ class Cluster:
         self._end_evaluator(name)
         yield EvaluatorLost(evaluator=name, reason=reason)
 
+    def _load(self, stream: Any) -> Iterator[ClusterEvent]:
+        try:
+            while ray.wait([stream], timeout=0, fetch_local=False)[0]:
+                yield ServerLoad(life=self._loads[stream], load=ray.get(next(stream)))
+        except StopIteration:
+            del self._loads[stream]  # the server is gone, which its sentinel tells
+        except RayError as error:
+            log.info("nothing more is heard of the load of %s: %s", self._loads.pop(stream), error)
+
     def _started(self, reference: Any) -> ClusterEvent:
         life = self._starting.pop(reference)
         try:
@@ -474,6 +545,7 @@ class Cluster:
 
     def _end_server(self, life: str) -> None:
         self._forget_place(life)
+        self._forget(self._loads, life)
         ray.kill(self._servers.pop(life))
 
     def _end_evaluator(self, name: str) -> None:

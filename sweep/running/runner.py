@@ -1,5 +1,6 @@
 """The loop: observe -> schedule -> carry out -> record."""
 
+import itertools
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ import msgspec
 
 from sweep.errors import StoreError, boundary
 from sweep.evaluating import evaluator as ev
-from sweep.evaluating.concurrency import automatic_limit, shares
+from sweep.evaluating.concurrency import Controller, Leases, Load, automatic_limit
 from sweep.evaluating.preflight import Check, Facts, expectation
 from sweep.evaluating.preflight import Outcome as Checked
 from sweep.masking import masked
@@ -30,6 +31,7 @@ from sweep.running.cluster import (
     EvaluatorReady,
     EvaluatorSaid,
     ServerFailed,
+    ServerLoad,
     ServerLost,
     ServerReady,
     ServerStopped,
@@ -72,6 +74,8 @@ class _CellState:
     rate: float = 0.0
     first_answers: tuple[float, int] = (0.0, 0)
     """When the first answers came, and how many; for the rate."""
+    told: ev.PoolChanged | None = None
+    """What its evaluator was told last of its pool."""
 
     @property
     def unfinished(self) -> bool:
@@ -95,6 +99,12 @@ class _Life:
     """Asked to stop."""
     lost: bool = False
     """Dead, and what is left of it still holds its GPUs."""
+    load: Load | None = None
+    """Set with the endpoint."""
+    leases: Leases = field(default_factory=Leases)
+    """Who has how much of its limit."""
+    pressure: tuple[int, int] = (0, 0)
+    """What its controller was told last."""
 
 
 @dataclass(kw_only=True)
@@ -104,6 +114,9 @@ class _ServerState:
     """None: as many as help."""
     started: int = 0
     restarts: Restarts = NEVER_LOST
+    concurrency: int | None = None
+    """What its last life settled on; None for a number that the config gives."""
+    stored_concurrency: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -206,6 +219,8 @@ class Runner:
     _evaluators_work: bool = False
     """One of them has said something."""
     _last_tracked: float = 0.0
+    _serials: Iterator[int] = field(default_factory=itertools.count)
+    """Of what evaluators are told of their shares."""
 
     def run(self, stop: Sequence[int] = ()) -> int:
         """0 when every cell is finished or has failed; else the first number in `stop`, a signal that ended it."""
@@ -217,12 +232,14 @@ class Runner:
             for event in self.cluster.events(TICK_S):
                 self._observe(event)
             if stop:
+                self._keep_concurrency()
                 return stop[0]
             self._fill_seats()
             self._dispatch_checks()
             for action in schedule(self._view()):
                 self._carry_out(action)
             self._track()
+        self._keep_concurrency()
         return 0
 
     # Beginning.
@@ -237,6 +254,7 @@ class Runner:
             facts = self._stored_facts(plan)
             if facts is not None:
                 self._facts[name] = facts
+            self._servers[name].concurrency = self._servers[name].stored_concurrency = self._stored_concurrency(plan)
         for task_name in dict.fromkeys(cell.task_name for cell in owed):
             cell = next(c for c in owed if c.task_name == task_name)
             self._checks.append(
@@ -268,6 +286,22 @@ class Runner:
             stored = msgspec.json.decode(path.read_bytes())
             return msgspec.convert(stored["facts"], Facts) if stored["of"] == self._facts_identity(plan) else None
 
+    def _stored_concurrency(self, plan: ServerPlan) -> int | None:
+        path = self.store.directory.concurrency(plan.name)
+        if isinstance(plan.model.concurrency, int) or not path.exists():
+            return None
+        with boundary(StoreError, f"read {path} (it may be deleted: the next number is found anew)"):
+            return msgspec.convert(msgspec.json.decode(path.read_bytes())["concurrency"], int)
+
+    def _keep_concurrency(self) -> None:
+        """For the next run, which is likely to have the same machines."""
+        for name, server in self._servers.items():
+            if server.concurrency != server.stored_concurrency:
+                with boundary(StoreError, f"write the concurrency of server {name}"):
+                    content = msgspec.json.encode({"concurrency": server.concurrency})
+                    write_file(self.store.directory.concurrency(name), content)
+                server.stored_concurrency = server.concurrency
+
     def _dispatch_checks(self) -> None:
         for name, work in self._evaluators.items():
             if self._checks and work is None:
@@ -284,6 +318,8 @@ class Runner:
                 self._server_ready(event)
             case ServerFailed():
                 self._server_failed(event)
+            case ServerLoad():
+                self._server_load(event)
             case ServerLost(life=life, reason=reason):
                 self._server_lost(life, reason)
             case ServerStopped(life=life):
@@ -323,7 +359,35 @@ class Runner:
         log.info("server %s is ready at %s: %s", event.life, event.endpoint.url, event.facts)
         self._show_server(life.server, "ready", _in_one_line(event.facts))
         self._note_checks(event.life, event.facts.checks)
+        life.load = self._tune(event.life)
         self._share(life.server)
+
+    def _tune(self, name_of_life: str) -> Load:
+        """Have the limit of a ready server found, beginning where the last one settled."""
+        name = self._lives[name_of_life].server
+        server = self._servers[name]
+        model = server.plan.model
+        if isinstance(model.concurrency, int):
+            controller = Controller(model.concurrency, fixed=True)
+        elif server.concurrency is not None:
+            controller = Controller(server.concurrency)
+        else:
+            limit = automatic_limit(max_num_seqs=model.server.get("max_num_seqs"), on_cpu=self._on_cpu(name))
+            controller = Controller(limit)
+        self.cluster.tune(name_of_life, controller)
+        return controller.load
+
+    def _server_load(self, event: ServerLoad) -> None:
+        # One that has died may have been told of before.
+        if (life := self._lives.get(event.life)) is None:
+            return
+        before, life.load = life.load, event.load
+        server = self._servers[life.server]
+        if not isinstance(server.plan.model.concurrency, int):
+            server.concurrency = event.load.settled
+        if before is None or before.limit != event.load.limit:
+            log.info("server %s: up to %d sequences in flight (%s)", event.life, event.load.limit, event.load)
+            self._share(life.server)
 
     def _plan_anew(self, server: str) -> None:
         """Take back what runs on facts that no longer hold: other methods, another length, another version of vLLM.
@@ -415,6 +479,7 @@ class Runner:
     def _evaluator_lost(self, name: str, reason: str) -> None:
         work = self._evaluators.pop(name, None)
         log.warning("%s was lost: %s", name, reason)
+        self._leave(work)
         reason = f"{reason} (see {self.store.directory.server_log(name)})"
         if (check := self._checking.pop(name, None)) is not None:
             self._check_lost(check, reason)
@@ -493,19 +558,31 @@ class Runner:
                     self.cluster.send(name, ev.CancelCell(reason="its server has yet to be started"))
             case ev.CellProgress():
                 self._progressed(state, said)
+            case ev.Demand(needs=needs, serial=serial):
+                for life, need in needs.items():
+                    if life in self._lives:
+                        self._lives[life].leases.hear(cell.key, need, serial=serial)
+                self._share(cell.model.server)
             case ev.CellDone(record=record, files=files):
                 self._evaluators[name] = None
+                self._leave(cell.key)
                 if state.unfinished:
                     self._finish(state, record, files)
                 self._share(cell.model.server)
             case ev.CellFailed(error=error):
                 self._evaluators[name] = None
+                self._leave(cell.key)
                 if state.unfinished and error is None:
                     self._take_back(state)
                 elif state.unfinished and error is not None:
                     state.evaluator = None  # idle again, there is nothing to cancel
                     self._fail(state, error)
                 self._share(cell.model.server)
+
+    def _leave(self, cell: str | None) -> None:
+        """Nothing of this cell is in flight any more."""
+        for life in self._lives.values():
+            life.leases.leave(cell or "")
 
     def _take_back(self, state: _CellState) -> None:
         state.state, state.evaluator = "waiting", None
@@ -654,6 +731,7 @@ class Runner:
                 state = self._cells[key]
                 state.attempt += 1
                 state.state, state.first_answers, state.rate = "running", (0.0, 0), 0.0
+                state.told = None
                 state.evaluator = next(name for name, work in self._evaluators.items() if work is None)
                 self._evaluators[state.evaluator] = key
                 server_name = state.cell.model.server
@@ -668,20 +746,31 @@ class Runner:
         running = [
             c for c in self._cells.values() if c.state == "running" and c.evaluator and c.cell.model.server == server
         ]
-        if not running:
-            return
-        endpoints = [e for life in self._live(server) if (e := self._lives[life].endpoint) is not None]
-        model = self._servers[server].plan.model
-        limit = (
-            model.concurrency
-            if isinstance(model.concurrency, int)
-            else automatic_limit(max_num_seqs=model.server.get("max_num_seqs"), on_cpu=self._on_cpu(server))
-        )
-        given = shares(limit, [limit] * len(running))
-        facts = self._facts.get(server) if endpoints else None
-        for state, share in zip(running, given, strict=True):
-            pool = tuple((endpoint, share) for endpoint in endpoints if share)
-            self.cluster.send(str(state.evaluator), ev.PoolChanged(shares=pool, facts=facts))
+        # The new shares are all of one serial, and an evaluator that hears it has heard those of all its endpoints.
+        serial, holders = next(self._serials), [state.cell.key for state in running]
+        pools: dict[str, list[tuple[Endpoint, int]]] = {holder: [] for holder in holders}
+        for name in self._ready(server):
+            life = self._lives[name]
+            assert life.endpoint is not None
+            assert life.load is not None
+            for holder, share in life.leases.split(life.load.limit, holders, serial=serial).items():
+                pools[holder].append((life.endpoint, share))
+            self._press(name)
+        facts = self._facts.get(server) if self._ready(server) else None
+        for state in running:
+            news = ev.PoolChanged(shares=tuple(pools[state.cell.key]), facts=facts, serial=serial)
+            if state.told is None or (news.shares, news.facts) != (state.told.shares, state.told.facts):
+                state.told = news
+                self.cluster.send(str(state.evaluator), news)
+
+    def _press(self, name_of_life: str) -> None:
+        """Tell a server's controller what is wanted of it, of which four times its limit is as good as more."""
+        life = self._lives[name_of_life]
+        assert life.load is not None
+        pressure = (min(life.leases.wanted, 4 * life.load.limit), life.leases.refused)
+        if pressure != life.pressure:
+            life.pressure = pressure
+            self.cluster.press(name_of_life, wanted=pressure[0], refused=pressure[1])
 
     # Showing.
 
@@ -703,8 +792,22 @@ class Runner:
                     "cells_done": sum(not c.unfinished for c in mine),
                     "requests_done": sum(p.done for p in known),
                     "requests_per_s": sum(c.rate for c in mine if c.state == "running"),
+                    **self._load_of(mine[0].cell.model.server),
                 },
             )
+        self._keep_concurrency()
+
+    def _load_of(self, server: str) -> dict[str, float]:
+        """Of all its lives; {} while none is ready."""
+        loads = [load for name in self._ready(server) if (load := self._lives[name].load) is not None]
+        if not loads:
+            return {}
+        return {
+            "concurrency": sum(load.limit for load in loads),
+            "running": sum(load.running for load in loads),
+            "waiting": sum(load.waiting for load in loads),
+            "kv_cache_use": max(load.kv_cache_use for load in loads),
+        }
 
 
 def _in_one_line(facts: Facts) -> str:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from sweep.errors import ServerError, ServerFault, nearest
 from sweep.planning.plan import ServerPlan, served_name
+from sweep.serving.metrics import Snapshot, snapshot
 from sweep.serving.server import Endpoint
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,14 @@ class ExternalServer:
 
     def alive(self) -> bool:
         return self._answers and not self._lost.is_set() and not self._stopping.is_set()
+
+    def figures(self) -> Snapshot:
+        """How the server stands now, with the requests of others. Raises OSError, HTTPException, and ValueError for one
+        that does not tell."""
+        answer = self._ask("/metrics")
+        if answer.status != 200:
+            raise ValueError(f"{self._url}/metrics answered {answer.status}")
+        return snapshot(answer.body.decode(errors="replace"))
 
     def _endpoint(self, body: bytes) -> Endpoint:
         """Raises ServerError for a list of models that has not ours, or not its length."""

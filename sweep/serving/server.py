@@ -107,6 +107,8 @@ class Server:
         self._executable = list(executable or engine.program(plan.model.server_python or sys.executable))
         self._extras = engine.extras(plan, on_cpu=not gpu_ids)
         self._process: _Process | None = None
+        self._port: int | None = None
+        """Where it answers, once it does."""
         self._stopping = threading.Event()
         self._lock = threading.Lock()
 
@@ -122,7 +124,7 @@ class Server:
             with gpu.turn(self._gpu_ids, self._stopping) if shared else nullcontext():
                 self._await_memory()
                 endpoint = self._start()
-            threading.Thread(target=self._watch, args=(endpoint,), name=f"watch {self.name}", daemon=True).start()
+            threading.Thread(target=self._watch, name=f"watch {self.name}", daemon=True).start()
             return endpoint
 
     def wait(self) -> str:
@@ -145,6 +147,12 @@ class Server:
 
     def alive(self) -> bool:
         return self._process is not None and not self._process.dead.is_set()
+
+    def figures(self) -> Snapshot:
+        """How a server that has started stands now. Raises OSError, HTTPException, and ValueError for one that does not
+        tell."""
+        assert self._port is not None
+        return self._figures(self._port, ANSWER_TIMEOUT_S)
 
     def _await_memory(self) -> None:
         """Raises ServerFault when the GPUs do not have the memory free that vLLM will ask for."""
@@ -174,6 +182,7 @@ class Server:
                     raise
                 continue
             if endpoint is not None:
+                self._port = port
                 return endpoint
             log.info("%s lost port %d to another program and takes another one", self.name, port)
         raise self._failure(f"{engine.PORT_TAKEN}, {PORT_ATTEMPTS} times", offset=0, kind=ServerFault)
@@ -264,11 +273,12 @@ class Server:
         if self._stopping.is_set():
             raise ServerError(f"{self.name} was stopped while it started")
 
-    def _watch(self, endpoint: Endpoint) -> None:
+    def _watch(self) -> None:
         """Looks at the ready server until it is dead; one that only seems alive is ended, and `wait` returns why."""
         process = self._process
         assert process is not None
-        port = int(endpoint.url.rpartition(":")[2])
+        port = self._port
+        assert port is not None
         watch = Watch(self.plan.model.hang_timeout_s)
         request: threading.Thread | None = None
         blind = False

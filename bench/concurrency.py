@@ -1,0 +1,177 @@
+"""`python -m bench.concurrency`: `concurrency: auto` against fixed numbers on a real vLLM server on the CPU.
+
+Every side gets the same seconds of the same work, with prompts that no side before had, so that no prefix cache helps.
+What counts is what the server says it has computed in that time: sequences scored, or tokens generated. `auto` begins
+each time where it begins in a sweep when nothing is known, so its search is in its figure.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import data
+from bench.rows import ROUNDS, Row
+from sweep.evaluating.client import Cancelled, Client, Pool
+from sweep.evaluating.concurrency import LOOK_S, Controller, automatic_limit
+from sweep.planning.config import Device, Model
+from sweep.planning.plan import ServerPlan
+from sweep.serving.metrics import Snapshot
+from sweep.serving.server import Endpoint, Server
+
+BAR = 0.95
+"""What the project promises: of the best fixed number."""
+
+FIXED = (1, 4, 16, 64, 256)
+
+VOCABULARY = range(5, 400)
+"""Token ids that every tokenizer of the demo has."""
+
+SECONDS = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    name: str
+    prompt: int
+    """Tokens."""
+    generated: int
+
+    def asks(self, count: int, seed: int) -> list["Ask"]:
+        return [Ask(work=self, seed=seed * count + number) for number in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One prompt of its own."""
+
+    work: Work
+    seed: int
+
+    @property
+    def tokens(self) -> int:
+        return self.work.prompt + self.work.generated
+
+    def body(self) -> dict[str, Any]:
+        prompt = random.Random(self.seed).choices(VOCABULARY, k=self.work.prompt)
+        rest = {"logprobs": 1} if self.work.generated == 1 else {"ignore_eos": True}
+        return {"prompt": prompt, "max_tokens": self.work.generated, "temperature": 0, **rest}
+
+
+WORKS = (
+    Work(name="next-token scoring, 400-token prompts", prompt=400, generated=1),
+    Work(name="generation, 100-token prompts and 64 new tokens", prompt=100, generated=64),
+)
+QUEUED = 20_000
+"""More than any side can do in its seconds."""
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[Server, Endpoint]]:
+    model = Model(
+        path=str(folder),
+        device=Device.CPU,
+        dtype="float32",
+        max_model_len=2048,
+        server={"enforce_eager": True},
+        env={"VLLM_CPU_KVCACHE_SPACE": "1"},
+    )
+    plan = ServerPlan(name="bench", model=model, revision=None, adapters={"m": None}, gpus=1, replicas=1)
+    with tempfile.TemporaryDirectory() as logs:
+        server = Server(plan, name="bench-0", api_key="a-key", gpu_ids=[], log_path=Path(logs) / "bench-0.log")
+        try:
+            yield server, server.start()
+        finally:
+            server.stop()
+
+
+def side(server: Server, endpoint: Endpoint, controller: Controller, asks: Sequence[Ask], seconds: float) -> float:
+    """Generated tokens per second: of scoring, one a sequence."""
+    pool = Pool()
+    pool.update([(endpoint, controller.limit)])
+    before = server.figures()
+
+    def tune() -> None:
+        """What the server's actor and the driver do in a sweep."""
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            time.sleep(LOOK_S)
+            wanted = sum(need.wanted for need in pool.needs().values())
+            controller.look(now_s=time.monotonic(), seen=server.figures(), wanted=wanted)
+            pool.update([(endpoint, controller.limit)])
+        after.append(server.figures())
+        took.append(time.monotonic() - start)
+        pool.cancel("its time is over")
+
+    after: list[Snapshot] = []
+    took: list[float] = []
+    start = time.monotonic()
+    thread = threading.Thread(target=tune)
+    thread.start()
+    try:
+        Client(model="m", pool=pool).run(asks, lambda *_: None)
+    except Cancelled:
+        pass  # how each side ends
+    else:
+        raise RuntimeError(f"{len(asks)} prompts were not enough for {seconds:g} s")
+    finally:
+        thread.join()
+    while (left := server.figures()).running or left.waiting:
+        time.sleep(LOOK_S)
+    return (after[0].generation_tokens - before.generation_tokens) / took[0]
+
+
+def measure(server: Server, endpoint: Endpoint, work: Work, *, rounds: int, seconds: float, model: str) -> Row:
+    rates: dict[str, list[float]] = {str(n): [] for n in FIXED} | {"auto": []}
+    settled: list[int] = []
+    seeds = itertools.count(1)
+    for _ in range(rounds):
+        for name, found in rates.items():
+            start = automatic_limit(max_num_seqs=None, on_cpu=True)
+            controller = Controller(start) if name == "auto" else Controller(int(name), fixed=True)
+            asks = work.asks(QUEUED, seed=next(seeds))
+            found.append(side(server, endpoint, controller, asks, seconds))
+            if name == "auto":
+                settled.append(controller.settled)
+            print(f"{work.name}: {name} in flight, {found[-1]:,.1f} tokens/s", flush=True)
+    medians: Mapping[str, float] = {name: statistics.median(found) for name, found in rates.items()}
+    best = max(medians[str(n)] for n in FIXED)
+    return Row(
+        row=f"concurrency auto against the best of {', '.join(map(str, FIXED))}: {work.name}, {model}",
+        ratio=medians["auto"] / best,
+        bar=BAR,
+        medians={f"{name}_tokens_per_s": rate for name, rate in medians.items()}
+        | {"auto_settled_at": statistics.median(settled)},
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.concurrency", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"runs of each side, by turns ({ROUNDS})")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"that each side gets ({SECONDS:g})")
+    parser.add_argument("--model", default="demo-base", help="of the demo's models (demo-base)")
+    given = parser.parse_args(arguments)
+    with served(data.demo_models() / given.model) as (server, endpoint):
+        # Its first requests allocate and warm up.
+        warm = Controller(16, fixed=True)
+        side(server, endpoint, warm, WORKS[1].asks(QUEUED, seed=0), 5.0)
+        rows = [
+            measure(server, endpoint, work, rounds=given.rounds, seconds=given.seconds, model=given.model)
+            for work in WORKS
+        ]
+    for row in rows:
+        print(row.line())
+    return 0 if all(row.holds for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
