@@ -18,8 +18,8 @@ From vLLM's arguments: --model, --tokenizer, --served-model-name, --lora-modules
 Options of its own, each as `--stand-in-NAME VALUE` or as the environment variable `STAND_IN_NAME` in capitals (`env:`
 of a model gives it to one server); see `Options` for what they mean:
     start_delay_s latency_s die_after die_mark hang_after mute_after refuse refuse_forced lose_port null_logprobs
-    null_chat_logprobs no_chat no_tokenize no_echo echo_shift echo_offset echo_clip busy_above other_tokenizer end_every vocabulary tree
-    leftovers ignore_term requests_log
+    null_chat_logprobs no_chat no_tokenize no_echo echo_shift echo_offset echo_clip busy_above other_tokenizer end_every
+    vocabulary tree leftovers ignore_term requests_log
 """
 
 import argparse

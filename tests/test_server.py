@@ -455,7 +455,7 @@ def test_a_start_that_was_killed_may_succeed_another_time(bench: Bench) -> None:
     "line",
     [
         "RuntimeError: Failed to load 0th LogitsProcessor plugin sweep.serving.forced_decoding:ForcedDecoding",
-        "api_server.py: error: unrecognized arguments: --logits-processors sweep.serving.forced_decoding:ForcedDecoding",
+        "api_server.py: error: unrecognized arguments: --logits-processors sweep.serving.forced_decoding:F",
     ],
 )
 def test_a_server_that_fails_over_what_is_for_speed_alone_is_started_without_it(line: str, bench: Bench) -> None:
