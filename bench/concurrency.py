@@ -162,8 +162,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     with served(data.demo_models() / given.model) as (server, endpoint):
         # Its first requests allocate and warm up.
-        warm = Controller(16, fixed=True)
-        side(server, endpoint, warm, WORKS[1].asks(QUEUED, seed=0), 5.0)
+        for work in WORKS:
+            side(server, endpoint, Controller(16, fixed=True), work.asks(QUEUED, seed=0), 10.0)
         rows = [
             measure(server, endpoint, work, rounds=given.rounds, seconds=given.seconds, model=given.model)
             for work in WORKS

@@ -23,9 +23,9 @@ CPU_BATCH = 32
 AHEAD = 1.25
 """A quarter more than one batch in flight, so that the server never waits for the next request."""
 
-AHEAD_S = 0.25
-"""A queue of so much time is never too long: short scoring requests leave in whole batches, and what follows them has
-to be there before the answers have been to the client and back."""
+AHEAD_S = 1.0
+"""A queue of so much time is never too long. Short scoring requests are computed in whole batches of which the figures,
+written after each step, show nothing; on two cores a quarter of a second was too little for a full one."""
 
 AHEAD_LEAST = 4
 """Sequences in the queue that are never too many."""
@@ -45,16 +45,16 @@ WIDE_LOOKS, FINE_LOOKS = 4, 8
 """How many looks a level gets before it is judged. Throughput of half a second varies by some percent, so a step of an
 eighth takes the longer of them."""
 
-FINISHED_LEAST, FINE_FINISHED_LEAST = 3, 64
-"""Sequences that must have ended for a throughput to tell something, however few run; the second for a step of an
+FINISHED_LEAST, WIDE_FINISHED_LEAST, FINE_FINISHED_LEAST = 3, 16, 64
+"""Sequences that must have ended, however few run: to begin with a throughput, to judge a wide step, and to judge an
 eighth, which is less than the chance of how many end in a few seconds."""
 
 QUEUE_LOOKS = 3
 """A queue that is there in so many looks in a row stays."""
 
-STEPS = (0.125, 0.125, 0.25, 0.5, 1.0)
-"""By how much the limit is raised for a trial. A cold start doubles, the last of them; each later search begins with
-the first, and each success takes the next."""
+STEPS = (0.125, 0.125, 0.25, 0.5, 1.0, 3.0)
+"""By how much the limit is raised for a trial. A cold start takes the last of them, since a trial costs time but no
+throughput; each later search begins with the first, and each success takes the next."""
 
 GAIN = 0.1
 """Throughput that a trial must bring to be kept, or three fifths of its step if that is less."""
@@ -278,15 +278,18 @@ class Controller:
         settling, self._settling = self._settling, False
         window = self._window
         gain = window.throughput / trial.throughput - 1
-        clear = STEPS[trial.level] == 1 and gain >= CLEAR_GAIN and window.tells(self.limit // 2)
+        clear = STEPS[trial.level] >= 1 and gain >= CLEAR_GAIN and window.tells(self.limit // 2)
         if settling and not clear:
             window.intervals.clear()
             return
         wide = STEPS[trial.level] > STEPS[0]
         if not clear and not (_enough(window, self.limit) if wide else _finely(window, self.limit)):
             return
-        if gain >= min(GAIN, 0.6 * (self.limit / trial.before - 1)):
-            self._accept(window.throughput, min(trial.level + 1, len(STEPS) - 1), now_s, wanted)
+        step = self.limit / trial.before - 1
+        if gain >= min(GAIN, 0.6 * step):
+            # Less than half of what the step could bring: the best number is near.
+            level = trial.level + 1 if gain >= step / 2 else min(trial.level, STEPS.index(1.0))
+            self._accept(window.throughput, min(level, len(STEPS) - 1), now_s, wanted)
             return
         high = (self.limit, window.throughput)
         self._pause_s = min(2 * self._pause_s, PROBE_MOST_S)
@@ -307,13 +310,13 @@ class Controller:
     def _search(self, now_s: float, wanted: int) -> None:
         """With the limit at rest: the next trial, when it is time for one."""
         window = self._window
-        climbing = STEPS[self._level] == 1
-        if len(window) >= WIDE_LOOKS and not climbing:
-            if self._rival is not None:
+        climbing = STEPS[self._level] >= 1
+        if _enough(window, self.limit) and not climbing:
+            if self._rival is not None and _finely(window, self.limit):
                 (limit, throughput), self._rival = self._rival, None
                 if throughput >= (1 + 2 * GAIN) * window.throughput:
                     self.limit = limit
-                    self._accept(throughput, len(STEPS) - 1, now_s, wanted)
+                    self._accept(throughput, STEPS.index(1.0), now_s, wanted)
                     return
             share = window.generated_share
             self._share = self._share or share
@@ -330,9 +333,7 @@ class Controller:
             return False
         room = KV_CACHE_FULL / max(window.mean("kv_cache_use"), 0.01)
         most = min(LIMIT_MOST, wanted, int(self.limit * room))
-        step = STEPS[self._level]
-        raised = max(math.ceil(self.limit * (1 + step)), min(4 * self.limit, CPU_BATCH) if step == 1 else 0)
-        raised = min(raised, most)
+        raised = min(math.ceil(self.limit * (1 + STEPS[self._level])), most)
         if raised <= self.limit:
             return False
         self._trial = _Trial(before=self.limit, throughput=throughput, level=self._level, first=first)
@@ -357,7 +358,7 @@ class Controller:
 
 
 def _enough(window: _Window, limit: int) -> bool:
-    return len(window) >= WIDE_LOOKS and window.tells(limit)
+    return len(window) >= WIDE_LOOKS and window.tells(limit, WIDE_FINISHED_LEAST)
 
 
 def _finely(window: _Window, limit: int) -> bool:
