@@ -9,12 +9,12 @@ from typing import Any
 
 from sweep.fetch import missing_block
 from sweep.masking import MASK, masked, secret_variables
-from sweep.planning.config import SweepConfig, Task
+from sweep.planning.config import Device, SweepConfig, Task
 from sweep.planning.loading import secrets_of
 from sweep.planning.plan import Cell, Plan, ServerPlan, is_local, served_name
 from sweep.planning.tasks import catalog
 from sweep.results.store import RunDirectory
-from sweep.serving.engine import command, notices, variables
+from sweep.serving.engine import command, extras, notices, variables
 
 PORT = 20000
 """Stands for the free port that a server gets when it starts."""
@@ -93,7 +93,10 @@ def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator
 
 
 def _command(server: ServerPlan) -> list[str]:
-    return command(server, python=server.model.server_python or "python", host="127.0.0.1", port=PORT)
+    """As it will be started where its device decides so; `auto` is shown as for a GPU."""
+    python = server.model.server_python or "python"
+    added = extras(server, on_cpu=server.model.device is Device.CPU)
+    return command(server, python=python, host="127.0.0.1", port=PORT, extras=added)
 
 
 def _variables(server: ServerPlan) -> str:

@@ -3,7 +3,7 @@ torch's or the hub's client where the cause needs a GPU or a network."""
 
 import pytest
 
-from sweep.serving.causes import CAUSES, PORT_TAKEN, cause_of
+from sweep.serving.causes import CAUSES, PORT_TAKEN, cause_of, names_extras
 
 NOTHING_WRONG = """\
 (APIServer pid=1) INFO 11-23 03:33:46 [api_utils.py:286] non-default args: {'model': '/m', 'trust_remote_code': True}
@@ -318,3 +318,17 @@ def test_a_gated_model_says_whether_there_is_a_token_and_not_which(monkeypatch: 
 
 def test_every_cause_is_one_line() -> None:
     assert all("\n" not in text for _, text, _ in CAUSES)
+
+
+@pytest.mark.parametrize(
+    ("log", "named"),
+    [
+        ("RuntimeError: Failed to load 0th LogitsProcessor plugin sweep.serving.forced_decoding:ForcedDecoding", True),
+        ("api_server: error: unrecognized arguments: --enable-scale-out", True),
+        ("ValueError: custom logits_processors are not supported here", True),
+        ("INFO non-default args: {'logits_processors': ['sweep.serving.forced_decoding:ForcedDecoding']}", False),
+        ("ValueError: No available memory for the cache blocks", False),
+    ],
+)
+def test_a_failure_over_an_option_for_speed_is_told_from_others(log: str, named: bool) -> None:
+    assert names_extras(f"{NOTHING_WRONG}{log}\n{NOTHING_WRONG}") is named

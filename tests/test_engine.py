@@ -16,9 +16,23 @@ import pytest
 
 from sweep import ROOT
 from sweep.errors import ConfigError, ServerError
-from sweep.planning.config import Model
+from sweep.planning.config import Model, Scoring
 from sweep.planning.plan import ServerPlan
-from sweep.serving.engine import SUPPORTED, command, environment, examine, notices, program, served_names, supported
+from sweep.serving.engine import (
+    FORCED_DECODING,
+    NO_EXTRAS,
+    SUPPORTED,
+    TAIL_PREFILL,
+    Extras,
+    command,
+    environment,
+    examine,
+    extras,
+    notices,
+    program,
+    served_names,
+    supported,
+)
 
 KEY = "key-for-tests-0123456789"
 
@@ -50,6 +64,35 @@ def _nothing_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # The command line
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "changes", "found"),
+    [
+        (True, {}, FORCED_DECODING),
+        (False, {}, TAIL_PREFILL),
+        (False, {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}, FORCED_DECODING),
+        (True, {"scoring": Scoring.ECHO}, NO_EXTRAS),
+        (False, {"scoring": Scoring.ECHO}, NO_EXTRAS),
+        (True, {"server": {"logits-processors": ["mine:Mine"]}}, NO_EXTRAS),
+        (False, {"server": {"enable_scale_out": False}}, NO_EXTRAS),
+        (True, {"url": "http://x", "path": ""}, NO_EXTRAS),
+    ],
+)
+def test_a_server_is_started_for_the_scoring_that_its_runner_can_do(
+    on_cpu: bool, changes: dict[str, Any], found: Extras
+) -> None:
+    assert extras(plan(**changes), on_cpu=on_cpu) == found
+
+
+def test_extras_are_on_the_command_line_and_our_package_is_found() -> None:
+    line = shlex.join(command(plan(), python="py", host="h", port=1, extras=FORCED_DECODING))
+    assert line.endswith(" --logits-processors sweep.serving.forced_decoding:ForcedDecoding")
+    line = shlex.join(command(plan(), python="py", host="h", port=1, extras=TAIL_PREFILL))
+    assert line.endswith(" --enable-scale-out --enable-prompt-tokens-details")
+    given = environment(plan(), api_key=KEY, gpu_ids=[], base={}, extras=FORCED_DECODING)
+    assert str(ROOT) in given["PYTHONPATH"].split(os.pathsep)
+    assert "PYTHONPATH" not in environment(plan(), api_key=KEY, gpu_ids=[], base={}, extras=TAIL_PREFILL)
 
 
 def test_a_plain_model_gets_this_command_line() -> None:

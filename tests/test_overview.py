@@ -65,11 +65,13 @@ def test_a_plan_is_cells_tasks_and_servers_with_their_commands() -> None:
         "  base: 2 GPUs, auto replicas, concurrency 8",
         "    python -m vllm.entrypoints.openai.api_server --model org/base --revision " + COMMIT + " "
         "--served-model-name base --host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm "
-        "--disable-uvicorn-access-log --tensor-parallel-size 2 --distributed-executor-backend mp",
+        "--disable-uvicorn-access-log --tensor-parallel-size 2 --distributed-executor-backend mp "
+        "--enable-scale-out --enable-prompt-tokens-details",
         "  tiny-awq: 1 GPU where there are any, else CPU, concurrency auto",
         "    the commit of org/tiny is not known here; it is asked for when the sweep runs",
         "    python -m vllm.entrypoints.openai.api_server --model org/tiny --served-model-name tiny-awq "
-        "--host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm --disable-uvicorn-access-log",
+        "--host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm --disable-uvicorn-access-log "
+        "--enable-scale-out --enable-prompt-tokens-details",
         "",
         "missing here, in /hf",
         f"  model org/base@{COMMIT}: not here",
@@ -141,7 +143,8 @@ def test_a_server_is_shown_with_its_own_python_and_variables_and_what_became_of_
         "    VLLM_CPU_KVCACHE_SPACE=1 NOTE='two words' JUDGE_API_KEY=*** /o/bin/python -m "
         f"vllm.entrypoints.openai.api_server --model org/m --revision {COMMIT} --served-model-name m "
         "--host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm --disable-uvicorn-access-log "
-        """--override-generation-config '{"note": "***"}'""",
+        """--override-generation-config '{"note": "***"}' """
+        "--enable-scale-out --enable-prompt-tokens-details",
         "    models.m.server.swap_space is dropped: vLLM no longer swaps preempted requests to the CPU, it computes "
         "them again",
         "    models.m.env.VLLM_USE_V1 is dropped: vLLM has only the V1 engine now",
