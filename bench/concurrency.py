@@ -94,11 +94,20 @@ def served(folder: Path) -> Iterator[tuple[Server, Endpoint]]:
             server.stop()
 
 
+def figures(server: Server) -> Snapshot:
+    """Waits for a server that is too busy to tell."""
+    while True:
+        try:
+            return server.figures()
+        except OSError:
+            time.sleep(LOOK_S)
+
+
 def side(server: Server, endpoint: Endpoint, controller: Controller, asks: Sequence[Ask], seconds: float) -> float:
     """Generated tokens per second: of scoring, one a sequence."""
     pool = Pool()
     pool.update([(endpoint, controller.limit)])
-    before = server.figures()
+    before = figures(server)
 
     def tune() -> None:
         """What the server's actor and the driver do in a sweep."""
@@ -106,9 +115,9 @@ def side(server: Server, endpoint: Endpoint, controller: Controller, asks: Seque
         while time.monotonic() < end_s:
             time.sleep(LOOK_S)
             wanted = sum(need.wanted for need in pool.needs().values())
-            controller.look(now_s=time.monotonic(), seen=server.figures(), wanted=wanted)
+            controller.look(now_s=time.monotonic(), seen=figures(server), wanted=wanted)
             pool.update([(endpoint, controller.limit)])
-        after.append(server.figures())
+        after.append(figures(server))
         took.append(time.monotonic() - start)
         pool.cancel("its time is over")
 
@@ -125,7 +134,7 @@ def side(server: Server, endpoint: Endpoint, controller: Controller, asks: Seque
         raise RuntimeError(f"{len(asks)} prompts were not enough for {seconds:g} s")
     finally:
         thread.join()
-    while (left := server.figures()).running or left.waiting:
+    while (left := figures(server)).running or left.waiting:
         time.sleep(LOOK_S)
     return (after[0].generation_tokens - before.generation_tokens) / took[0]
 

@@ -330,6 +330,14 @@ def test_refusals_lower_the_limit_once_in_a_while_and_without_a_word_of_the_serv
     assert controller.limit == 40
 
 
+def test_a_look_that_fails_changes_nothing() -> None:
+    run = drive(40, 1024, places=8)(10)
+    settled = run.controller.limit
+    assert settled < 40
+    for second in range(60):
+        assert run.controller.look(now_s=run.server.now_s + second, seen=None, wanted=MANY) == settled
+
+
 def test_a_server_that_tells_nothing_keeps_what_it_began_with() -> None:
     controller = Controller(40)
     assert {controller.look(now_s=second, seen=None, wanted=100) for second in range(100)} == {40}

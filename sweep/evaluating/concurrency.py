@@ -178,6 +178,8 @@ class Controller:
         self._start = start
         self._fixed = fixed
         self._last: tuple[float, Snapshot] | None = None
+        self._tells = False
+        """It has told how it stands; where it does not now, it is only slow."""
         self._window = _Window()
         self._settling = True
         """The looks since a change are too few: what comes in is of both limits."""
@@ -216,6 +218,7 @@ class Controller:
         `refused` how many were answered with "too many requests" since the last look.
         """
         last, self._last = self._last, None if seen is None else (now_s, seen)
+        self._tells = self._tells or seen is not None
         if self._fixed:
             return self.limit
         if refused and now_s >= self._refused_s + REFUSED_CALM_S:
@@ -223,7 +226,8 @@ class Controller:
             self._hold(max(1, self.limit * 3 // 4), now_s + CALM_S)
         elif seen is None:
             self._rest()
-            self._recover(now_s, wanted)
+            if not self._tells:
+                self._recover(now_s, wanted)
         elif last is not None and now_s > last[0]:
             self._judge(now_s, _between(last, (now_s, seen)), wanted, seen.preemptions > last[1].preemptions)
         return self.limit
