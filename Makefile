@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint
+.PHONY: help setup demo test test-quick lint bench
 
 python := .venv/bin/python
 
@@ -23,3 +23,8 @@ lint: setup ## ruff and mypy
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(python) -m mypy
+
+bench: setup ## every claim about speed, measured here against stock lm-eval and vLLM (real data needed; about an hour)
+	@failed=; for what in tokenize memory scoring generation; do \
+		$(python) -m bench.$$what || failed="$$failed $$what"; \
+	done; if [ -n "$$failed" ]; then echo "below their bars:$$failed"; exit 1; fi

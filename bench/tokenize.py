@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     data.use_real_data()
     tokenizers = {folder.name: folder for folder in given.tokenizer or ()} or {
         "demo-base": data.demo_models() / "demo-base",
-        "qwen2-like": data.large_tokenizer(),
+        "qwen2-like": data.trained_tokenizer(data.LARGE_VOCABULARY),
     }
     requests = data.requests("mmlu", limit=given.limit or None, num_fewshot=5)
     what = f"mmlu (57 subjects, {f'limit {given.limit}' if given.limit else 'all'}, 5-shot)"
