@@ -77,7 +77,7 @@ def test_every_record_tells_what_its_server_was_asked(records: dict[tuple[str, s
         assert {check["name"]: check["outcome"] for check in checks} == dict.fromkeys(
             (
                 *("key", "served name", "max_model_len", "completion logprobs", "chat logprobs", "echo", "tokenizer"),
-                "next_token",
+                *("next_token", "forced_decoding"),
             ),
             "passed",
         )
