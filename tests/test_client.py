@@ -29,8 +29,12 @@ class Ask:
     group: str | None = None
     prefix: tuple[int, ...] | None = None
     path: str = "/v1/completions"
+    most: int = 100
+    """Prompts that a request may hold; a longer one is refused."""
 
     def body(self, *more: "Ask") -> dict[str, Any]:
+        if len(more) >= self.most:
+            return {"prompt": []}
         prompts = [[1 + ask.number // 900, 1 + ask.number % 900] for ask in (self, *more)]
         return {"prompt": prompts if more else prompts[0], "max_tokens": 1, "temperature": 0}
 
@@ -473,3 +477,12 @@ def test_a_reply_that_is_none_is_asked_for_again(stand_in: Callable[..., StandIn
     client.run(asked(3), on_reply)
     assert len(taken) == 3
     assert client.traffic.requests == 4
+
+
+def test_a_request_of_several_that_is_refused_is_sent_again_one_by_one(stand_in: Callable[..., StandIn]) -> None:
+    """Something between us and a server may take no long requests, and one bad prompt must not be the others' fault."""
+    server = stand_in()
+    calls = [Ask(number, group="g", most=1) for number in range(20)]
+    assert run(pool_of((server.endpoint, 40)), calls) == Counter(range(20))
+    with pytest.raises(RequestError, match="400"):
+        run(pool_of((server.endpoint, 40)), [*calls, Ask(20, group="g", most=0)])

@@ -1,11 +1,12 @@
 """Which calls travel together, what goes first, and where families stay."""
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 
-from sweep.evaluating.dispatch import FAMILY_LEAST, PREFIX_LEAST, Queue, common_length
+from sweep.evaluating.dispatch import FAMILY_LEAST, PREFIX_LEAST, TOKENS_MOST, Queue, common_length
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class Ask:
     number: int
     group: str | None = "g"
     prefix: tuple[int, ...] | None = None
+    tokens: int = 2
 
 
 def family(first: int, size: int, head: int, length: int = PREFIX_LEAST) -> list[Ask]:
@@ -27,6 +29,23 @@ def test_calls_of_a_group_share_a_request_and_others_do_not() -> None:
     queue = Queue([Ask(0), Ask(1), Ask(2), Ask(3, group="h"), Ask(4, group=None), Ask(5, group=None)])
     assert [numbers(queue, "s", 2) for _ in range(6)] == [[0, 1], [2], [3], [4], [5], []]
     assert not queue
+
+
+def test_a_request_is_no_longer_than_a_proxy_takes() -> None:
+    queue = Queue([Ask(i, tokens=TOKENS_MOST // 3) for i in range(5)] + [Ask(5, tokens=2 * TOKENS_MOST)])
+    assert [numbers(queue, "s", 9) for _ in range(3)] == [[0, 1, 2], [3, 4], [5]]
+
+
+def test_thousands_of_families_are_no_more_work_each_than_a_few() -> None:
+    def seconds(families: int) -> float:
+        queue = Queue(call for head in range(families) for call in family(4 * head, 4, head))
+        queue.take("slow", 4)  # and never answers, so that its family stays in front
+        start = time.process_time()
+        while calls := queue.take("s", 4):
+            queue.done("s", calls)
+        return time.process_time() - start
+
+    assert seconds(4000) < 8 * seconds(1000) + 0.2
 
 
 def test_one_of_a_common_prefix_goes_first_and_the_others_when_it_is_back() -> None:

@@ -19,6 +19,7 @@ from sweep.errors import PassingFault, RequestError
 from sweep.evaluating.scoring import (
     NEXT_TOKEN_MOST,
     EchoCall,
+    ForcedCall,
     GenerateCall,
     LogProb,
     Method,
@@ -153,6 +154,24 @@ def test_what_two_contexts_ask_alike_is_asked_once() -> None:
         assembly.add(list(call.logprobs(reply_of(call, call.body(), call.context))))  # type: ignore[union-attr]
     assert [call.method for call in calls] == [Method.NEXT_TOKEN] * 2
     assert not assembly.missing()
+
+
+@pytest.mark.parametrize("behind", [[], [0], [9], [1, 1]], ids=["nothing", "not known", "no verdict", "too much"])
+def test_a_forced_answer_that_does_not_say_what_was_greedy_is_left_to_echo(behind: list[int]) -> None:
+    call = ForcedCall(context=(1,), continuation=(5, 6), indices=(0,), verdicts=(0, 1, 2, 3), batch=0)
+    written = [f"token_id:{token}" for token in (5, 6, *behind)]
+    reply = {"choices": [{"logprobs": {"tokens": written, "token_logprobs": [-1.0] * len(written)}}]}
+    assert list(call.logprobs(reply)) == []
+
+
+@pytest.mark.parametrize(("cached", "rows"), [(3, 3), (5, 1), (0, 4)])
+def test_a_tail_that_lacks_rows_is_left_to_echo(cached: int, rows: int) -> None:
+    """A prompt that was begun twice has been read from a later place the second time."""
+    call = TailCall(context=(1, 2, 3, 4), continuation=(5, 5), indices=(0,))
+    usage = {"prompt_tokens_details": {"cached_tokens": cached}}
+    found = [None, *[{"5": {"logprob": -1.0}}] * (rows - 1)]
+    got = list(call.logprobs({"choices": [{}], "usage": usage, "prompt_logprobs": found}))
+    assert [answer.logprobs for answer in got] == ([(-1.0, -1.0)] if (cached, rows) == (3, 3) else [])
 
 
 def test_a_request_never_forces_behind_two_contexts_of_one_sum() -> None:

@@ -170,10 +170,13 @@ class Pool:
         """
         now = time.monotonic()
         with self._lock:
+            for slot in self._slots.values():
+                if slot.paused_until <= now:
+                    slot.paused_until = 0.0
             ready = [
                 slot
                 for name, slot in self._slots.items()
-                if slot.in_flight < slot.limit and slot.paused_until <= now and name not in but
+                if slot.in_flight < slot.limit and not slot.paused_until and name not in but
             ]
             if not ready:
                 return None, 0
@@ -190,9 +193,9 @@ class Pool:
         """Seconds after which an endpoint with room may be over its pause; a minute where none pauses."""
         now = time.monotonic()
         with self._lock:
-            waits = [s.paused_until - now for s in self._slots.values() if s.in_flight < s.limit]
-        # One with room and no pause has nothing to do: what waits needs what others compute.
-        return min((wait for wait in waits if wait > 0), default=60.0)
+            # One with room and no pause has nothing to do: what waits needs what others compute.
+            paused = [s.paused_until for s in self._slots.values() if s.paused_until and s.in_flight < s.limit]
+        return max(0.0, min(paused, default=now + 60.0) - now)
 
 
 @dataclass(kw_only=True)
@@ -296,6 +299,12 @@ class Client:
                 answered += 1
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             self._pause(slot, f"connection to {endpoint.server} lost: {error!r}")
+            queue.back(endpoint.server, calls)
+        except RequestError as error:
+            # Of several, one may be wrong, or all together too much for it: alone each gets its own answer.
+            if answered or len(calls) == 1:
+                raise
+            log.info("a request of %d prompts is sent again one by one: %s", len(calls), error)
             queue.back(endpoint.server, calls)
         except (PassingFault, aiohttp.ClientError) as error:
             self._pause(slot, str(error))

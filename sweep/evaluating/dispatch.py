@@ -18,8 +18,17 @@ FAMILY_LEAST = 4
 """Calls of a common prefix that are worth it."""
 
 
+TOKENS_MOST = 16_384
+"""Of all calls of a request: some 100 kB, which proxies take, and seconds of a server's time, not minutes."""
+
+
 class Dispatched(Protocol):
     """What of a call decides how it travels."""
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens plus tokens to generate."""
+        ...
 
     @property
     def group(self) -> Hashable | None:
@@ -57,10 +66,11 @@ class Queue:
     def __init__(self, calls: Iterable[Any]) -> None:
         self._again: deque[Queued] = deque()
         """What came back: it travels first and alone, so that whatever is wrong with one call stays its own."""
-        self._families = deque(_families(calls))
+        self._families = dict(enumerate(_families(calls)))
+        """Those with calls that wait."""
         self._family_of_call: dict[int, _Family] = {}
         """Of calls that compute a prefix, by id."""
-        self._waiting = sum(len(family.waiting) for family in self._families)
+        self._waiting = sum(len(family.waiting) for family in self._families.values())
 
     def __len__(self) -> int:
         return self._waiting
@@ -89,20 +99,25 @@ class Queue:
     def _take(self, endpoint: str, most: int) -> list[Queued]:
         if self._again:
             return [self._again.popleft()]
-        while self._families and not self._families[0].waiting:
-            self._families.popleft()
-        for family in self._families:
-            if not family.waiting:
-                continue
-            if not family.shared or endpoint in family.primed:
-                return _together(family.waiting, most)
-            if not (family.primed or family.priming):
-                return [self._first(family, endpoint)]
-        # All that is left belongs to other endpoints, or waits for its prefix here.
-        for family in self._families:
-            if family.waiting and endpoint not in family.priming:
-                return [self._first(family, endpoint)]
-        return []
+        number = self._next_family(endpoint)
+        if number is None:
+            return []
+        family = self._families[number]
+        ready = not family.shared or endpoint in family.primed
+        taken = _together(family.waiting, most) if ready else [self._first(family, endpoint)]
+        if not family.waiting:
+            del self._families[number]
+        return taken
+
+    def _next_family(self, endpoint: str) -> int | None:
+        """One that is ready there, or begun nowhere; else one of other endpoints that is not being begun there."""
+        another = None
+        for number, family in self._families.items():
+            if not family.shared or endpoint in family.primed or not (family.primed or family.priming):
+                return number
+            if another is None and endpoint not in family.priming:
+                another = number
+        return another
 
     def _first(self, family: _Family, endpoint: str) -> Queued:
         first = family.waiting.popleft()
@@ -114,8 +129,11 @@ class Queue:
 def _together(waiting: deque[Queued], most: int) -> list[Queued]:
     """The next calls that may share a request."""
     taken = [waiting.popleft()]
-    group = taken[0].call.group
+    group, tokens = taken[0].call.group, taken[0].call.tokens
     while group is not None and waiting and len(taken) < most and waiting[0].call.group == group:
+        tokens += waiting[0].call.tokens
+        if tokens > TOKENS_MOST:
+            break
         taken.append(waiting.popleft())
     return taken
 

@@ -94,6 +94,8 @@ class EchoCall:
     """Score one pair by having the whole prompt echoed; the reference, right for continuations of any length."""
 
     pair: Scored
+    also: Sequence[int] = ()
+    """Other answers that it is too."""
 
     method = Method.ECHO
     path = COMPLETIONS
@@ -115,7 +117,7 @@ class EchoCall:
         }
 
     def logprobs(self, reply: Mapping[str, Any]) -> Iterator[LogProb]:
-        """One LogProb. Raises RequestError for a reply without log-probabilities."""
+        """One LogProb for each index. Raises RequestError for a reply without log-probabilities."""
         got = _logprobs(reply, self.method)
         start, end = len(self.pair.context), len(self.pair.context) + len(self.pair.continuation)
         tokens, best = ((got.get(name) or [])[start:end] for name in ("token_logprobs", "top_logprobs"))
@@ -125,7 +127,8 @@ class EchoCall:
                 f"(got {tokens}): does the server support `echo` with `logprobs`?"
             )
         greedy = all(t >= max(b.values()) for t, b in zip(tokens, best, strict=True))
-        yield LogProb(index=self.pair.index, start=start, logprobs=tuple(tokens), is_greedy=greedy)
+        for index in (self.pair.index, *self.also):
+            yield LogProb(index=index, start=start, logprobs=tuple(tokens), is_greedy=greedy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,9 +236,10 @@ class ForcedCall:
         end = len(self.continuation)
         tokens, logprobs = (list(got.get(name) or ()) for name in ("tokens", "token_logprobs"))
         verdicts = [f"token_id:{token}" for token in self.verdicts]
-        if tokens[:end] != [f"token_id:{token}" for token in self.continuation] or tokens[end:] == verdicts[:1]:
+        written = [f"token_id:{token}" for token in self.continuation]
+        if tokens[:end] != written or tokens[end:] not in [[verdict] for verdict in verdicts[1:]]:
             return
-        greedy = verdicts.index(*tokens[end:]) - 1
+        greedy = verdicts.index(tokens[end]) - 1
         start, found = len(self.context), tuple(logprobs[:end])
         for index in self.indices:
             yield LogProb(index=index, start=start, logprobs=found, is_greedy=greedy == end)
@@ -275,21 +279,20 @@ class TailCall:
         }
 
     def logprobs(self, reply: Mapping[str, Any]) -> Iterator[LogProb]:
-        """One LogProb for each index; none where the cache reached into the continuation.
-
-        Raises RequestError for missing rows and where it is not told how many tokens were cached.
-        """
+        """One LogProb for each index; none where the cache reached into the continuation, or rows are missing because
+        the prompt was begun twice. Raises RequestError where it is not told how many tokens were cached."""
         _choice(reply)
         cached = ((reply.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
         if cached is None:
             raise RequestError("a tail reply does not tell how many tokens were cached: --enable-prompt-tokens-details")
-        if cached >= len(self.context):
+        computed = reply.get("prompt_logprobs") or []
+        if cached >= len(self.context) or len(computed) < len(self.context) + len(self.continuation) - cached:
             return
         # What the V1 runner has in front of them was never written to: only these are looked at.
-        rows = (reply.get("prompt_logprobs") or [])[-len(self.continuation) :]
+        rows = computed[-len(self.continuation) :]
         wanted = [str(token) for token in self.continuation]
-        if len(rows) != len(wanted) or not all(row and token in row for row, token in zip(rows, wanted, strict=True)):
-            raise RequestError(f"a tail reply lacks rows for the last {len(wanted)} tokens of its prompt (got {rows})")
+        if not all(row and token in row for row, token in zip(rows, wanted, strict=True)):
+            return
         logprobs = tuple(row[token]["logprob"] for row, token in zip(rows, wanted, strict=True))
         best = [max(other["logprob"] for other in row.values()) for row in rows]
         greedy = all(logprob >= top for logprob, top in zip(logprobs, best, strict=True))
@@ -511,9 +514,10 @@ def calls_by(method: Method, edges: Sequence[_Edge]) -> list[ScoringCall]:
         case Method.TAIL:
             return [TailCall(context=e.context, continuation=e.tokens, indices=e.indices) for e in edges]
     return [
-        EchoCall(pair=Scored(index=index, context=edge.context, continuation=edge.tokens))
+        EchoCall(
+            pair=Scored(index=edge.indices[0], context=edge.context, continuation=edge.tokens), also=edge.indices[1:]
+        )
         for edge in edges
-        for index in edge.indices
     ]
 
 

@@ -226,7 +226,7 @@ def cause_of(log_text: str) -> Cause | None:
 
 
 EXTRAS = re.compile(
-    r"(?:[Ee]rror|ERROR)\b.*(?:[Ll]ogits.?[Pp]rocessor|[Ff]orced.?[Dd]ecoding|enable.(?:scale.out|prompt.tokens))"
+    r"(?:[Ee]rror|ERROR)\b.*(?:[Ll]ogits[-_]processors|ForcedDecoding|enable[-_](?:scale[-_]out|prompt[-_]tokens))"
 )
 """A line of a failure that names something we start servers with for speed alone (engine.Extras)."""
 

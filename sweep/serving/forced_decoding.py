@@ -14,7 +14,8 @@ behind its continuation each prompt gets a verdict, a token that says how many o
 Knows vLLM's V1 model runner only; the V2 one has another interface and refuses to start with this.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -31,23 +32,24 @@ class _Row:
     """Tokens that say: not known; none of the first tokens was greedy, one, two, ..."""
     written: list[int]
     """vLLM's own list, which grows with each step."""
-    seen: int
-    """Steps that were looked at: not all of a prompt that lost its place in the batch and came back."""
-    greedy: int = 0
-    """First tokens that were the likeliest; ties count."""
+    likeliest: list[bool] = field(default_factory=list)
+    """Of each step whether its token was the likeliest; ties count. Shorter than `written` where a prompt lost its
+    place in the batch and came back."""
 
     @property
     def next(self) -> int:
         step = len(self.written)
         if step < len(self.tokens):
             return self.tokens[step]
-        return self.verdicts[1 + self.greedy if self.seen == len(self.tokens) else 0]
+        known = len(self.likeliest) == len(self.tokens)
+        return self.verdicts[1 + len(list(takewhile(bool, self.likeliest))) if known else 0]
 
     def saw(self, likeliest: bool) -> None:
+        """The last look at a step counts: a context that is read in parts is looked at after each of them, and what
+        is sampled there is thrown away."""
         step = len(self.written)
-        if step == self.seen < len(self.tokens):
-            self.seen += 1
-            self.greedy += likeliest and self.greedy == step
+        if step < len(self.tokens) and step <= len(self.likeliest):
+            self.likeliest[step:] = [likeliest]
 
 
 class ForcedDecoding(LogitsProcessor):  # type: ignore[misc]
@@ -91,5 +93,4 @@ def _row(params: Any, prompt: list[int] | None, written: list[int]) -> _Row | No
         tokens=arguments["forced"][start : start + arguments["lengths"][which]],
         verdicts=arguments["verdicts"],
         written=written,
-        seen=-1 if written else 0,
     )
