@@ -24,7 +24,7 @@ lint: setup ## ruff and mypy
 	$(python) -m ruff format --check
 	$(python) -m mypy
 
-bench: setup ## every claim about speed, measured here against stock lm-eval and vLLM (real data needed; about an hour)
+bench: setup ## every claim about speed, measured here against stock lm-eval and vLLM (needs real data)
 	@failed=; for what in tokenize memory scoring generation; do \
 		$(python) -m bench.$$what || failed="$$failed $$what"; \
 	done; if [ -n "$$failed" ]; then echo "below their bars:$$failed"; exit 1; fi

@@ -122,8 +122,9 @@ def run(job: Job) -> Ran:
         **os.environ,
         **data.real_data_environment(),
         "OPENAI_API_KEY": job.endpoint.api_key if job.endpoint else "",
-        "TQDM_DISABLE": "1",
         "PYTHONPATH": str(data.ROOT),
+        # vLLM in process divides by the time that its progress bar has seen.
+        **({} if job.side is Side.IN_PROCESS else {"TQDM_DISABLE": "1"}),
         # As our servers have them, for an engine in process.
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
         "VLLM_NO_USAGE_STATS": "1",
