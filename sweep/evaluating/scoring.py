@@ -41,12 +41,12 @@ FORCED_TOGETHER = 16
 """Contexts whose continuations are asked in turns: few enough to stay in the server's cache meanwhile."""
 
 ECHO_TOKEN = 1.0
-FORCED_STEP = 12.0
-CALL = 30.0
+FORCED_STEP = 4.0
+CALL = 12.0
 CACHE_BLOCK = 16
-"""What scoring costs, in tokens of a prompt: each token echoed, each step of a forced continuation, each prompt sent,
-and what of a cached context is computed again since vLLM keeps whole blocks. Only which of two right methods is taken
-depends on them; docs/performance.md has the measurement."""
+"""What scoring costs, in tokens of an echoed prompt: each token echoed, each step of a forced continuation, each prompt
+sent, and what of a cached context is computed again since vLLM keeps whole blocks. Only which of two right methods is
+taken depends on them; docs/performance.md has the measurement."""
 
 
 class Method(StrEnum):
