@@ -71,10 +71,11 @@ class RequestsLog:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         bodies = [json.loads(line)["body"] for line in lines[self._read :]]
         self._read = len(lines)
-        return [each for body in bodies for each in _by_prompt(body)]
+        return [each for body in bodies for each in by_prompt(body)]
 
 
-def _by_prompt(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def by_prompt(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A body for each of its prompts; stock's list of one stays as it is."""
     several = isinstance(body["prompt"], list) and isinstance(body["prompt"][0], list) and len(body["prompt"]) > 1
     yield from ({**body, "prompt": prompt} for prompt in (body["prompt"] if several else [body["prompt"]]))
 

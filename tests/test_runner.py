@@ -29,6 +29,7 @@ import msgspec
 import psutil
 import pytest
 import yaml
+from doubles import by_prompt
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -1077,7 +1078,8 @@ class Bench:
     def bodies(self) -> list[dict[str, Any]]:
         if not self.requests.exists():
             return []
-        bodies = [json.loads(line)["body"] for line in self.requests.read_text().splitlines()]
+        lines = [json.loads(line)["body"] for line in self.requests.read_text().splitlines()]
+        bodies = [each for line in lines for each in by_prompt(line)]
         # Preflight's prompts count upwards, which no text does.
         return [b for b in bodies if b["prompt"][:8] != list(range(b["prompt"][0], b["prompt"][0] + 8))]
 
@@ -1474,7 +1476,7 @@ def interrupted(made: Made, benches: OpenBench) -> Interrupted:
     stops["SIGINT"] = stop_in_the_middle(bench, lambda launch: os.killpg(launch.process.pid, signal.SIGINT))
     stops["SIGHUP"] = stop_in_the_middle(bench, Launch.close_terminal, in_terminal=True)
     bench.settings["wandb"] = {"mode": "disabled"}
-    bench.settings["models"]["doomed"] = {"path": made.model("doomed"), "env": {"STAND_IN_DIE_AFTER": "72"}}
+    bench.settings["models"]["doomed"] = {"path": made.model("doomed"), "env": {"STAND_IN_DIE_AFTER": "139"}}
     bench.settings["ray"] = {"evaluators": 2, "cpu_servers": 2}
 
     def kill_a_server_and_an_evaluator(launch: Launch) -> None:
@@ -1563,7 +1565,7 @@ def test_a_killed_server_is_replaced_and_a_killed_evaluators_cell_is_finished_by
 def test_a_model_whose_server_dies_always_fails_alone_with_the_reason(interrupted: Interrupted) -> None:
     ended = interrupted.last.ended
     assert ended.code == 1, ended.output
-    assert "server doomed-0 is ready" in ended.log  # it dies at work: preflight asks 65 completions of its 72
+    assert "server doomed-0 is ready" in ended.log  # it dies at work: preflight asks 132 completions of its 139
     assert [life for life in re.findall(r"start server (\S+):", ended.log) if "doomed" in life] == [
         f"doomed-{i}" for i in range(LOSSES_MOST)
     ]
