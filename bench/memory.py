@@ -2,8 +2,8 @@
 
 A process of its own gives them to our LM as lm-eval would, with a pool that has no endpoint, and looks at itself when
 all of them wait: multiple choice of mmlu's size and texts (15,000 five-shot prompts with four choices), and as many
-generations of 600 tokens that have nothing in common. The figure is the largest resident memory beyond what the
-imported libraries took: the texts that lm-eval hands over, their tokens, and the queue.
+generations of 600 tokens that have nothing in common. The figure is the largest resident memory of the whole
+process; what it has beyond the imported libraries stands beside it.
 """
 
 import argparse
@@ -39,10 +39,14 @@ def measure(kind: str) -> Row:
     if found["waiting"] < (REQUESTS if kind == "generations" else REQUESTS // 4):
         raise SystemExit(f"only {found['waiting']} prompts waited")
     taken = found["peak"] - found["libraries"]
-    medians = {"taken_gib": taken / GIB, "process_gib": found["peak"] / GIB, "prompts": found["waiting"]}
+    medians = {
+        "process_gib": found["peak"] / GIB,
+        "beyond_libraries_gib": taken / GIB,
+        "prompts": found["waiting"],
+    }
     return Row(
-        row=f"{KINDS[kind]} queued, memory beyond the libraries against 1 GiB",
-        ratio=GIB / taken,
+        row=f"{KINDS[kind]} queued, memory of the process against 1 GiB",
+        ratio=GIB / found["peak"],
         bar=1.0,
         medians=medians,
     )
@@ -62,7 +66,7 @@ def _hold(kind: str) -> dict[str, int]:
     found: dict[str, int] = {}
 
     def all_wait() -> None:
-        found["peak"], found["waiting"] = _peak(), pool.demand()[0]
+        found["peak"], found["waiting"] = _peak(), pool.queued
         pool.cancel("seen")
 
     pool = Pool(on_want=all_wait)

@@ -55,11 +55,6 @@ class Call(Dispatched, Protocol):
         """Where the server answers it."""
         ...
 
-    @property
-    def tokens(self) -> int:
-        """Prompt tokens plus tokens to generate."""
-        ...
-
     def body(self, *more: Any) -> dict[str, Any]:
         """The JSON body, without `model`, for this call and `more` of its group; made when it is sent, so that queued
         calls stay small."""
@@ -112,7 +107,8 @@ class Pool:
         """`on_want` is called, in the thread of `want`, when prompts begin to wait for a place."""
         self._lock = threading.Lock()
         self._on_want = on_want
-        self._queued = 0
+        self.queued = 0
+        """Prompts that wait for a place."""
         self._slots: dict[str, _Slot] = {}
         self._cancelled: str | None = None
         self._wake: Callable[[], object] = _nobody
@@ -132,8 +128,8 @@ class Pool:
 
     def want(self, queued: int) -> None:
         """Tell how many prompts wait for a place: servers are shared by what evaluators could use."""
-        began = queued > 0 and not self._queued
-        self._queued = queued
+        began = queued > 0 and not self.queued
+        self.queued = queued
         if began:
             self._on_want()
 
@@ -145,7 +141,7 @@ class Pool:
     def needs(self) -> dict[str, Need]:
         """By endpoint."""
         with self._lock:
-            return {name: slot.need(self._queued) for name, slot in self._slots.items()}
+            return {name: slot.need(self.queued) for name, slot in self._slots.items()}
 
     def cancel(self, reason: str) -> None:
         with self._lock:
