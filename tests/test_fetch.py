@@ -347,7 +347,14 @@ def test_real_vllm_serves_without_network_what_was_fetched(
     pytest.importorskip("vllm.version", reason="vLLM is not installed")
     checkpoint = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
     hub.add("org/m", checkpoint)
-    model = Model(path="org/m", device=Device.CPU, dtype="float32", max_model_len=256, startup_timeout_s=300.0)
+    model = Model(
+        path="org/m",
+        device=Device.CPU,
+        dtype="float32",
+        max_model_len=256,
+        server={"enforce_eager": True},  # compiling takes minutes on a new machine
+        startup_timeout_s=300.0,
+    )
     plan = planned({"m": model})
     assert fetch(plan, ()) == 0
     hub.add("org/m", {**checkpoint, "config.json": b"the branch has moved"})
