@@ -354,7 +354,9 @@ def test_good_servers_are_a_table_and_exit_code_0_and_nothing_else_is_left(folde
     assert code == 0, output
     found = rows(output)
     names = ["key", "served name", "max_model_len", "completion logprobs", "chat logprobs", "echo", "tokenizer"]
-    assert list(found) == [(model, name) for model in ("alpha", "beta") for name in (*names, "next_token")]
+    assert list(found) == [
+        (model, name) for model in ("alpha", "beta") for name in (*names, "next_token", "forced_decoding")
+    ]
     assert {outcome for outcome, _ in found.values()} == {"passed"}
     assert found["alpha", "key"] == ("passed", "401 without it, 200 with it")
     assert found["beta", "tokenizer"] == ("passed", "the same token ids for all 7 texts")
