@@ -95,11 +95,13 @@ def served(folder: Path) -> Iterator[tuple[Server, Endpoint]]:
 
 
 def figures(server: Server) -> Snapshot:
-    """Waits for a server that is too busy to tell."""
+    """Asks a server that is too busy to tell once more. Raises OSError where it is dead."""
     while True:
         try:
             return server.figures()
         except OSError:
+            if not server.alive():
+                raise
             time.sleep(LOOK_S)
 
 

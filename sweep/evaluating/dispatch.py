@@ -56,8 +56,8 @@ class _Family:
     """Tokens of the common prefix; 0 where there is none, and nothing has to go first."""
     primed: set[str] = field(default_factory=set)
     """Endpoints that have computed the prefix."""
-    priming: dict[str, Queued] = field(default_factory=dict)
-    """Endpoint -> the call that computes it there."""
+    priming: set[str] = field(default_factory=set)
+    """Endpoints where a call computes it."""
 
 
 class Queue:
@@ -85,14 +85,14 @@ class Queue:
         """`endpoint` has answered: prefixes that these calls computed are there now."""
         for queued in calls:
             if (family := self._family_of_call.pop(id(queued), None)) is not None:
-                del family.priming[endpoint]
+                family.priming.remove(endpoint)
                 family.primed.add(endpoint)
 
     def back(self, endpoint: str, calls: Iterable[Queued]) -> None:
         """`endpoint` has not answered; the calls wait again, in front of all others."""
         for queued in calls:
             if (family := self._family_of_call.pop(id(queued), None)) is not None:
-                del family.priming[endpoint]
+                family.priming.remove(endpoint)
             self._again.append(queued)
             self._waiting += 1
 
@@ -121,7 +121,7 @@ class Queue:
 
     def _first(self, family: _Family, endpoint: str) -> Queued:
         first = family.waiting.popleft()
-        family.priming[endpoint] = first
+        family.priming.add(endpoint)
         self._family_of_call[id(first)] = family
         return first
 
