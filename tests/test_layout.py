@@ -51,6 +51,7 @@ ORDER = [
     "evaluation",
     "evaluator",
     # running
+    "inventory",
     "machine",
     "restarts",
     "schedule",
