@@ -23,6 +23,7 @@ from bench import data
 from bench.rows import ROUNDS, Row
 from sweep.evaluating.client import Cancelled, Client, Pool
 from sweep.evaluating.concurrency import LOOK_S, Controller, automatic_limit
+from sweep.evaluating.scoring import COMPLETIONS
 from sweep.planning.config import Device, Model
 from sweep.planning.plan import ServerPlan
 from sweep.serving.metrics import Snapshot
@@ -56,6 +57,10 @@ class Ask:
 
     work: Work
     seed: int
+
+    path = COMPLETIONS
+    group = None
+    prefix = None
 
     @property
     def tokens(self) -> int:

@@ -326,9 +326,10 @@ def test_every_cause_is_one_line() -> None:
         ("RuntimeError: Failed to load 0th LogitsProcessor plugin sweep.serving.forced_decoding:ForcedDecoding", True),
         ("api_server: error: unrecognized arguments: --enable-scale-out", True),
         ("ValueError: custom logits_processors are not supported here", True),
+        ("ModuleNotFoundError: No module named 'sweep.serving.vllm_plugin'", True),
         ("INFO non-default args: {'logits_processors': ['sweep.serving.forced_decoding:ForcedDecoding']}", False),
         ("ValueError: No available memory for the cache blocks", False),
     ],
 )
-def test_a_failure_over_an_option_for_speed_is_told_from_others(log: str, named: bool) -> None:
+def test_a_failure_over_an_option_of_ours_is_told_from_others(log: str, named: bool) -> None:
     assert names_extras(f"{NOTHING_WRONG}{log}\n{NOTHING_WRONG}") is named

@@ -21,6 +21,7 @@ from sweep.planning.plan import ServerPlan
 from sweep.serving.engine import (
     FORCED_DECODING,
     NO_EXTRAS,
+    ON_CPU,
     SUPPORTED,
     TAIL_PREFILL,
     Extras,
@@ -69,12 +70,13 @@ def _nothing_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("on_cpu", "changes", "found"),
     [
-        (True, {}, FORCED_DECODING),
+        (True, {}, replace(FORCED_DECODING, options={**ON_CPU, **FORCED_DECODING.options})),
+        (True, {"server": {"worker-extension-cls": "mine.Mine"}}, FORCED_DECODING),
         (False, {}, TAIL_PREFILL),
         (False, {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}, FORCED_DECODING),
-        (True, {"scoring": Scoring.ECHO}, NO_EXTRAS),
+        (True, {"scoring": Scoring.ECHO}, Extras(options=ON_CPU)),
         (False, {"scoring": Scoring.ECHO}, NO_EXTRAS),
-        (True, {"server": {"logits-processors": ["mine:Mine"]}}, NO_EXTRAS),
+        (True, {"server": {"logits-processors": ["mine:Mine"]}}, Extras(options=ON_CPU)),
         (False, {"server": {"enable_scale_out": False}}, NO_EXTRAS),
         (True, {"url": "http://x", "path": ""}, NO_EXTRAS),
     ],

@@ -14,7 +14,7 @@ import pytest
 
 from sweep import demo
 from sweep.evaluating.client import Client, Pool
-from sweep.evaluating.scoring import GenerateCall, LogProb, Method, Scored, calls_by, edges_of
+from sweep.evaluating.scoring import GenerateCall, LogProb, Method, Packed, Scored, calls_by, edges_of
 from sweep.planning.config import Device, Model
 from sweep.planning.plan import ServerPlan
 from sweep.serving.server import Endpoint, Server
@@ -105,7 +105,7 @@ def hostile_pairs(endpoint: Endpoint) -> list[Scored]:
         greedy[call.index] = tuple(int(name.removeprefix("token_id:")) for name in names)
 
     ask = {"max_tokens": 9, "temperature": 0, "logprobs": 1, "return_tokens_as_token_ids": True, "ignore_eos": True}
-    run(endpoint, [GenerateCall(index=i, prompt=c, parameters=ask) for i, c in enumerate(contexts)], written)
+    run(endpoint, [GenerateCall(index=i, prompt=Packed(c), parameters=ask) for i, c in enumerate(contexts)], written)
     found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     for i, context in enumerate(contexts):
         best = greedy[i]
@@ -141,7 +141,7 @@ def test_all_methods_and_generation_at_once_give_what_each_gives_alone(endpoint:
     able = {Method.NEXT_TOKEN: [p for p in pairs if len(p.continuation) == 1], Method.FORCED: pairs, Method.ECHO: pairs}
     prompts = [p.context for p in pairs[::9]]
     writing = [
-        GenerateCall(index=i, prompt=p, parameters={"max_tokens": 9, "temperature": 0, "stop": ["zzz"]})
+        GenerateCall(index=i, prompt=Packed(p), parameters={"max_tokens": 9, "temperature": 0, "stop": ["zzz"]})
         for i, p in enumerate(prompts)
     ]
     alone: dict[int, str] = {}
@@ -166,6 +166,20 @@ def test_all_methods_and_generation_at_once_give_what_each_gives_alone(endpoint:
         assert answer.is_greedy == echo[index].is_greedy
     assert sum(answer.is_greedy for answer in echo.values()) >= 3 * 19
     assert texts == alone
+
+
+def test_sampled_answers_come_to_prompts_that_are_read_in_parts(endpoint: Endpoint) -> None:
+    """vLLM's engine for CPUs would die of the first."""
+    rng = random.Random(1)
+    ask = {"max_tokens": 4, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+    prompts = [Packed([rng.randrange(4000) for _ in range(700)]) for _ in range(4)]
+    heard: dict[int, int] = {}
+    run(
+        endpoint,
+        [GenerateCall(index=i, prompt=prompt, parameters=ask) for i, prompt in enumerate(prompts)],
+        lambda call, reply: heard.update({call.index: call.generation(reply).tokens}),
+    )
+    assert heard == dict.fromkeys(range(4), 4)
 
 
 def pairs(task: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

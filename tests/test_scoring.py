@@ -24,6 +24,7 @@ from sweep.evaluating.scoring import (
     LogProb,
     Method,
     NextTokenCall,
+    Packed,
     Scored,
     ScoringCall,
     TailCall,
@@ -289,8 +290,8 @@ def test_a_next_token_reply_that_lacks_a_token_is_refused_in_words(reply: dict[s
 
 
 def test_a_generation_is_text_its_end_and_its_length() -> None:
-    call = GenerateCall(index=0, prompt=(1, 2), parameters={"max_tokens": 9, "stop": ["x"]})
-    assert call.body() == {"prompt": (1, 2), "max_tokens": 9, "stop": ["x"]}
+    call = GenerateCall(index=0, prompt=Packed((1, 2)), parameters={"max_tokens": 9, "stop": ["x"]})
+    assert call.body() == {"prompt": [1, 2], "max_tokens": 9, "stop": ["x"]}
     assert call.tokens == 11
     choice = {"text": "yes", "finish_reason": "stop"}
     found = call.generation({"choices": [choice], "usage": {"completion_tokens": 2}})
@@ -338,7 +339,7 @@ async def posted(server: StandIn, bodies: Sequence[dict[str, Any]]) -> list[dict
 @pytest.mark.parametrize("reason", ["abort", "error", None])
 def test_an_answer_that_a_server_gave_up_is_none(reason: str | None) -> None:
     """vLLM that gets SIGTERM ends what is in flight with the text so far, `abort` and status 200."""
-    call = GenerateCall(index=0, prompt=(1,), parameters={"max_tokens": 9})
+    call = GenerateCall(index=0, prompt=Packed((1,)), parameters={"max_tokens": 9})
     reply = {"choices": [{"text": "half an", "finish_reason": reason}], "usage": {"completion_tokens": 2}}
     with pytest.raises(PassingFault, match="gave up an answer"):
         call.generation(reply)

@@ -458,12 +458,12 @@ def test_a_start_that_was_killed_may_succeed_another_time(bench: Bench) -> None:
         "api_server.py: error: unrecognized arguments: --logits-processors sweep.serving.forced_decoding:F",
     ],
 )
-def test_a_server_that_fails_over_what_is_for_speed_alone_is_started_without_it(line: str, bench: Bench) -> None:
+def test_a_server_that_fails_over_what_only_we_wanted_is_started_without_it(line: str, bench: Bench) -> None:
     bench_server = bench(refuse_forced=line)
     endpoint = bench_server.start()
     assert endpoint.scoring == ()
     log_text = bench_server.log_path.read_text()
-    assert "lmsweep: it ended because of logits_processors; it is started again without, to score by echo" in log_text
+    assert "lmsweep: it ended because of worker_extension_cls or logits_processors; it is started again without, to score by echo" in log_text
 
 
 def test_an_engine_that_is_not_supported_is_refused_by_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

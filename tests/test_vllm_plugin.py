@@ -1,4 +1,4 @@
-"""The stand-in for vLLM's 4-bit CPU kernel."""
+"""What vLLM lacks on CPUs: its 4-bit kernel, and generators that can be wound back."""
 
 import pytest
 
@@ -26,6 +26,17 @@ def test_the_operator_multiplies_with_the_dequantised_weight(with_zeros: bool, w
     out = torch.empty(5, outputs, dtype=torch.float16)
     vllm_plugin._gemm_wna16(x, packed, out, scales, _words(zeros) if with_zeros else None, bias, 8, "vec")
     torch.testing.assert_close(out.float(), expected, rtol=2e-3, atol=2e-2)
+
+
+def test_a_seeded_generator_draws_as_torchs_own_and_takes_being_wound_back() -> None:
+    ours, own = torch.Generator(device="cpu"), torch._C.Generator(device="cpu")
+    for generator in (ours, own):
+        generator.manual_seed(3)
+    # vLLM does this after each part of a prompt; torch's own raises.
+    ours.set_offset(ours.get_offset() - 4)
+    with pytest.raises(RuntimeError, match="does not use offset"):
+        own.set_offset(own.get_offset() - 4)
+    assert torch.rand(5, generator=ours).tolist() == torch.rand(5, generator=own).tolist()
 
 
 def _words(values: "torch.Tensor") -> "torch.Tensor":

@@ -23,8 +23,8 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -93,14 +93,17 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> list[Tokens]:
         """The token ids of each text; equal texts share one tuple."""
-        distinct = list(dict.fromkeys(texts))
-        found: dict[str, Tokens] = {}
-        for start in range(0, len(distinct), ENCODED_AT_ONCE):
-            some = distinct[start : start + ENCODED_AT_ONCE]
+        distinct = dict.fromkeys(texts)
+        found = dict(zip(distinct, self.each(distinct), strict=True))
+        return [found[text] for text in texts]
+
+    def each(self, texts: Iterable[str]) -> Iterator[Tokens]:
+        """The token ids of one text after the other, of which no more than ENCODED_AT_ONCE are held."""
+        rest = iter(texts)
+        while some := list(islice(rest, ENCODED_AT_ONCE)):
             cut = [_pieces(text) if self.cuts and len(text) >= WORTH_CUTTING else [text] for text in some]
             ids = self._encoded(chain.from_iterable(cut))
-            found.update((text, _joined(ids, pieces)) for text, pieces in zip(some, cut, strict=True))
-        return [found[text] for text in texts]
+            yield from (_joined(ids, pieces) for pieces in cut)
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
         """Context and continuation ids of each pair, split as lm-eval's TemplateLM does; equal contexts share a tuple.

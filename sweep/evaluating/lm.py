@@ -23,7 +23,7 @@ from sweep.errors import TaskError
 from sweep.evaluating.client import Call, Client
 from sweep.evaluating.encoding import Encoder, Tokens
 from sweep.evaluating.preflight import Facts
-from sweep.evaluating.scoring import GenerateCall, Method, Scored, ScoringCall, scoring_calls
+from sweep.evaluating.scoring import GenerateCall, Method, Packed, Scored, ScoringCall, scoring_calls
 from sweep.planning.config import Overflow
 from sweep.record import Counts
 from sweep.results.store import Response, response_key
@@ -419,11 +419,11 @@ class SweepLM(LM):  # type: ignore[misc]
 
     def _ask_generations(self, wanted: Sequence[_Generate], answer: Answer) -> None:
         longest = self._facts().max_model_len - 1
-        prompts = self.encoder.texts([w.prompt for w in wanted])
+        prompts = [Packed(tokens) for tokens in self.encoder.each(w.prompt for w in wanted)]
         rooms = [int(w.parameters["max_tokens"]) for w in wanted]
-        cuts = self._cuts([(len(p), room) for p, room in zip(prompts, rooms, strict=True)], longest, what="answer")
+        cuts = self._cuts([(p.length, room) for p, room in zip(prompts, rooms, strict=True)], longest, what="answer")
         calls = [
-            GenerateCall(index=i, prompt=prompt[cut:], parameters=w.parameters)
+            GenerateCall(index=i, prompt=Packed(prompt.tokens()[cut:]) if cut else prompt, parameters=w.parameters)
             for i, (prompt, cut, w) in enumerate(zip(prompts, cuts, wanted, strict=True))
         ]
 
@@ -439,7 +439,7 @@ class SweepLM(LM):  # type: ignore[misc]
             )
             answer(call.index, value)
 
-        self._count(prompt_tokens=sum(len(call.prompt) for call in calls))
+        self._count(prompt_tokens=sum(call.prompt.length for call in calls))
         self._send(calls, parse)
 
     def _send(self, calls: Sequence[C], parse: Callable[[C, Mapping[str, Any]], None]) -> None:

@@ -226,9 +226,10 @@ def cause_of(log_text: str) -> Cause | None:
 
 
 EXTRAS = re.compile(
-    r"(?:[Ee]rror|ERROR)\b.*(?:[Ll]ogits[-_]processors|ForcedDecoding|enable[-_](?:scale[-_]out|prompt[-_]tokens))"
+    r"(?:[Ee]rror|ERROR)\b.*(?:[Ll]ogits[-_]processors|ForcedDecoding|enable[-_](?:scale[-_]out|prompt[-_]tokens)"
+    r"|worker[-_]extension[-_]cls|vllm_plugin)"
 )
-"""A line of a failure that names something we start servers with for speed alone (engine.Extras)."""
+"""A line of a failure that names something we start servers with unasked (engine.Extras)."""
 
 
 def names_extras(log_text: str) -> bool:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -163,7 +163,7 @@ PLAIN_SWITCHES = frozenset({"aggregate_engine_logging", "data_parallel_multi_por
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What a server is started with so that it can be scored by more methods than others."""
+    """What we start a server with beside what the config says, and what it can be scored by because of that."""
 
     methods: tuple[str, ...] = ()
     """As scoring.py names them."""
@@ -171,6 +171,9 @@ class Extras:
 
 
 NO_EXTRAS = Extras()
+
+ON_CPU: Mapping[str, Any] = {"worker_extension_cls": "sweep.serving.vllm_plugin.OnCpu"}
+"""What vLLM lacks on CPUs."""
 
 FORCED_DECODING = Extras(
     methods=("forced_decoding",), options={"logits_processors": ["sweep.serving.forced_decoding:ForcedDecoding"]}
@@ -184,16 +187,20 @@ TAIL_PREFILL = Extras(
 
 
 def extras(plan: ServerPlan, *, on_cpu: bool) -> Extras:
-    """What helps on this device, unless the config says `scoring: echo` or sets one of the options itself.
+    """What helps on this device, but for options that the config sets itself; `scoring: echo` wants no methods.
 
     vLLM has the V2 runner on GPUs and the V1 runner on CPUs. VLLM_USE_V2_MODEL_RUNNER=0 in a model's `env` chooses the
     latter on GPUs too; forced decoding has not been run there.
     """
-    if plan.external or plan.model.scoring is Scoring.ECHO:
+    if plan.external:
         return NO_EXTRAS
+    given = {_snake(key) for key in plan.model.server}
     old_runner = on_cpu or plan.model.env.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
     found = FORCED_DECODING if old_runner else TAIL_PREFILL
-    return NO_EXTRAS if found.options.keys() & {_snake(key) for key in plan.model.server} else found
+    if plan.model.scoring is Scoring.ECHO or found.options.keys() & given:
+        found = NO_EXTRAS
+    mended = ON_CPU if on_cpu and not ON_CPU.keys() & given else {}
+    return replace(found, options={**mended, **found.options})
 
 
 def command(plan: ServerPlan, *, python: str, host: str, port: int, extras: Extras = NO_EXTRAS) -> list[str]:

@@ -188,12 +188,12 @@ class Server:
         raise self._failure(f"{engine.PORT_TAKEN}, {PORT_ATTEMPTS} times", offset=0, kind=ServerFault)
 
     def _goes_without_extras(self) -> bool:
-        """Whether it ended because of options that are only there for speed; from now on it is started without them."""
+        """Whether it ended because of options that only we wanted; from now on it is started without them."""
         process = self._process
         if not self._extras.options or process is None or not engine.names_extras(self._log_text(process.log_offset)):
             return False
         self._note(
-            f"it ended because of {', '.join(self._extras.options)}; it is started again without, to score by echo"
+            f"it ended because of {' or '.join(self._extras.options)}; it is started again without, to score by echo"
         )
         self._extras = engine.NO_EXTRAS
         return True

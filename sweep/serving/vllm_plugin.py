@@ -1,15 +1,32 @@
-"""What we add to vLLM, given to our own servers by option; imported inside vLLM's workers and nowhere else.
+"""What vLLM 0.32 lacks on CPUs, given to our own servers there by option; imported in vLLM's workers and nowhere else.
 
-`--worker-extension-cls sweep.serving.vllm_plugin.CpuAwq` lets a CPU without AVX-512 serve AWQ checkpoints: vLLM 0.32
-picks its 4-bit kernel on every x86 CPU, but leaves it out of the library that it loads on AVX2 alone. The server then
-starts, answers /health and dies at the first request ("'_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'").
+`--worker-extension-cls sweep.serving.vllm_plugin.OnCpu`
+
+- AWQ without AVX-512: vLLM picks its 4-bit kernel on every x86 CPU, but leaves it out of the library that it loads on
+  AVX2 alone. The server then starts, answers /health and dies at the first request ("'_OpNamespace' '_C' object has no
+  attribute 'cpu_gemm_wna16'").
+- A sampled request with a seed whose prompt is read in parts: after each part vLLM winds the request's generator back,
+  which torch's generators for CPUs cannot do, and the engine dies ("CPU Generator does not use offset").
 """
 
 import torch
 
 
-class CpuAwq:
+class OnCpu:
     """Empty: to find it, vLLM imports this module in the worker before the model loads, and that is all it takes."""
+
+
+class _Generator(torch.Generator):
+    """Is not wound back: what is sampled is as random as before, but depends on the parts that its prompt was read in.
+
+    Winding back needs the state before each draw, 5 kB to be copied for every sampled token.
+    """
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        pass
 
 
 def _gemm_wna16(
@@ -55,3 +72,5 @@ def _register() -> torch.library.Library | None:
 
 
 _registration = _register()  # kept: torch takes the operator back when this is collected
+
+torch.Generator = _Generator  # type: ignore[misc]  # vLLM makes its own by this name
