@@ -463,7 +463,8 @@ def test_a_server_that_fails_over_what_only_we_wanted_is_started_without_it(line
     endpoint = bench_server.start()
     assert endpoint.scoring == ()
     log_text = bench_server.log_path.read_text()
-    assert "lmsweep: it ended because of worker_extension_cls or logits_processors; it is started again without, to score by echo" in log_text
+    named = "worker_extension_cls or logits_processors"
+    assert f"lmsweep: it ended because of {named}; it is started again without, to score by echo" in log_text
 
 
 def test_an_engine_that_is_not_supported_is_refused_by_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

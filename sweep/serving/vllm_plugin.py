@@ -16,7 +16,7 @@ class OnCpu:
     """Empty: to find it, vLLM imports this module in the worker before the model loads, and that is all it takes."""
 
 
-class _Generator(torch.Generator):
+class _Generator(torch.Generator):  # type: ignore[misc]
     """Is not wound back: what is sampled is as random as before, but depends on the parts that its prompt was read in.
 
     Winding back needs the state before each draw, 5 kB to be copied for every sampled token.
@@ -73,4 +73,4 @@ def _register() -> torch.library.Library | None:
 
 _registration = _register()  # kept: torch takes the operator back when this is collected
 
-torch.Generator = _Generator  # type: ignore[misc]  # vLLM makes its own by this name
+torch.Generator = _Generator  # vLLM makes its own by this name
