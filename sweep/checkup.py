@@ -56,7 +56,10 @@ def check(config: SweepConfig, plan: Plan, directory: RunDirectory, *, api_key: 
     ]
     number = 0
     if plan.owed_servers:
-        with stop_signals() as stop, closing(Cluster(config.ray, api_key=api_key, secrets=secrets)) as cluster:
+        with (
+            stop_signals() as stop,
+            closing(Cluster(config.ray, api_key=api_key, secrets=secrets, env=config.env)) as cluster,
+        ):
             listen(stop)  # Ray has put a handler of its own in place
             require(plan.owed_servers, cluster.capacity)
             checkup = Checkup(plan=plan, cluster=cluster, directory=directory, secrets=secrets, found=found)

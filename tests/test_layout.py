@@ -55,6 +55,7 @@ ORDER = [
     "machine",
     "restarts",
     "schedule",
+    "walltime",
     "cluster",
     "progress",
     "runner",

@@ -155,8 +155,8 @@ class WandbConfig:
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
     address: str | None = None
-    """Unset: RAY_ADDRESS if it is set, otherwise a local cluster for this sweep alone. `auto`, `local` or `host:port`
-    decide it."""
+    """Unset: RAY_ADDRESS if it is set, otherwise a local cluster for this sweep alone. `local` is always that, `auto`
+    the cluster that runs here (or RAY_ADDRESS), `host:port` the head of any."""
     cpu_servers: int | None = None
     """CPU servers that may run at the same time on a local cluster; unset means what cores and memory carry."""
     evaluators: int | None = None
@@ -179,3 +179,10 @@ class SweepConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     api_key: str | None = field(default=None, repr=False)
     """Key of our servers, from the environment (`${oc.env:NAME}`); a random one when unset."""
+    env: dict[str, str] = field(default_factory=dict, repr=False)
+    """Environment variables of every server and evaluator on every node, and of the launch itself where it asks the
+    hub: HF_HOME, caches, proxies. Stronger than what is set on a node, weaker than a model's `env`, in which they are
+    filled in already."""
+    walltime: float | None = None
+    """Seconds after its start at which the launch has to be over; a file may write `3h50m` or `3:50:00`. The end of a
+    Slurm job around it counts where it is earlier, or where this is unset."""

@@ -24,7 +24,7 @@ from sweep.evaluating.evaluator import EvaluatorProcess, Event
 from sweep.evaluating.preflight import Check, Expected, Facts, Inspection, inspect
 from sweep.planning.config import RayConfig
 from sweep.planning.plan import ServerPlan, on_cpu
-from sweep.running.machine import CPU_SERVER, EVALUATOR, Capacity, local_capacity, starts_local
+from sweep.running.machine import CPU_SERVER, EVALUATOR, Capacity, local_capacity, ray_address, starts_local
 from sweep.serving.external import ExternalServer
 from sweep.serving.server import Endpoint, Server
 
@@ -237,7 +237,7 @@ class _EvaluatorHost:
 
     def __init__(self, log_path: str, secrets: Sequence[str], variables: Mapping[str, str]) -> None:
         _be_ordinary(variables)
-        self._process = EvaluatorProcess(Path(log_path), secrets=secrets)
+        self._process = EvaluatorProcess(Path(log_path), secrets=secrets, given=variables.keys())
 
     @ray.method(num_returns="streaming")
     def events(self) -> Iterator[Event]:
@@ -285,12 +285,14 @@ def _be_ordinary(variables: Mapping[str, str]) -> None:
 class Cluster:
     """A connection to Ray with this sweep's actors. Close it always: `close` ends every process it started."""
 
-    def __init__(self, config: RayConfig, *, api_key: str, secrets: Sequence[str] = ()) -> None:
-        """Connect, or start a local cluster. Raises ResourceError when that fails."""
+    def __init__(
+        self, config: RayConfig, *, api_key: str, secrets: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> None:
+        """Connect, or start a local cluster. `env` is for everything of ours there. Raises ResourceError."""
         self._api_key = api_key
         self._secrets = tuple(secrets)
         """Masked in evaluators' logs, besides what the environment of their node holds."""
-        self._variables = {name: os.environ[name] for name in OFFLINE if name in os.environ}
+        self._variables = {name: os.environ[name] for name in OFFLINE if name in os.environ} | dict(env or {})
         self._servers: dict[str, Any] = {}
         self._evaluators: dict[str, Any] = {}
         self._starting: dict[Any, str] = {}
@@ -306,7 +308,8 @@ class Cluster:
         try:
             self.capacity = self._start_local(config) if starts_local(config) else self._connect(config)
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-            raise ResourceError(f"connect to Ray at {config.address or 'a local cluster'}: {error}") from error
+            said = " ".join(str(error).split())
+            raise ResourceError(f"connect to Ray ({ray_address(config)}): {said}") from error
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         # Servers are heard on loopback only when all that asks them is on their node, and a node may join later: a
         # sweep that begins on one node, which is all that its capacity counts, stays there.
@@ -326,7 +329,7 @@ class Cluster:
         return capacity
 
     def _connect(self, config: RayConfig) -> Capacity:
-        ray.init(address=config.address or "auto", log_to_driver=False, configure_logging=False)
+        ray.init(address=ray_address(config), log_to_driver=False, configure_logging=False)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         total = ray.cluster_resources()
         gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 1.0)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import signal
 import time
@@ -39,7 +40,8 @@ from sweep.running.cluster import (
 from sweep.running.machine import require
 from sweep.running.progress import Terminal
 from sweep.running.restarts import LOSSES_MOST, NEVER_LOST, Restarts, healthy
-from sweep.running.schedule import CellView, RetireServer, RunCell, ServerView, StartServer, View, schedule
+from sweep.running.schedule import Action, CellView, RetireServer, RunCell, ServerView, StartServer, View, schedule
+from sweep.running.walltime import CELL_START_S, SERVER_START_S, UNLIMITED, Walltime
 from sweep.serving.server import Endpoint
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,13 @@ TICK_S = 0.1
 
 DEATHS_MOST = 3
 """A check or a cell that so many evaluators died at is the cause of it; one or two may be the memory of a moment."""
+
+KEEP_S = 2.0
+"""At an end that was asked for, evaluators pass on what they have been answered for so long. It takes 0.1 s, and longer
+only where one loads data and does not listen."""
+
+TABLES_S = 10.0
+"""Of a walltime, for what comes after W&B: the tables."""
 
 CLOSE_WANDB_S = 120.0
 """What W&B has not taken by then is left for later; the run directory has it all."""
@@ -117,6 +126,8 @@ class _ServerState:
     concurrency: int | None = None
     """What its last life settled on; None for a number that the config gives."""
     stored_concurrency: int | None = None
+    start_s: float = SERVER_START_S
+    """How long its last start took."""
 
 
 @dataclass(kw_only=True)
@@ -135,21 +146,29 @@ class Carried:
     records: dict[str, Record]
     """Of every cell of the plan that has ended, now or before, by cell key."""
     signal: int
-    """That stopped it; 0 when it came to its end."""
+    """That stopped it; 0 when none did."""
     wandb: Outcome
+    out_of_time: bool = False
+    """Its walltime stopped it."""
+    got_on: bool = True
+    """It brought answers or ended cells, so that another launch like it will too."""
 
 
-def carry_out(config: SweepConfig, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str]) -> Carried:
-    """Bring up the cluster, run the plan's owed cells on it and take everything down again, whatever happens.
+def carry_out(
+    config: SweepConfig, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str], ends_at_s: float = math.inf
+) -> Carried:
+    """Bring up the cluster, run the plan's owed cells on it and take everything down again, whatever happens, and
+    before the Unix time `ends_at_s`.
 
     Raises ResourceError when the cluster cannot carry the plan.
     """
-    records = dict(plan.done)
+    records, stored = dict(plan.done), store.count()
+    walltime = Walltime(end_s=time.monotonic() + ends_at_s - time.time())
     with (
         stop_signals() as stop,
         Terminal(models=list(plan.models), cells=[cell.key for cell in plan.cells]) as terminal,
         _warnings_on(terminal),
-        closing(Cluster(config.ray, api_key=api_key, secrets=secrets)) as cluster,
+        closing(Cluster(config.ray, api_key=api_key, secrets=secrets, env=config.env)) as cluster,
     ):
         listen(stop)  # Ray has put a handler of its own in place
         require(plan.owed_servers, cluster.capacity)
@@ -170,12 +189,15 @@ def carry_out(config: SweepConfig, plan: Plan, store: Store, *, api_key: str, se
                 tracker=tracker,
                 secrets=secrets,
                 records=records,
+                walltime=walltime,
             )
             number = runner.run(stop)
         finally:
             cluster.close()  # no GPU is held while W&B takes its time
-            outcome = tracker.close(CLOSE_WANDB_S)
-    return Carried(records=records, signal=number, wandb=outcome)
+            left_s = walltime.end_s - TABLES_S - time.monotonic()
+            outcome = tracker.close(max(0.0, min(CLOSE_WANDB_S, left_s)))
+    got_on = store.count() > stored or len(records) > len(plan.done)
+    return Carried(records=records, signal=number, wandb=outcome, out_of_time=runner.out_of_time, got_on=got_on)
 
 
 @contextmanager
@@ -203,6 +225,10 @@ class Runner:
     records: dict[str, Record]
     """By cell key; begins with what was done before and grows as cells end."""
     clock: Callable[[], float] = time.monotonic
+    walltime: Walltime = UNLIMITED
+    """On the same clock."""
+    out_of_time: bool = False
+    """The walltime has ended it."""
     _cells: dict[str, _CellState] = field(default_factory=dict)
     _servers: dict[str, _ServerState] = field(default_factory=dict)
     _lives: dict[str, _Life] = field(default_factory=dict)
@@ -223,7 +249,8 @@ class Runner:
     """Of what evaluators are told of their shares."""
 
     def run(self, stop: Sequence[int] = ()) -> int:
-        """0 when every cell is finished or has failed; else the first number in `stop`, a signal that ended it."""
+        """0 when every cell is finished or has failed, or when it is `out_of_time`; else the first number in `stop`, a
+        signal that ended it."""
         for done, record in enumerate(self.records.values(), start=1):
             self.tracker.cell(record)
             self.terminal.finished(record, done, len(self.plan.cells))
@@ -231,16 +258,48 @@ class Runner:
         while any(c.unfinished for c in self._cells.values()):
             for event in self.cluster.events(TICK_S):
                 self._observe(event)
-            if stop:
-                self._keep_concurrency()
-                return stop[0]
+            if stop or self.walltime.over(self.clock()):
+                self.out_of_time = not stop
+                break
             self._fill_seats()
             self._dispatch_checks()
-            for action in schedule(self._view()):
+            actions = schedule(self._view())
+            paying = [action for action in actions if self._pays(action)]
+            for action in paying:
                 self._carry_out(action)
+            if len(paying) < len(actions) and not self._at_work():
+                log.info("what is still owed does not pay before the end: %s", actions)
+                self.out_of_time = True
+                break
             self._track()
+        if stop or self.out_of_time:
+            self._keep_answers()
         self._keep_concurrency()
-        return 0
+        return stop[0] if stop else 0
+
+    def _pays(self, action: Action) -> bool:
+        """Whether there is time enough left for it."""
+        match action:
+            case StartServer(server=name):
+                server = self._servers[name]
+                return self.walltime.pays(CELL_START_S if server.plan.external else server.start_s, self.clock())
+            case RunCell():
+                return self.walltime.pays(CELL_START_S, self.clock())
+        return True
+
+    def _at_work(self) -> bool:
+        states = {state.state for state in self._cells.values()}
+        return "running" in states or "checking" in states or any(self._live(name) for name in self._servers)
+
+    def _keep_answers(self) -> None:
+        """Have evaluators pass on what they have been answered, and hear them, for KEEP_S at most."""
+        for state in self._cells.values():
+            if state.state == "running" and state.evaluator is not None:
+                self.cluster.send(state.evaluator, ev.CancelCell(reason="the sweep is stopped"))
+        deadline = time.monotonic() + KEEP_S
+        while any(state.state == "running" for state in self._cells.values()) and time.monotonic() < deadline:
+            for event in self.cluster.events(TICK_S):
+                self._observe(event)
 
     # Beginning.
 
@@ -343,6 +402,7 @@ class Runner:
             self.cluster.stop_server(event.life)
             return
         life.endpoint, life.ready_at_s = event.endpoint, self.clock()
+        self._servers[life.server].start_s = life.ready_at_s - life.started_at_s
         if not others:
             before = self._facts.get(life.server)
             self._facts[life.server] = event.facts
