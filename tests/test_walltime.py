@@ -1,10 +1,22 @@
 """When a launch has to be over, and what still pays before that."""
 
+import contextlib
 import math
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from test_deaths import Place, Seen, place
+from test_deploy import a_sweep
+from test_runner import LAUNCH_S, Made, made
 
+from sweep import ROOT
+from sweep.results.store import Store, read_records
 from sweep.running.walltime import LEAVE_S, UNLIMITED, Walltime, ends_at
+
+__all__ = ["made", "place"]  # fixtures
 
 
 @pytest.mark.parametrize(
@@ -60,3 +72,49 @@ def test_the_end_is_the_earlier_one_of_the_sweep_and_of_the_slurm_job(
 ) -> None:
     environment = {} if slurm is None else {"SLURM_JOB_END_TIME": slurm}
     assert ends_at(walltime_s, environment, began_s=1000.0, now_s=1005.0) == expected
+
+
+# A whole launch
+
+SHORT = """
+import sys
+from sweep.running import walltime
+walltime.LEAVE_S = walltime.SERVER_START_S = 5.0
+from sweep.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""`launch.py` for a walltime of a minute."""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(2 * LAUNCH_S)
+def test_a_launch_whose_time_is_over_ends_before_it_with_75_and_the_next_one_does_the_rest(
+    place: Place, made: Made, tmp_path: Path
+) -> None:
+    sweep = a_sweep(tmp_path, made, tasks={"exports": {"include_path": str(made.tasks)}})
+
+    def launch(*arguments: str, latency_s: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", SHORT, f"conf={sweep.path}", "models.alpha.concurrency=1", *arguments],
+            cwd=ROOT,
+            env=place.environment | {"STAND_IN_LATENCY_S": str(latency_s)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    begun = time.monotonic()
+    first = launch("walltime=1m", latency_s=1.0)
+    assert time.monotonic() - begun < 60
+    assert first.returncode == 75, first.stdout + first.stderr
+    assert "the walltime is over; the same command goes on where it stopped" in first.stdout
+    assert sweep.done == 0
+    place.nothing_is_left(Seen.of([]), after=time.monotonic())
+    with contextlib.closing(Store(sweep.directory)) as store:
+        stored = store.count()
+    second = launch(latency_s=0.0)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert sweep.done == 1
+    (record,) = read_records(sweep.directory).values()
+    assert record.counts.reused >= stored > 0
