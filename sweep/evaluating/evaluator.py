@@ -252,8 +252,7 @@ class EvaluatorProcess:
         )
         self._log.start()
         with suppress(OSError):  # it is gone already, which `receive` tells
-            needed = {name for name in secret if name.startswith(LOADED_FROM) or is_proxy(name) or name in given}
-            self.send(Credentials(variables={name: secret[name] for name in needed}))
+            self.send(Credentials(variables=credentials(secret, given)))
 
     def send(self, message: Any) -> None:
         """Raises OSError when the child is gone; `receive` says so too."""
@@ -290,6 +289,11 @@ class EvaluatorProcess:
 
 LOG_S = 2.0
 """For the last lines of a log; only a process that left its group and outlived the supervisor keeps it open longer."""
+
+
+def credentials(secret: Mapping[str, str], given: Collection[str] = ()) -> dict[str, str]:
+    """What of the `secret` variables an evaluator needs to load tasks, and what was `given` to it by name."""
+    return {k: v for k, v in secret.items() if k.startswith(LOADED_FROM) or is_proxy(k) or k in given}
 
 
 def child_environment(base: Mapping[str, str], secrets: Iterable[str] = ()) -> dict[str, str]:
