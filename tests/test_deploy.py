@@ -84,6 +84,7 @@ class Job:
 
 
 RAY = """#!/bin/bash
+if [[ -e early ]]; then touch up; exec sleep 60; fi
 while [[ $1 != -- ]]; do echo "$1" >>ray; shift; done
 shift
 "$@"
@@ -99,13 +100,14 @@ exit $(<code)
 """
 
 
-def job(folder: Path, *arguments: str, code: int = 0, warned: bool = False) -> Job:
+def job(folder: Path, *arguments: str, code: int = 0, warned: bool = False, early: bool = False) -> Job:
+    """`warned` while the launch runs, or `early`, while Ray starts."""
     home = folder / "checkout"
     program(home / ".venv" / "bin", "ray", RAY)
     program(home / ".venv" / "bin", "python", PYTHON)
     (home / "code").write_text(str(code))
     if warned:
-        (home / "wait").touch()
+        (home / ("early" if early else "wait")).touch()
     environment = slurm(folder, "gpu1") | {"SLURM_SUBMIT_DIR": str(home), "TMPDIR": str(folder)}
     batch = subprocess.Popen(["bash", str(SBATCH), *arguments], env=os.environ | environment, cwd="/")
     try:
@@ -118,10 +120,19 @@ def job(folder: Path, *arguments: str, code: int = 0, warned: bool = False) -> J
     return Job(
         code=ended,
         requeued=(folder / "requeued").exists(),
-        ray=(home / "ray").read_text().splitlines(),
-        launch=(home / "launch").read_text().splitlines(),
-        environment=dict(line.partition("=")[::2] for line in (home / "environment").read_text().splitlines()),
+        ray=lines(home / "ray"),
+        launch=lines(home / "launch"),
+        environment=dict(line.partition("=")[::2] for line in lines(home / "environment")),
     )
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_slurm_job_that_is_warned_before_its_launch_begins_comes_back(tmp_path: Path) -> None:
+    ended = job(tmp_path, "conf=s", warned=True, early=True)
+    assert (ended.code, ended.requeued, ended.launch) == (143, True, [])
 
 
 @pytest.mark.parametrize(
