@@ -55,6 +55,8 @@ ORDER = [
     "machine",
     "restarts",
     "schedule",
+    "costs",
+    "simulate",
     "cluster",
     "progress",
     "runner",
