@@ -56,6 +56,8 @@ ORDER = [
     "restarts",
     "schedule",
     "walltime",
+    "costs",
+    "simulate",
     "cluster",
     "progress",
     "runner",

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,11 +54,12 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.machine import Capacity
+from sweep.running.costs import start_s
+from sweep.running.inventory import Node
 from sweep.running.progress import Terminal
 from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
 from sweep.running.runner import DEATHS_MOST, Runner
-from sweep.running.walltime import LEAVE_S, SERVER_START_S, UNLIMITED, Walltime
+from sweep.running.walltime import LEAVE_S, UNLIMITED, Walltime
 from sweep.serving.metrics import Snapshot
 from sweep.serving.server import Endpoint
 
@@ -76,7 +77,7 @@ class ScriptedCluster:
     """What the runner asks of a cluster, noted; what happens there is written by the test."""
 
     def __init__(self, script: "Script", *, evaluators: int, cpu_servers: int) -> None:
-        self.capacity = Capacity(gpus=0, largest_node_gpus=0, cpu_servers=cpu_servers, evaluators=evaluators)
+        self.inventory = (Node(name="n", cpu_servers=cpu_servers, evaluators=evaluators),)
         self.evaluators: list[str] = []
         self.sent: dict[str, list[Any]] = {}
         """Evaluator -> its messages that the test has not taken yet."""
@@ -99,7 +100,9 @@ class ScriptedCluster:
         self.sent[name] = []
         self._placed.append(EvaluatorReady(evaluator=name))
 
-    def start_server(self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected]) -> None:
+    def start_server(
+        self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected], *, nodes: Sequence[str]
+    ) -> None:
         self.started.append(life)
         self.expected[life] = expected
 
@@ -992,7 +995,9 @@ def test_a_server_is_started_while_its_start_leaves_as_much_time_for_work(loop: 
         yield [cluster.ready("a-0")]
         yield [done(*cluster.running()["a/t"])]
 
-    assert statuses(loop(a_plan(["a"], ["t"]), script, walltime=at(2 * SERVER_START_S))) == {"a/t": "done"}
+    plan = a_plan(["a"], ["t"])
+    expected_s = start_s(plan.servers["a"], on_cpu=True)
+    assert statuses(loop(plan, script, walltime=at(2 * expected_s))) == {"a/t": "done"}
     assert loop.ended == (0, False)
 
 
@@ -1023,7 +1028,7 @@ def test_a_start_that_was_slow_is_expected_to_be_so_again(loop: Loop) -> None:
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()
         ((name, _),) = cluster.running().values()
-        yield from cluster.after(SERVER_START_S + 300)
+        yield from cluster.after(400)
         yield [cluster.ready("a-0")]
         lost = ServerLost(life="a-0", reason="was killed"), ServerStopped(life="a-0")
         yield [*lost, EvaluatorLost(evaluator=name, reason="killed too")]

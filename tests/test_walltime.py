@@ -78,8 +78,8 @@ def test_the_end_is_the_earlier_one_of_the_sweep_and_of_the_slurm_job(
 
 SHORT = """
 import sys
-from sweep.running import walltime
-walltime.LEAVE_S = walltime.SERVER_START_S = 5.0
+from sweep.running import costs, walltime
+walltime.LEAVE_S, costs.START_S, costs.START_S_PER_BILLION = 5.0, 5.0, 0.0
 from sweep.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -8,10 +8,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SERVER_START_S = 120.0
-"""Of a server of which none has been seen to start: weights from a local disk and CUDA graphs take one to three
-minutes."""
-
 CELL_START_S = 15.0
 """A warm evaluator loads a task's data and builds its requests in about so long."""
 
