@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,14 +42,20 @@ only=M/T        run the cells of model M and task T again (shell wildcards), fro
 fresh=true      set the old run directory aside and begin anew
 samples=1       with plan: show one rendered prompt of each cell
 
-exit code       0 all done, 1 some cells failed, a model cannot be served or something could not be fetched,
-                2 wrong input or missing GPUs, 129/130/143 stopped by SIGHUP (a closed terminal), Ctrl-C, SIGTERM
+exit codes      0    every cell is done
+                1    some cells failed, a model cannot be served, something could not be fetched, or the walltime was
+                     too short to get on at all; it is listed, the rest is done
+                2    wrong input, or the machines lack what the plan needs; nothing was started
+                75   the walltime is over and cells are owed: start the same command again
+                130  stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by a closed terminal (SIGHUP); the same command
+                     goes on
 sweeps here     {sweeps}
 """
 
 COMMANDS = ("run", "plan", "check", "fetch", "tasks")
 
-DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG, AGAIN, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit codes. 75 is EX_TEMPFAIL of sysexits.h: a failure that passes when it is tried again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +148,23 @@ def _sweeps() -> list[str]:
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
+def _loaded(arguments: Arguments) -> "SweepConfig":
+    """The sweep, whose `env` holds from now on for this process too: the hub is asked, and found in a cache, as on the
+    nodes. Must come before huggingface_hub is imported, which reads it once."""
+    from sweep.planning.loading import load
+
+    config = load(str(arguments.conf), arguments.overrides)
+    # Engines get theirs from their models' `env`; what a shell holds of them is reported as not passed on.
+    os.environ.update({name: value for name, value in config.env.items() if not name.startswith("VLLM_")})
+    return config
+
+
 def _plan(arguments: Arguments) -> int:
     from sweep.overview import describe, rendered
-    from sweep.planning.loading import load
     from sweep.planning.plan import make_plan
     from sweep.results.store import RunDirectory, read_commits, read_records
 
-    config = load(str(arguments.conf), arguments.overrides)
+    config = _loaded(arguments)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     records, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
     plan = make_plan(config, records, only=arguments.only, ask_hub=False, commits=commits)
@@ -164,19 +181,17 @@ def _plan(arguments: Arguments) -> int:
 
 
 def _check(arguments: Arguments) -> int:
-    from sweep.planning.loading import load, secrets_of
+    from sweep.planning.loading import secrets_of
     from sweep.planning.plan import make_plan
     from sweep.results.store import RunDirectory, read_commits
-    from sweep.running.machine import local_capacity, prepare_local_ray, require, starts_local
+    from sweep.running.machine import prepare_ray, starts_local
 
-    config = load(str(arguments.conf), arguments.overrides)
+    config = _loaded(arguments)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     plan = make_plan(config, {}, only=arguments.only, ask_hub=True, commits=read_commits(directory))
-    local = starts_local(config.ray)
-    if plan.owed and local:
-        require(plan.owed_servers, local_capacity(config.ray))
-        prepare_local_ray()
-    _examine(plan, required=local)
+    if plan.owed:
+        prepare_ray(config.ray, plan.owed_servers)
+    _examine(plan, required=starts_local(config.ray))
     api_key = config.api_key or secrets.token_urlsafe(32)
     hidden = (*secrets_of(config), api_key)
     # A folder of its own: a run of the same sweep may be at work in the other.
@@ -189,11 +204,11 @@ def _check(arguments: Arguments) -> int:
 
 def _fetch(arguments: Arguments) -> int:
     from sweep.fetch import fetch
-    from sweep.planning.loading import load, secrets_of
+    from sweep.planning.loading import secrets_of
     from sweep.planning.plan import make_plan
     from sweep.results.store import RunDirectory, read_commits, read_records
 
-    config = load(str(arguments.conf), arguments.overrides)
+    config = _loaded(arguments)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     records, commits = read_records(directory), read_commits(directory)
     plan = make_plan(config, records, only=arguments.only, ask_hub=True, commits=commits)
@@ -220,22 +235,24 @@ def _note(text: str) -> None:
 
 def _run(arguments: Arguments) -> int:
     from sweep.overview import document
-    from sweep.planning.loading import dump, load, secrets_of
+    from sweep.planning.loading import dump, secrets_of
     from sweep.planning.plan import make_plan
     from sweep.results.store import RunDirectory, Store, masked_json, read_commits, read_records, set_aside, write_file
-    from sweep.running.machine import local_capacity, prepare_local_ray, require, starts_local
+    from sweep.running.machine import prepare_ray, require_kept, starts_local
+    from sweep.running.walltime import ends_at
 
-    config = load(str(arguments.conf), arguments.overrides)
+    began_s = time.time()
+    config = _loaded(arguments)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
+    require_kept(directory.root)
     before, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
     plan = make_plan(config, before, only=arguments.only, ask_hub=True, commits=commits)
     if not plan.owed and not plan.refused:
         print(f"all {len(plan.cells)} cells are done; `only=model/task` runs one again, `fresh=true` all of them")
         return _conclude(config, plan, plan.done, directory, before)
     planned = document(plan)
-    if plan.owed and starts_local(config.ray):
-        require(plan.owed_servers, local_capacity(config.ray))
-        prepare_local_ray()
+    if plan.owed:
+        prepare_ray(config.ray, plan.owed_servers)
     _examine(plan, required=starts_local(config.ray))
     if arguments.fresh and (aside := set_aside(directory)) is not None:
         print(f"the old run directory is now {aside}")
@@ -253,7 +270,8 @@ def _run(arguments: Arguments) -> int:
             with _logged_to(directory.driver_log, hidden):
                 from sweep.running.runner import carry_out
 
-                carried = carry_out(config, plan, store, api_key=api_key, secrets=hidden)
+                ends_at_s = ends_at(config.walltime, os.environ, began_s=began_s, now_s=time.time())
+                carried = carry_out(config, plan, store, api_key=api_key, secrets=hidden, ends_at_s=ends_at_s)
     finally:
         store.close()
     records = read_records(directory)
@@ -263,10 +281,16 @@ def _run(arguments: Arguments) -> int:
     if carried is None:
         return code
     print(_said_of_wandb(carried.wandb))
+    again = "the same command without fresh=true" if arguments.fresh else "the same command"
     if carried.signal:
-        again = "the same command without fresh=true" if arguments.fresh else "the same command"
         print(f"stopped by {signal.Signals(carried.signal).name}; {again} goes on where it stopped")
         return 128 + carried.signal
+    if carried.out_of_time and carried.got_on:
+        print(f"the walltime is over; {again} goes on where it stopped")
+        return AGAIN
+    if carried.out_of_time:
+        print("the walltime is too short: it was over before anything was answered; give it a longer one")
+        return FAILED
     return code
 
 

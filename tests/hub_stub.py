@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ class Repository:
     gated: bool = False
     broken: set[str] = field(default_factory=set)
     """Paths that the hub fails to deliver."""
+    slow_s: float = 0.0
+    """Before a file's content comes."""
 
 
 class HubStub:
@@ -89,6 +92,8 @@ class HubStub:
                 return 403, {}, b"the stub does not give it"
             if file not in files:
                 return _error(404, "EntryNotFound", f"no file {file}", commit)
+            if method == "GET":
+                time.sleep(repository.slow_s)
             return 200, {"ETag": f'"{_blob(files[file])}"', "X-Repo-Commit": commit}, files[file]
         if what == "tree":
             recursive = parse_qs(url.query).get("recursive", ["false"])[0].lower() == "true"

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 import os
 import re
 import resource
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +18,13 @@ from typing import Any
 
 import pytest
 
-from sweep.cli import Arguments, main, parse
+from sweep import ROOT
+from sweep.cli import AGAIN, DONE, FAILED, INTERRUPTED, USAGE, WRONG, Arguments, main, parse
 from sweep.errors import ConfigError
 from sweep.planning.plan import Cell, Plan, ServerPlan
 from sweep.record import Record, Score, Status
 from sweep.results.store import RunDirectory, Store, read_commits, read_records
+from sweep.running.runner import SIGNALS
 
 LAUNCH = Path(__file__).parent.parent / "launch.py"
 KEY = "key-from-the-environment-0123456789"
@@ -89,6 +93,12 @@ def launch(*arguments: str) -> Said:
         (["check", "conf=small", "fresh=true"], r"fresh= belongs to a run; `check` neither reads results nor writes"),
         (["fetch", "conf=small"], r"fetch has to ask the hub, and HF_HUB_OFFLINE forbids it"),
         (["chek", "conf=small"], r"unknown command 'chek'; did you mean 'check'\?"),
+        (["conf=small", "ray.address=ray://head:10001"], r"ray\.address: ray://head:10001 is an address of Ray Client"),
+        (["conf=small", "walltime=later"], r"walltime: wants a time as in 3h50m or 3:50:00, or seconds, got 'later'"),
+        (
+            ["conf=small", "runs_dir=/r/runtime_resources/working_dir_files/_ray_pkg_1/runs"],
+            r"runs_dir: /r/.* would be lost with it",
+        ),
         (["check", "conf=small", "models.first.device=gpu"], r"not enough GPUs: first needs 1 GPU on one node"),
         (["conf=small", "plan"], r"'plan' is not of the form key=value"),
         (["plan"], r"which sweep\? conf=NAME is missing; there are .*\bsmall\b"),
@@ -189,12 +199,16 @@ class Runner:
         self.leaves: set[str] = set()
         """Cells that it never comes to."""
         self.signal = 0
+        self.out_of_time = False
+        self.got_on = True
+        self.ends_at_s: list[float] = []
         self.ran: list[list[str]] = []
         self.keys: list[str] = []
 
     def carry_out(
-        self, config: Any, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str]
+        self, config: Any, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str], ends_at_s: float
     ) -> SimpleNamespace:
+        self.ends_at_s.append(ends_at_s)
         self.ran.append([cell.key for cell in plan.owed])
         self.keys.append(api_key)
         logging.getLogger("sweep.running.runner").info("the key is %s", api_key)
@@ -202,7 +216,13 @@ class Runner:
         for record in records.values():
             store.write_record(record, {})
         wandb = SimpleNamespace(mode="disabled", why="the test says so", overview_url=None, publish=None, errors=())
-        return SimpleNamespace(records={**plan.done, **records}, signal=self.signal, wandb=wandb)
+        return SimpleNamespace(
+            records={**plan.done, **records},
+            signal=self.signal,
+            wandb=wandb,
+            out_of_time=self.out_of_time,
+            got_on=self.got_on,
+        )
 
     def record(self, cell: Cell) -> Record:
         known = Record(model=cell.model.name, task=cell.task_name, fingerprint=cell.fingerprint, status=Status.DONE)
@@ -330,6 +350,74 @@ def test_results_of_other_settings_are_never_shown_as_these(
     assert "gsm8k" not in directory.csv.read_text()
     assert "|arc_easy" in shown
     assert "stopped by SIGINT" in shown
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "words"),
+    [
+        ({}, 0, "4 of 4 cells are done"),
+        ({"fails": {"first/gsm8k"}}, 1, "1 of 4 cells|out of memory"),
+        ({"out_of_time": True}, 75, "the walltime is over; the same command goes on where it stopped"),
+        # It goes on with the others, and what has failed is tried again anyway.
+        ({"out_of_time": True, "fails": {"first/gsm8k"}}, 75, "the walltime is over"),
+        # Else a job that is sent back to the queue for code 75 would come back for ever.
+        ({"out_of_time": True, "got_on": False}, 1, "the walltime is too short: it was over before anything was"),
+        ({"signal": 2}, 130, "stopped by SIGINT; the same command goes on"),
+        ({"signal": 15}, 143, "stopped by SIGTERM; the same command goes on"),
+        ({"signal": 1}, 129, "stopped by SIGHUP; the same command goes on"),
+        ({"signal": 15, "fails": {"first/gsm8k"}}, 143, "stopped by SIGTERM"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_the_exit_code_says_how_a_launch_ended_and_whether_it_is_worth_another(
+    runner: Runner, output: Output, ends: dict[str, Any], code: int, words: str
+) -> None:
+    vars(runner).update(ends)
+    assert main(["conf=small"]) == code
+    assert re.search(words, output())
+
+
+def test_help_and_readme_name_the_exit_codes_that_there_are() -> None:
+    codes = {str(code) for code in (DONE, FAILED, WRONG, AGAIN, INTERRUPTED, *(128 + number for number in SIGNALS))}
+    said = USAGE.partition("exit codes")[2].partition("sweeps here")[0]
+    assert set(re.findall(r"\b\d+\b", said)) == codes
+    table = (ROOT / "README.md").read_text().partition("| exit code |")[2].partition("\n\n")[0]
+    rows = [row.split("|")[1] for row in table.splitlines()[2:]]
+    assert {code for row in rows for code in re.findall(r"\d+", row)} == codes
+
+
+def test_a_launch_ends_with_its_walltime_or_the_slurm_job_around_it(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    main(["conf=small"])
+    begun = time.time()
+    main(["conf=small", "only=*", "walltime=2h"])
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(begun) + 3600))
+    main(["conf=small", "only=*", "walltime=2h"])
+    free, own, slurm = runner.ends_at_s
+    assert free == math.inf
+    assert begun + 7200 <= own < begun + 7260
+    assert slurm == int(begun) + 3600
+
+
+def test_the_sweeps_env_holds_where_the_hub_is_asked_for_the_plan(
+    runner: Runner, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def resolve(*_: object, ask_hub: bool, earlier: str | None) -> str:
+        asked.append(os.environ.get("HF_ENDPOINT"))
+        return "c0ffee"
+
+    monkeypatch.setattr("sweep.planning.plan.resolve_revision", resolve)
+    for name in ("HF_ENDPOINT", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "before")
+    arguments = ["conf=small", "env.HF_ENDPOINT=http://mirror", "env.VLLM_LOGGING_LEVEL=DEBUG"]
+    main(["plan", *arguments, "models.first.path=org/m"])
+    assert asked == ["http://mirror"]
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "before"  # servers get it from the model's env
+    assert "VLLM_LOGGING_LEVEL=DEBUG" in output()
 
 
 def test_fresh_sets_the_old_directory_aside(runner: Runner, directory: RunDirectory, output: Output) -> None:

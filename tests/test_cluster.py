@@ -34,7 +34,7 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.machine import Capacity
+from sweep.running.inventory import Node
 
 KEY = "a-key-for-the-cluster-0123456789"
 STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in_server.py"))]
@@ -44,6 +44,8 @@ GONE_S = 15.0
 GPUS = 4
 VISIBLE = "7,5,3,1"
 """CUDA_VISIBLE_DEVICES of the node: Ray numbers its GPUs 0 to 3, in this order."""
+
+ENV = {"HF_HOME": "/scratch/of-the-sweep", "HTTPS_PROXY": "http://proxy:3128"}
 
 Expect = Mapping[str, Expected]
 
@@ -82,10 +84,10 @@ def elsewhere() -> Iterator[Elsewhere]:
 
 
 def a_cluster() -> Cluster:
-    module.local_capacity = lambda config: Capacity(  # type: ignore[assignment]
-        gpus=GPUS, largest_node_gpus=GPUS, cpu_servers=1, evaluators=1
+    module.local_node = lambda config: Node(  # type: ignore[assignment]
+        name="", gpus=GPUS, cpu_servers=1, evaluators=1
     )
-    return Cluster(RayConfig(address="local"), api_key=KEY)
+    return Cluster(RayConfig(address="local"), api_key=KEY, env=ENV)
 
 
 def a_server(gpus: float = 1, device: Device = Device.GPU, **stand_in: object) -> ServerPlan:
@@ -160,6 +162,8 @@ class Seen:
     gpus_of_four: str
     server_offline: dict[str, str]
     server_of_ray: list[str]
+    sweeps_env: list[dict[str, str]]
+    """Of a server and an evaluator."""
     evaluator_gpus: str
     evaluator_offline: dict[str, str]
     refusing: int
@@ -229,6 +233,7 @@ def play(play: Play, found: dict[str, Any], *, url: str) -> None:
     environment = play.process("two-0").environ()
     found["gpus_of_two"] = environment["CUDA_VISIBLE_DEVICES"]
     found["server_offline"] = offline(environment)
+    found["sweeps_env"] = [{name: environment.get(name, "") for name in ENV}]
     found["server_of_ray"] = [name for name in environment if name.startswith("RAY_")]
     play.until(ServerReady, "two-0")
     cluster.tune("two-0", Controller(64))
@@ -239,6 +244,7 @@ def play(play: Play, found: dict[str, Any], *, url: str) -> None:
     environment = evaluators()[0].environ()
     found["evaluator_gpus"] = environment["CUDA_VISIBLE_DEVICES"]
     found["evaluator_offline"] = offline(environment)
+    found["sweeps_env"].append({name: environment.get(name, "") for name in ENV})
     evaluators()[0].kill()
     found["evaluator_lost"] = play.until(EvaluatorLost, "evaluator.0").reason
 
@@ -312,6 +318,11 @@ def test_offline_words_of_the_launch_reach_servers_and_evaluators_and_rays_own_d
     assert seen.server_offline == expected
     assert seen.evaluator_offline == expected
     assert seen.server_of_ray == []
+
+
+@pytest.mark.ray
+def test_the_sweeps_env_reaches_servers_and_evaluators(seen: Seen) -> None:
+    assert seen.sweeps_env == [ENV, ENV]
 
 
 @pytest.mark.ray

@@ -41,6 +41,7 @@ from sweep.evaluating.evaluator import (
     RunCell,
     WantAnswers,
     child_environment,
+    credentials,
 )
 from sweep.evaluating.preflight import Facts
 from sweep.evaluating.scoring import Method
@@ -265,6 +266,12 @@ def test_an_environment_keeps_no_secret_and_nothing_of_ray() -> None:
     made = child_environment({**given, "OTHER": "known-by-value"}, ["known-by-value"])
     assert made == {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     assert child_environment({"PYTHONPATH": "/mine"})["PYTHONPATH"] == f"{ROOT}{os.pathsep}/mine"
+
+
+def test_an_evaluator_gets_the_secrets_that_load_data_and_those_of_the_sweeps_env() -> None:
+    secret = {"HF_TOKEN": "h", "AWS_SECRET_ACCESS_KEY": "a", "HTTPS_PROXY": "p", "WANDB_API_KEY": "w", "JUDGE_KEY": "j"}
+    assert credentials(secret).keys() == {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY"}
+    assert credentials(secret, {"JUDGE_KEY", "HF_HOME"}).keys() == secret.keys() - {"WANDB_API_KEY"}
 
 
 def test_code_that_a_model_wrote_finds_the_hubs_token_nowhere_and_no_way_to_the_driver(

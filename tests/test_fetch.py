@@ -369,3 +369,43 @@ def test_real_vllm_serves_without_network_what_was_fetched(
         server.stop()
     assert f"--revision {plan.models['m'].revision}" in log_path.read_text()
     assert len(hub.requests) == asked
+
+
+# Several at once
+
+DOWNLOAD = """
+import sys
+from huggingface_hub import snapshot_download
+sys.stdin.readline()
+print(snapshot_download("org/m", revision=sys.argv[1]))
+"""
+"""What a server's vLLM does; begins when it is told to."""
+
+
+def test_servers_that_start_on_one_node_at_once_fetch_each_file_once(hub: HubStub, tmp_path: Path) -> None:
+    """huggingface_hub locks each file of its cache, whoever asks; that is relied on, and has to stay so."""
+    commit = hub.add("org/m", MODEL)
+    hub.repositories["models", "org/m"].slow_s = 1.0  # so that each comes while another is at it
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "of-the-node"), "HF_HUB_DISABLE_XET": "1"}
+    servers = []
+    for n in range(3):
+        own = tmp_path / str(n)  # each server has a temporary folder of its own
+        own.mkdir()
+        servers.append(
+            subprocess.Popen(
+                [sys.executable, "-c", DOWNLOAD, commit],
+                env=environment | {"TMPDIR": str(own)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        )
+    for server in servers:
+        assert server.stdin is not None
+        server.stdin.write("go\n")
+        server.stdin.flush()
+    (folder,) = {server.communicate(timeout=60)[0].strip() for server in servers}
+    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == MODEL
+    assert sorted(hub.downloaded()) == sorted(MODEL)

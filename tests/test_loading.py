@@ -297,6 +297,46 @@ def test_a_server_python_beside_an_engine_that_replaces_all_is_refused(monkeypat
     assert message.startswith("command line: models.qwen.server_python: LMSWEEP_ENGINE is set and replaces every")
 
 
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("7200", 7200),
+        ("90.5", 90.5),
+        ("3h50m", 13800),
+        ("3h 50m", 13800),
+        ("1d2h", 93600),
+        ("45m", 2700),
+        ("30s", 30),
+        ("3:50:00", 13800),
+        ("'3:50:00'", 13800),
+        ("0:30:00", 1800),
+        ("1-12:00:00", 129600),
+        ("50:00", 3000),
+        ("null", None),
+    ],
+)
+def test_a_walltime_is_written_as_people_and_slurm_write_it(written, seconds):
+    assert loaded(f"{SMALL}\nwalltime: {written}").walltime == seconds
+    if "'" not in written and " " not in written:
+        assert loaded(SMALL, f"walltime={written}").walltime == seconds
+
+
+def test_the_sweeps_env_lies_under_that_of_every_server_of_ours():
+    config = loaded("""
+env: {HF_HOME: /scratch/hf, OMP_NUM_THREADS: 8}
+defaults: {model: {env: {VLLM_LOGGING_LEVEL: WARNING}}}
+models:
+  m: {path: org/m, env: {HF_HOME: /own}}
+  n: {path: org/n}
+tasks: {gsm8k: }
+""")
+    assert config.env == {"HF_HOME": "/scratch/hf", "OMP_NUM_THREADS": "8"}
+    assert config.models["m"].env == {"HF_HOME": "/own", "OMP_NUM_THREADS": "8", "VLLM_LOGGING_LEVEL": "WARNING"}
+    assert config.models["n"].env["HF_HOME"] == "/scratch/hf"
+    config = loaded("env: {A: 1}\nmodels: {m: {url: 'http://h:1', tokenizer: org/t}}\ntasks: {gsm8k: }")
+    assert config.models["m"].env == {}
+
+
 def test_keys_with_nothing_behind_them_are_empty():
     config = loaded(SMALL + "suites:\nextends:\nwandb:\ncells:\ndefaults:\n  model:\n")
     assert config == loaded(SMALL)
@@ -525,6 +565,17 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         (SMALL, ["seeds.numpy=-1"], "command line: seeds.numpy: wants 0 to 4294967295, as numpy does, got -1"),
         (SMALL, ["ray.evaluators=0"], "command line: ray.evaluators: wants 1 or more, got 0"),
         (
+            SMALL,
+            ["walltime=soon"],
+            "command line: walltime: wants a time as in 3h50m or 3:50:00, or seconds, got 'soon'",
+        ),
+        (SMALL + "walltime: 3h70", [], "conf/s.yaml: walltime: wants a time as in 3h50m"),
+        (SMALL + "walltime: ''", [], "conf/s.yaml: walltime: wants a time as in 3h50m"),
+        (SMALL, ["walltime=0"], "command line: walltime: wants more than 0 seconds, got 0"),
+        (SMALL + "walltime: true", [], "conf/s.yaml: walltime: wants text or an integer or a number, got true"),
+        (SMALL + "env: {RAY_AUTH_MODE: token}", [], "conf/s.yaml: env.RAY_AUTH_MODE: Ray reads it before any sweep"),
+        (SMALL + "env: {CUDA_VISIBLE_DEVICES: 0}", [], "env.CUDA_VISIBLE_DEVICES: each server gets its own; leave it"),
+        (
             SMALL + "cells: {qwen/mmul: {skip: true}}",
             [],
             "cells.qwen/mmul: no such model/task; did you mean 'qwen/mmlu'",
@@ -614,6 +665,18 @@ tasks: {gsm8k: {gen_kwargs: {max_gen_toks: 5, eos_token: <end-of-text>}}}
     assert saved["models"]["m"]["env"] == {"HF_TOKEN": "***", "URL": "https://u:***@host"}
     assert saved["tasks"]["gsm8k"]["gen_kwargs"] == {"max_gen_toks": 5, "eos_token": "<end-of-text>"}
     assert "key-of-the-servers" not in repr(config)
+
+
+def test_a_secret_in_the_sweeps_env_is_masked_and_not_written_down(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "hf_ofTheSweep0123456789")
+    config = loaded(SMALL + 'env: {HF_TOKEN: "${oc.env:MY_KEY}", HTTPS_PROXY: "http://u:${oc.env:MY_KEY}@proxy:1"}')
+    assert config.env["HF_TOKEN"] == config.models["qwen"].env["HF_TOKEN"] == "hf_ofTheSweep0123456789"
+    assert "hf_ofTheSweep0123456789" in secrets_of(config)
+    assert "hf_ofTheSweep0123456789" not in dump(config)
+    assert yaml.safe_load(dump(config))["env"] == {"HF_TOKEN": "***", "HTTPS_PROXY": "http://u:***@proxy:1"}
+    said = refused(SMALL + "env: {HF_TOKEN: hf_written0123456789}")
+    assert "env.HF_TOKEN: a secret is not written down" in said
+    assert "hf_written" not in said
 
 
 def test_variables_of_the_usual_names_are_secret_even_when_the_config_does_not_use_them(monkeypatch):

@@ -115,6 +115,15 @@ SPEED: list[dict[str, Any]] = [
     {"server": {"max_num_seqs": 7}},
     {"server": {"enable_prefix_caching": False, "gpu_memory_utilization": 0.5, "enforce_eager": True}},
     {"env": {"HF_TOKEN": "t", "CUDA_VISIBLE_DEVICES": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}},
+    {
+        "env": {
+            "HF_HOME": "/hf",
+            "XDG_CACHE_HOME": "/c",
+            "https_proxy": "http://p:1",
+            "NO_PROXY": "x",
+            "HF_ENDPOINT": "e",
+        }
+    },
     {"tasks": ("gsm8k",)},
 ]
 

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,10 +54,12 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.machine import Capacity
+from sweep.running.costs import start_s
+from sweep.running.inventory import Node
 from sweep.running.progress import Terminal
 from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
 from sweep.running.runner import DEATHS_MOST, Runner
+from sweep.running.walltime import LEAVE_S, UNLIMITED, Walltime
 from sweep.serving.metrics import Snapshot
 from sweep.serving.server import Endpoint
 
@@ -75,7 +77,7 @@ class ScriptedCluster:
     """What the runner asks of a cluster, noted; what happens there is written by the test."""
 
     def __init__(self, script: "Script", *, evaluators: int, cpu_servers: int) -> None:
-        self.capacity = Capacity(gpus=0, largest_node_gpus=0, cpu_servers=cpu_servers, evaluators=evaluators)
+        self.inventory = (Node(name="n", cpu_servers=cpu_servers, evaluators=evaluators),)
         self.evaluators: list[str] = []
         self.sent: dict[str, list[Any]] = {}
         """Evaluator -> its messages that the test has not taken yet."""
@@ -98,7 +100,9 @@ class ScriptedCluster:
         self.sent[name] = []
         self._placed.append(EvaluatorReady(evaluator=name))
 
-    def start_server(self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected]) -> None:
+    def start_server(
+        self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected], *, nodes: Sequence[str]
+    ) -> None:
         self.started.append(life)
         self.expected[life] = expected
 
@@ -221,9 +225,20 @@ class Loop:
 
     folder: Path
     screen: io.StringIO = field(default_factory=io.StringIO)
+    stop: list[int] = field(default_factory=list)
+    """Signals that have come."""
+    ended: tuple[int, bool] = (0, False)
+    """What stopped the last run: a signal, or that it was out of time."""
 
     def __call__(
-        self, plan: Plan, script: Script, *, evaluators: int = 1, cpu_servers: int = 1, known: tuple[str, ...] = ()
+        self,
+        plan: Plan,
+        script: Script,
+        *,
+        evaluators: int = 1,
+        cpu_servers: int = 1,
+        known: tuple[str, ...] = (),
+        walltime: Walltime = UNLIMITED,
     ) -> dict[str, Record]:
         """`known` are the servers whose facts an earlier launch has stored."""
         store = Store(RunDirectory(self.folder))
@@ -240,7 +255,7 @@ class Loop:
         cluster: Any = ScriptedCluster(script, evaluators=evaluators, cpu_servers=cpu_servers)
         records: dict[str, Record] = {}
         try:
-            Runner(
+            runner = Runner(
                 plan=plan,
                 store=store,
                 cluster=cluster,
@@ -249,7 +264,9 @@ class Loop:
                 secrets=(),
                 records=records,
                 clock=lambda: cluster.now,
-            ).run()
+                walltime=walltime,
+            )
+            self.ended = (runner.run(self.stop), runner.out_of_time)
         finally:
             store.close()
         stored = {f"{model}/{task}": r for (model, task), r in read_records(RunDirectory(self.folder)).items()}
@@ -900,6 +917,130 @@ def test_a_number_of_the_users_is_the_limit_and_stays(loop: Loop) -> None:
 
     loop(a_plan(["a"], ["one"], concurrency=32), script)
     assert not RunDirectory(loop.folder).concurrency("a").exists()
+
+
+# Ends that were asked for
+
+
+def one_answer(run: ev.RunCell) -> ev.Answered:
+    answer = Response(key=b"k", cell=run.cell.key, method="echo", answer=b"1")
+    return ev.Answered(cell=run.cell.key, attempt=run.attempt, responses=[answer])
+
+
+def stored(loop: Loop) -> int:
+    with contextlib.closing(Store(RunDirectory(loop.folder))) as store:
+        return store.count()
+
+
+def test_a_stop_waits_for_the_answers_that_evaluators_hold(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        runs = cluster.running()
+        yield [cluster.ready("a-0")]
+        loop.stop.append(signal.SIGTERM)
+        yield []
+        assert {name for name, _ in cluster.taken(ev.CancelCell)} == {name for name, _ in runs.values()}
+        (first, one), (second, two) = runs["a/s"], runs["a/t"]
+        yield [done(second, two)]  # it was ready to say so
+        yield [said(first, one_answer(one)), cancelled(first, one)]
+
+    records = loop(a_plan(["a"], ["s", "t"]), script, evaluators=2)
+    assert statuses(records) == {"a/t": "done"}
+    assert loop.ended == (signal.SIGTERM, False)
+    assert stored(loop) == 1
+
+
+def test_an_evaluator_that_does_not_listen_holds_up_a_stop_for_a_moment_only(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweep.running.runner.KEEP_S", 0.2)
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        assert cluster.running()
+        loop.stop.append(signal.SIGINT)
+        while True:
+            yield []
+
+    assert loop(a_plan(["a"], ["t"]), script) == {}
+    assert loop.ended == (signal.SIGINT, False)
+
+
+def at(seconds: float) -> Walltime:
+    """An end so long after the beginning of a script."""
+    return Walltime(end_s=1000.0 + LEAVE_S + seconds)
+
+
+def test_no_server_is_started_that_would_not_pay_and_what_runs_goes_on(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        assert cluster.started == ["a-0"]
+        yield from cluster.after(100)
+        yield [cluster.ready("a-0")]
+        yield from cluster.after(300)
+        yield [done(name, run)]  # 10 s are left for b
+        assert cluster.stopped == ["a-0"]
+        yield [ServerStopped(life="a-0")]
+
+    records = loop(a_plan(["a", "b"], ["t"]), script, walltime=at(410))
+    assert statuses(records) == {"a/t": "done"}
+    assert loop.ended == (0, True)
+
+
+def test_a_server_is_started_while_its_start_leaves_as_much_time_for_work(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        assert cluster.started == ["a-0"]
+        yield [cluster.ready("a-0")]
+        yield [done(*cluster.running()["a/t"])]
+
+    plan = a_plan(["a"], ["t"])
+    expected_s = start_s(plan.servers["a"], on_cpu=True)
+    assert statuses(loop(plan, script, walltime=at(2 * expected_s))) == {"a/t": "done"}
+    assert loop.ended == (0, False)
+
+
+def test_a_walltime_in_which_nothing_pays_ends_at_once(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        raise AssertionError(f"it goes on: {cluster.started}")
+
+    assert loop(a_plan(["a"], ["t"]), script, walltime=at(20)) == {}
+    assert loop.ended == (0, True)
+
+
+def test_the_end_of_the_walltime_stops_what_runs_and_keeps_its_answers(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        yield [cluster.ready("a-0")]
+        yield from cluster.after(500)
+        assert cluster.taken(ev.CancelCell) == [(name, ev.CancelCell(reason="the sweep is stopped"))]
+        yield [said(name, one_answer(run)), cancelled(name, run)]
+
+    assert loop(a_plan(["a"], ["t"]), script, walltime=at(500)) == {}
+    assert loop.ended == (0, True)
+    assert stored(loop) == 1
+
+
+def test_a_start_that_was_slow_is_expected_to_be_so_again(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        ((name, _),) = cluster.running().values()
+        yield from cluster.after(400)
+        yield [cluster.ready("a-0")]
+        lost = ServerLost(life="a-0", reason="was killed"), ServerStopped(life="a-0")
+        yield [*lost, EvaluatorLost(evaluator=name, reason="killed too")]
+        yield from cluster.after(LONGEST_REST_S)
+        name, run = cluster.running()["a/t"]  # stored answers may suffice
+        yield [asks(name, run)]
+        assert cluster.taken(ev.CancelCell)
+        yield [cancelled(name, run)]
+        assert cluster.started == ["a-0"]  # another would be ready when everything ends
+
+    assert loop(a_plan(["a"], ["t"]), script, walltime=at(900)) == {}
+    assert loop.ended == (0, True)
 
 
 def test_a_store_that_cannot_be_written_ends_the_loop(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -66,8 +66,8 @@ STOP_S = 15.0
 
 LOADED_FROM = ("HF_", "HUGGING_FACE_", "AWS_", "AZURE_", "GOOGLE_")
 """How the names of the secret variables begin that an evaluator needs: those of the hub and of stores that a task's
-data may lie in. Beside a proxy it gets no others: W&B is the driver's, and the key of its servers comes with each
-endpoint."""
+data may lie in. Beside a proxy and the sweep's own `env` it gets no others: W&B is the driver's, and the key of its
+servers comes with each endpoint."""
 
 FAILURES = (Exception, SystemExit)
 """What costs a cell and not the process: SystemExit too, since a task's code is anyone's."""
@@ -216,10 +216,11 @@ Event = Checked | WantAnswers | NeedServer | Demand | Answered | CellProgress | 
 class EvaluatorProcess:
     """The handle of one child, used inside a Ray actor: starts it, sends it messages, receives its events."""
 
-    def __init__(self, log_path: Path, *, secrets: Sequence[str] = ()) -> None:
+    def __init__(self, log_path: Path, *, secrets: Sequence[str] = (), given: Collection[str] = ()) -> None:
         """`log_path` takes what lm-eval and its libraries print and log; its stem names the child in `ps`.
 
         `secrets` are masked there and kept out of the child's environment, as are the secret variables of this process.
+        Those that were `given` by the sweep, known by name, reach what loads there, as the hub's token does.
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
         secret = secret_variables(os.environ)
@@ -251,8 +252,7 @@ class EvaluatorProcess:
         )
         self._log.start()
         with suppress(OSError):  # it is gone already, which `receive` tells
-            needed = {name for name in secret if name.startswith(LOADED_FROM) or is_proxy(name)}
-            self.send(Credentials(variables={name: secret[name] for name in needed}))
+            self.send(Credentials(variables=credentials(secret, given)))
 
     def send(self, message: Any) -> None:
         """Raises OSError when the child is gone; `receive` says so too."""
@@ -289,6 +289,11 @@ class EvaluatorProcess:
 
 LOG_S = 2.0
 """For the last lines of a log; only a process that left its group and outlived the supervisor keeps it open longer."""
+
+
+def credentials(secret: Mapping[str, str], given: Collection[str] = ()) -> dict[str, str]:
+    """What of the `secret` variables an evaluator needs to load tasks, and what was `given` to it by name."""
+    return {k: v for k, v in secret.items() if k.startswith(LOADED_FROM) or is_proxy(k) or k in given}
 
 
 def child_environment(base: Mapping[str, str], secrets: Iterable[str] = ()) -> dict[str, str]:

@@ -60,9 +60,17 @@ class Model:
     device: Device = Device.GPU
     """`cpu` serves with vLLM's CPU build; `auto` takes a GPU where the cluster has one and the CPU elsewhere."""
     tensor_parallel: int = 1
-    """GPUs that one server spans; all on one node."""
+    """GPUs that one server spans; all on one node, or on each of its `nodes`."""
+    nodes: int = 1
+    """Nodes that one server spans, for a model that no single node can hold: its layers are split over them, and each
+    holds `tensor_parallel` GPUs."""
     gpus: float | None = None
-    """GPUs held by one server: a fraction shares one GPU. Unset means `tensor_parallel`."""
+    """GPUs held by one server, on each of its nodes: a fraction shares one GPU. Unset means `tensor_parallel`."""
+    gpu_type: str | None = None
+    """Only GPUs of this type, by Ray's name for it (`H100`, `A100-80G`); unset means any."""
+    gpu_memory_gb: float | None = None
+    """Only GPUs with so much memory or more; unset means any. A node whose memory nobody knows is not ruled out: vLLM
+    says what it lacks when it starts."""
     replicas: int | Literal["auto"] = 1
     """Servers of this model at the same time, or `auto`."""
     concurrency: int | Literal["auto"] = "auto"
@@ -155,12 +163,12 @@ class WandbConfig:
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
     address: str | None = None
-    """Unset: RAY_ADDRESS if it is set, otherwise a local cluster for this sweep alone. `auto`, `local` or `host:port`
-    decide it."""
+    """Unset: RAY_ADDRESS if it is set, otherwise a local cluster for this sweep alone. `local` is always that, `auto`
+    the cluster that runs here (or RAY_ADDRESS), `host:port` the head of any."""
     cpu_servers: int | None = None
-    """CPU servers that may run at the same time on a local cluster; unset means what cores and memory carry."""
+    """CPU servers that may run at the same time on a node; unset means what it declares, or what its cores carry."""
     evaluators: int | None = None
-    """Evaluators at the same time on a local cluster; unset means what cores and memory carry."""
+    """Evaluators at the same time on a node; unset means what it declares, or what its cores carry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,3 +187,10 @@ class SweepConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     api_key: str | None = field(default=None, repr=False)
     """Key of our servers, from the environment (`${oc.env:NAME}`); a random one when unset."""
+    env: dict[str, str] = field(default_factory=dict, repr=False)
+    """Environment variables of every server and evaluator on every node, and of the launch itself where it asks the
+    hub: HF_HOME, caches, proxies. Stronger than what is set on a node, weaker than a model's `env`, in which they are
+    filled in already."""
+    walltime: float | None = None
+    """Seconds after its start at which the launch has to be over; a file may write `3h50m` or `3:50:00`. The end of a
+    Slurm job around it counts where it is earlier, or where this is unset."""

@@ -273,8 +273,9 @@ class _Options:
     """vLLM's options by name, in either spelling."""
 
 
+_ENV = _Named(str | int | float, plain=False)  # `OMP_NUM_THREADS: 8` needs no quotes
 _VARIANT = {key: kind for key, kind in get_type_hints(Model).items() if key not in ("entry", "adapter")} | {
-    "env": _Named(str | int | float, plain=False),  # `OMP_NUM_THREADS: 8` needs no quotes
+    "env": _ENV,
     "server": _Options,
     "checkpoints": tuple[str, ...],
     "adapters": _Named(str),
@@ -295,6 +296,8 @@ _FILE = _SUITE | {
     "wandb": get_type_hints(WandbConfig),
     "ray": get_type_hints(RayConfig),
     "api_key": str | None,
+    "env": _ENV,
+    "walltime": str | int | float | None,
 }
 
 _UNFIT: Any = object()
@@ -434,9 +437,10 @@ def _build(document: dict[str, Any]) -> SweepConfig:
         grid = _unique(_task_drafts(key, own, defaults.get("task", {})), tasks)
         grids[key] = list(grid)
         tasks |= grid
+    env = {name: str(value) for name, value in document.get("env", {}).items()}
     config = SweepConfig(
         name=document["name"],
-        models={name: _model(draft, grids) for name, draft in models.items()},
+        models={name: _model(draft, grids, env) for name, draft in models.items()},
         tasks={name: _task(draft, document.get("limit")) for name, draft in tasks.items()},
         runs_dir=_absolute(document.get("runs_dir", "runs")),
         limit=document.get("limit"),
@@ -445,6 +449,8 @@ def _build(document: dict[str, Any]) -> SweepConfig:
         wandb=WandbConfig(**document.get("wandb", {})),
         ray=RayConfig(**document.get("ray", {})),
         api_key=document.get("api_key"),
+        env=env,
+        walltime=_seconds(document.get("walltime")),
     )
     _check(config, models, tasks)
     return config
@@ -484,7 +490,10 @@ _OF_OUR_SERVER: dict[str, str] = {
     "env": "the server at url runs in an environment of its own",
     "device": "the server at url has devices of its own",
     "tensor_parallel": "the server at url has devices of its own",
+    "nodes": "the server at url has devices of its own",
     "gpus": "the server at url has devices of its own",
+    "gpu_type": "the server at url has devices of its own",
+    "gpu_memory_gb": "the server at url has devices of its own",
     "replicas": "there is one server at url; several behind one address share `concurrency`",
     "quantization": "the server at url was started with its own; `revision` may hold a label of what it serves",
     "dtype": "the server at url was started with its own; `revision` may hold a label of what it serves",
@@ -609,14 +618,28 @@ def _task_drafts(key: str, own: dict[str, Any], default: dict[str, Any]) -> Iter
         yield f"{key}-{shot}shot", _Draft(draft.settings | {"num_fewshot": shot}, draft.places)
 
 
-def _model(draft: _Draft, grids: Mapping[str, list[str]]) -> Model:
-    """The model of a draft; a grid in its `tasks` stands for all tasks of the grid."""
+def _seconds(walltime: str | float | None) -> float | None:
+    """A time as people and Slurm write it: `3h50m`, `3:50:00`, `1-12:00:00`, `50:00`, or seconds."""
+    if not isinstance(walltime, str):
+        return walltime
+    text = walltime.replace(" ", "")
+    spelt = re.fullmatch(r"(?=.)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    clock = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?([0-5]?\d):([0-5]\d)", text)
+    if (found := spelt or clock) is None:
+        raise _Mistake(f"wants a time as in 3h50m or 3:50:00, or seconds, got {walltime!r}", ("walltime",))
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def _model(draft: _Draft, grids: Mapping[str, list[str]], env: Mapping[str, str]) -> Model:
+    """The model of a draft; a grid in its `tasks` stands for all tasks of the grid, and `env` is the sweep's."""
     settings = dict(draft.settings)
     if settings.get("tokenizer") is not None:
         settings["tokenizer"] = _local(settings["tokenizer"])
     if settings.get("server_python") is not None:
         settings["server_python"] = _python(draft)
-    settings["env"] = {name: str(value) for name, value in settings.get("env", {}).items()}
+    own = {name: str(value) for name, value in settings.get("env", {}).items()}
+    settings["env"] = own if settings.get("url") else {**env, **own}
     chosen = []
     for choice in settings.get("tasks", ()):
         bare = choice.removeprefix("!")
@@ -672,7 +695,12 @@ def _check(config: SweepConfig, models: Mapping[str, _Draft], tasks: Mapping[str
         raise _Mistake("missing value; a sweep needs at least one task, or a suite", ("tasks",))
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", config.name):
         raise _Mistake(f"{config.name!r} names a folder: letters, digits, -, _ and . only", ("name",))
-    _check_amounts(config, ("limit",), lambda name, text: _Mistake(text, (name,)))
+    _check_amounts(config, ("limit", "walltime"), lambda name, text: _Mistake(text, (name,)))
+    for name in config.env:
+        if name.startswith("RAY_"):
+            raise _Mistake("Ray reads it before any sweep file is read: export it instead", ("env", name))
+        if name in ("CUDA_VISIBLE_DEVICES", "VLLM_API_KEY"):
+            raise _Mistake("each server gets its own; leave it out", ("env", name))
     _check_key(config.api_key, lambda name, text: _Mistake(text, (name,)))
     _check_amounts(
         config.seeds, ("random", "numpy", "torch", "fewshot"), lambda name, text: _Mistake(text, ("seeds", name))
@@ -690,7 +718,7 @@ def _check(config: SweepConfig, models: Mapping[str, _Draft], tasks: Mapping[str
 
 
 def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None:
-    amounts = ("tensor_parallel", "gpus", "replicas", "concurrency", "max_model_len")
+    amounts = ("tensor_parallel", "nodes", "gpus", "gpu_memory_gb", "replicas", "concurrency", "max_model_len")
     _check_amounts(model, (*amounts, "startup_timeout_s", "hang_timeout_s"), draft.mistake)
     _check_key(model.api_key, draft.mistake)
     if model.device is Device.CPU and model.tensor_parallel > 1:
@@ -699,6 +727,10 @@ def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None
         raise draft.mistake("gpus", f"device is cpu, which holds none; got {model.gpus:g}")
     if model.gpus is not None and model.gpus < model.tensor_parallel > 1:
         raise draft.mistake("gpus", f"tensor_parallel spans {model.tensor_parallel} whole GPUs, got {model.gpus:g}")
+    if model.device is Device.CPU and model.nodes > 1:
+        raise draft.mistake("nodes", f"splits a model over GPUs of several nodes, but device is cpu; got {model.nodes}")
+    if model.nodes > 1 and (model.gpus or 1) < 1:
+        raise draft.mistake("nodes", f"takes whole GPUs of each node, but gpus is {model.gpus:g}")
     if model.device is Device.CPU and model.env.get(BATCH_INVARIANT, "0") != "0":
         raise draft.mistake(
             "env", f"{BATCH_INVARIANT} needs a GPU: vLLM's CPU build cannot keep answers independent of the batch"
@@ -732,8 +764,10 @@ _AMOUNTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "num_fewshot": (lambda shots: shots >= 0, "0 or more examples"),
     "gpus": (lambda gpus: 0 < gpus < 1 or (gpus >= 1 and gpus.is_integer()), "a share below 1 or whole GPUs"),
+    "gpu_memory_gb": (lambda gb: gb > 0, "more than 0 GB"),
     "startup_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
     "hang_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
+    "walltime": (lambda seconds: seconds > 0, "more than 0 seconds"),
 } | {
     seed: (lambda seed: 0 <= seed < 2**32, "0 to 4294967295, as numpy does")
     for seed in ("random", "numpy", "torch", "fewshot")

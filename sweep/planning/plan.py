@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from sweep.errors import ConfigError, boundary, nearest, nearest_file
+from sweep.masking import is_proxy
 from sweep.planning.config import Device, Model, Seeds, SweepConfig, Task
 from sweep.planning.hub import Part, Source, at, resolve_revision
 from sweep.planning.tasks import Catalog, catalog
@@ -53,13 +54,20 @@ asking again costs time, serving an answer computed under other settings costs t
 SPEED_ONLY_ENVIRONMENT = frozenset(
     {
         "CUDA_VISIBLE_DEVICES",
+        "CURL_CA_BUNDLE",
         "DO_NOT_TRACK",
+        "HF_DATASETS_CACHE",
+        "HF_ENDPOINT",
         "HF_HOME",
         "HF_HUB_CACHE",
         "HF_HUB_OFFLINE",
         "HF_TOKEN",
+        "NLTK_DATA",
         "OMP_NUM_THREADS",
+        "REQUESTS_CA_BUNDLE",
+        "SSL_CERT_FILE",
         "TMPDIR",
+        "TORCH_HOME",
         "TORCHINDUCTOR_CACHE_DIR",
         "TRANSFORMERS_OFFLINE",
         "TRITON_CACHE_DIR",
@@ -68,9 +76,10 @@ SPEED_ONLY_ENVIRONMENT = frozenset(
         "VLLM_CPU_OMP_THREADS_BIND",
         "VLLM_LOGGING_LEVEL",
         "VLLM_NO_USAGE_STATS",
+        "XDG_CACHE_HOME",
     }
 )
-"""The same for environment variables."""
+"""The same for environment variables, and so for those of a proxy."""
 
 SAMPLES, SAMPLE_BYTES = 8, 65_536
 """Of each weight file that are read for a checkpoint's fingerprint: half a megabyte, whatever its size."""
@@ -406,7 +415,7 @@ def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None
             "trust_remote_code": model.trust_remote_code,
             "generation_config": meant(model.generation_config),
             "server": {k: meant(v) for k, v in model.server.items() if k not in SPEED_ONLY_OPTIONS},
-            "env": {k: v for k, v in model.env.items() if k not in SPEED_ONLY_ENVIRONMENT},
+            "env": {k: v for k, v in model.env.items() if not (k in SPEED_ONLY_ENVIRONMENT or is_proxy(k))},
             # Another engine in vLLM's place (see server.py) answers differently.
             "engine": engine,
             **program,
