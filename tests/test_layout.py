@@ -24,6 +24,8 @@ ORDER = [
     "hub",
     "plan",
     # results
+    "claim",
+    "mounts",
     "store",
     "mirror",
     "tracking",
@@ -62,6 +64,7 @@ ORDER = [
     "checkup",
     "fetch",
     "overview",
+    "status",
     "demo",
     "cli",
 ]

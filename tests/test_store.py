@@ -15,6 +15,7 @@ from sweep.errors import StoreError
 from sweep.record import Counts, Record, Score, Status
 from sweep.results import store as module
 from sweep.results.store import (
+    KEY_BYTES,
     Response,
     RunDirectory,
     Store,
@@ -58,7 +59,7 @@ def record(model: str = "m", task: str = "t", **changes: object) -> Record:
 )
 def test_a_key_differs_with_the_model_the_kind_and_every_field(model: str, kind: str, request_: object) -> None:
     known = response_key("f", "generate", {"prompt": "p", "parameters": {"a": 1, "b": [1, 2]}})
-    assert len(known) == 32
+    assert len(known) == KEY_BYTES
     assert response_key(model, kind, request_) != known
 
 
@@ -160,7 +161,7 @@ def test_a_file_of_another_version_is_refused_and_stays_as_it_is(directory: RunD
     foreign.close()
     before = directory.responses.read_bytes()
     for _ in range(2):  # the first refusal leaves no lock behind
-        with pytest.raises(StoreError, match=r"format 7, this lmsweep writes 1: .*fresh=true"):
+        with pytest.raises(StoreError, match=r"format 7, this lmsweep writes 2: .*fresh=true"):
             Store(directory)
     assert directory.responses.read_bytes() == before
     assert {path.name for path in directory.root.iterdir()} == {"responses.db", "lock"}

@@ -54,7 +54,11 @@ log = logging.getLogger(__name__)
 
 BATCH_RESPONSES = 256
 BATCH_S = 0.5
-"""Responses leave an evaluator at the latest after so many or so much time; each batch is one commit of the store."""
+"""Responses leave an evaluator at the latest after so many or so much time."""
+
+UNSTORED_MOST = 4096
+"""With so many responses that are not yet on the driver's disk an evaluator asks for nothing new: what can be lost, and
+what the driver may have to hold, is bounded. It is what one of eight gets in two seconds at 20,000 a second."""
 
 PROGRESS_S = 0.5
 
@@ -118,6 +122,13 @@ class KnownAnswers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stored:
+    """So many responses more are on the driver's disk, in the order in which they were handed over."""
+
+    responses: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class PoolChanged:
     """The endpoints of the running cell's model, each with this evaluator's share of prompts in flight."""
 
@@ -177,6 +188,8 @@ class Demand:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
+    """Stored follows when they are durable."""
+
     cell: str
     attempt: int
     responses: Sequence[Response]
@@ -331,14 +344,19 @@ class _Attempt:
         self._demand: Demand | None = None
         self._telling = threading.Lock()
         self._batch: list[Response] = []
+        self._unstored = 0
+        """Responses of this attempt that the driver has not said to be stored."""
+        self._unstored_lock = threading.Lock()
         self._batch_lock = threading.Lock()
         self._last_progress = 0.0
 
-    def hear(self, message: KnownAnswers | PoolChanged | CancelCell) -> None:
+    def hear(self, message: KnownAnswers | Stored | PoolChanged | CancelCell) -> None:
         with self._heard:
             match message:
                 case KnownAnswers(answers=answers):
                     self._answers = answers
+                case Stored(responses=responses):
+                    self._count_unstored(-responses)
                 case PoolChanged(shares=shares, facts=facts, serial=serial):
                     self._facts = facts or self._facts
                     self.pool.update(shares)
@@ -395,8 +413,14 @@ class _Attempt:
         with self._batch_lock:
             self._batch.append(response)
             full = len(self._batch) >= BATCH_RESPONSES
+        self._count_unstored(1)
         if full:
             self.flush()
+
+    def _count_unstored(self, more: int) -> None:
+        with self._unstored_lock:
+            self._unstored += more
+            self.pool.hold(self._unstored >= UNSTORED_MOST)
 
     def progress(self, *, done: int, total: int, reused: int) -> None:
         now = time.monotonic()
@@ -454,7 +478,7 @@ class _Link:
                 # Here and not when the work is taken up: endpoints may follow before that.
                 self._attempt = _Attempt(message, self.send, self.hide)
                 self.work.put(self._attempt)
-            case KnownAnswers() | PoolChanged() | CancelCell():
+            case KnownAnswers() | Stored() | PoolChanged() | CancelCell():
                 assert self._attempt is not None
                 self._attempt.hear(message)
             case CheckTask() | CheckModel():
