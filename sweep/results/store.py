@@ -59,6 +59,9 @@ they are written back once for many commits. With SQLite's own 1,000 it was once
 CACHE_KB = 65_536
 """SQLite's page cache: the index of a million keys."""
 
+BUSY_S = 5.0
+"""How long a look into the database from outside may hold a commit up."""
+
 LOOKUP_ROWS = 500
 """Keys per SELECT: under SQLite's oldest limit of 999 variables."""
 
@@ -276,7 +279,9 @@ class Store:
             directory.root.mkdir(parents=True, exist_ok=True)
             self._claim = undone.enter_context(closing(Claim(directory.lock, directory.heartbeat)))
             kind = file_system(directory.root)
-            self._db = undone.enter_context(closing(sqlite3.connect(directory.responses, isolation_level=None)))
+            self._db = undone.enter_context(
+                closing(sqlite3.connect(directory.responses, timeout=BUSY_S, isolation_level=None))
+            )
             self._prepare(exclusive=kind not in LOCAL)
             self.mode = f"{kind}, {'its own machine' if kind in LOCAL else 'shared by machines: exclusive access'}"
             """Of the file system and what follows from it, for the log."""
@@ -305,7 +310,7 @@ class Store:
             # The last driver was killed, perhaps with its machine; it costs a second for a million responses.
             (said,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
             if said != "ok":
-                damage = sqlite3.DatabaseError(said)
+                damage = sqlite3.DatabaseError(" ".join(said.split()))
                 damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
                 raise damage
         self._db.execute("PRAGMA journal_mode=WAL")

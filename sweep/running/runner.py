@@ -850,17 +850,13 @@ def keep_answers(events: Sequence[ClusterEvent], store: Store, cluster: Cluster)
     else of these events: no record stands before the answers that it was made of. Right whichever attempt asked: an
     answer belongs to a model and a request.
     """
-    said = [
-        (e.evaluator, e.event.responses)
-        for e in events
-        if isinstance(e, EvaluatorSaid) and isinstance(e.event, ev.Answered)
-    ]
+    said = [(e.evaluator, e.event) for e in events if isinstance(e, EvaluatorSaid) and isinstance(e.event, ev.Answered)]
     if not said:
         return
-    store.put(itertools.chain.from_iterable(responses for _, responses in said))
+    store.put(itertools.chain.from_iterable(answered.responses for _, answered in said))
     stored: Counter[str] = Counter()
-    for evaluator, responses in said:
-        stored[evaluator] += len(responses)
+    for evaluator, answered in said:
+        stored[evaluator] += answered.number
     for evaluator, number in stored.items():
         cluster.send(evaluator, ev.Stored(responses=number))
 
