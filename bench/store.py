@@ -14,6 +14,7 @@ The store lies in the folder given by --folder, `.bench` unless it says otherwis
 """
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -293,6 +294,8 @@ def _send_owed(attempt: Any, folder: Path) -> Mapping[str, float]:
     from sweep.evaluating.lm import SweepLM
     from sweep.planning.config import Overflow
 
+    for name in ("torch", "datasets", "lm_eval.evaluator", "sweep.evaluating.evaluation"):
+        importlib.import_module(name)  # a real evaluator has them in memory too
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=demo._train_tokenizer(demo._general_text(), 600))
     tokenizer.eos_token = tokenizer.decode([0])
     client = Client(model="m", pool=attempt.pool)
