@@ -24,7 +24,6 @@ from tokenizers import Tokenizer
 
 from sweep.evaluating.concurrency import Need
 from sweep.evaluating.evaluator import (
-    UNSTORED_MOST,
     Answered,
     CancelCell,
     CellDone,
@@ -444,16 +443,19 @@ def test_answers_arrive_in_batches_and_at_most_half_a_second_late(
 
 def test_an_evaluator_asks_for_nothing_new_while_too_many_answers_are_not_stored(cell: Any, endpoint: Endpoint) -> None:
     said: list[Event] = []
-    attempt = _Attempt(RunCell(cell=cell("letters"), attempt=1, facts=None), said.append, lambda: None)
+    run = RunCell(cell=cell("letters"), attempt=1, facts=None, ahead=1000)
+    attempt = _Attempt(run, said.append, lambda: None)
     attempt.hear(PoolChanged(shares=((endpoint, 8),), facts=facts()))
-    for number in range(UNSTORED_MOST):
+    for number in range(1000):
         assert attempt.pool.take()[1] == 1
         attempt.answered(Response(key=number.to_bytes(4), cell="m/letters", method="echo", answer=b"1"))
         attempt.pool.give_back(attempt.pool._slots[endpoint.server])
     assert attempt.pool.take() == (None, 0)
     batches = [event for event in said if isinstance(event, Answered)]
-    assert sum(batch.number for batch in batches) == UNSTORED_MOST  # all that was given has been handed over
-    assert [r.key for batch in batches for r in batch.responses] == [n.to_bytes(4) for n in range(UNSTORED_MOST)]
+    assert [batch.number for batch in batches] == [256, 256, 256]  # the rest follows within half a second
+    attempt.flush()
+    batches = [event for event in said if isinstance(event, Answered)]
+    assert [r.key for batch in batches for r in batch.responses] == [n.to_bytes(4) for n in range(1000)]
     attempt.hear(Stored(responses=batches[0].number))
     assert attempt.pool.take()[1] == 1
 

@@ -140,7 +140,7 @@ def test_on_a_file_system_that_machines_share_nothing_is_mapped_and_nobody_else_
     monkeypatch.setattr(module, "file_system", lambda folder: "nfs4")
     store = Store(directory)
     store.put([response(1)])
-    assert store.mode.startswith("nfs4, shared")
+    assert store.mode == "nfs4, shared by machines: wal, exclusive"
     assert {path.name for path in directory.root.glob("responses*")} == {"responses.db", "responses.db-wal"}
     locked = pytest.raises(sqlite3.OperationalError, match="locked")
     with closing(sqlite3.connect(directory.responses, timeout=0)) as other, locked:
@@ -149,7 +149,7 @@ def test_on_a_file_system_that_machines_share_nothing_is_mapped_and_nobody_else_
     monkeypatch.setattr(module, "file_system", lambda folder: "ext4")
     again = Store(directory)  # the file is the same, wherever it lies
     assert again.count() == 1
-    assert again.mode.startswith("ext4, its own")
+    assert again.mode == "ext4: wal"
     with closing(sqlite3.connect(directory.responses, timeout=0)) as other:
         assert other.execute("SELECT count(*) FROM responses").fetchone() == (1,)
     again.close()

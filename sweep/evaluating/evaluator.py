@@ -58,10 +58,9 @@ BATCH_RESPONSES = 256
 BATCH_S = 0.5
 """Responses leave an evaluator at the latest after so many or so much time."""
 
-UNSTORED_MOST = 2048
-"""With so many responses that are not yet on the driver's disk an evaluator asks for nothing new: what can be lost, and
-what the driver may have to hold, is bounded. One of eight gets as many in 0.8 s at 20,000 a second; a commit comes
-sooner."""
+AHEAD_MOST = 16_384
+"""Responses of all evaluators together that may be on their way to the driver's disk: what can be lost, and how long a
+commit holds the driver up, is bounded. At 20,000 a second it is 0.8 s; a commit comes sooner."""
 
 PROGRESS_S = 0.5
 
@@ -118,6 +117,8 @@ class RunCell:
     """Comes back with everything the cell says, so that a late word of an earlier attempt is known as such."""
     facts: Facts | None
     """Stored or live; None while the model's first server starts."""
+    ahead: int = AHEAD_MOST // 8
+    """With so many responses that are not stored yet the evaluator asks for nothing new: its part of AHEAD_MOST."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +362,7 @@ class _Attempt:
         self._demand: Demand | None = None
         self._telling = threading.Lock()
         self._batch: list[Response] = []
+        self._ahead = run.ahead
         self._unstored = 0
         """Responses of this attempt that the driver has not said to be stored."""
         self._unstored_lock = threading.Lock()
@@ -437,7 +439,7 @@ class _Attempt:
     def _count_unstored(self, more: int) -> None:
         with self._unstored_lock:
             self._unstored += more
-            self.pool.hold(self._unstored >= UNSTORED_MOST)
+            self.pool.hold(self._unstored >= self._ahead)
 
     def progress(self, *, done: int, total: int, reused: int) -> None:
         now = time.monotonic()

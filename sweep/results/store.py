@@ -201,8 +201,8 @@ def _require_ours(directory: RunDirectory) -> None:
     if not directory.root.is_dir():
         return
     there = {path.name for path in directory.root.iterdir()}
-    ours = {directory.lock.name, directory.responses.name, directory.plan.name, directory.config.name}
-    if there and not there & ours and there != {"check"}:
+    made = (directory.lock, directory.plan, directory.responses, directory.records, directory.servers)
+    if there and not there & {"check", *(path.name for path in made)}:
         some = ", ".join(sorted(there)[:3])
         raise StoreError(f"{directory.root} is no run directory, it holds {some}: choose another name= or runs_dir=")
 
@@ -282,13 +282,14 @@ class Store:
             self._db = undone.enter_context(
                 closing(sqlite3.connect(directory.responses, timeout=BUSY_S, isolation_level=None))
             )
-            self._prepare(exclusive=kind not in LOCAL)
-            self.mode = f"{kind}, {'its own machine' if kind in LOCAL else 'shared by machines: exclusive access'}"
-            """Of the file system and what follows from it, for the log."""
+            journal = self._prepare(exclusive=kind not in LOCAL)
+            self.mode = f"{kind}: {journal}" if kind in LOCAL else f"{kind}, shared by machines: {journal}, exclusive"
+            """The file system and how SQLite works on it, for the log."""
             self._claim.begin()
             undone.pop_all()
 
-    def _prepare(self, *, exclusive: bool) -> None:
+    def _prepare(self, *, exclusive: bool) -> str:
+        """Check the file, or make it; its journal's mode."""
         left = Path(f"{self.directory.responses}-wal")
         unclean = left.exists() and left.stat().st_size > 0
         if exclusive:
@@ -313,18 +314,22 @@ class Store:
                 damage = sqlite3.DatabaseError(" ".join(said.split()))
                 damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
                 raise damage
-        self._db.execute("PRAGMA journal_mode=WAL")
+        (journal,) = self._db.execute("PRAGMA journal_mode=WAL").fetchone()
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         self._db.execute(f"PRAGMA cache_size=-{CACHE_KB}")
-        # Rows lie in the order of their arrival and only the index is all over the place: with rows in the order of
-        # their keys (WITHOUT ROWID) each of them changed a page of its own.
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS responses ("
-            "key BLOB NOT NULL UNIQUE, cell TEXT NOT NULL, method TEXT NOT NULL, answer BLOB NOT NULL)"
-        )
-        self._db.execute(f"PRAGMA application_id={APPLICATION}")
-        self._db.execute(f"PRAGMA user_version={SCHEMA}")
+        if version == 0:
+            with self._db:  # all or nothing: half of it would be another program's
+                self._db.execute("BEGIN IMMEDIATE")
+                # Rows lie in the order of their arrival and only the index is all over the place: with rows in the
+                # order of their keys (WITHOUT ROWID) each of them changed a page of its own.
+                self._db.execute(
+                    "CREATE TABLE responses ("
+                    "key BLOB NOT NULL UNIQUE, cell TEXT NOT NULL, method TEXT NOT NULL, answer BLOB NOT NULL)"
+                )
+                self._db.execute(f"PRAGMA application_id={APPLICATION}")
+                self._db.execute(f"PRAGMA user_version={SCHEMA}")
+        return str(journal)
 
     def put(self, responses: Iterable[Response]) -> None:
         """Make a batch durable. An answer that is already there stays: the first one given is the one that counts."""

@@ -756,7 +756,9 @@ class Runner:
                 log.info("run %s on %s, attempt %d: %s", key, state.evaluator, state.attempt, reason)
                 self.terminal.cell(key, state="loading")
                 facts = self._facts.get(server_name)
-                self.cluster.send(state.evaluator, ev.RunCell(cell=state.cell, attempt=state.attempt, facts=facts))
+                ahead = max(ev.BATCH_RESPONSES, ev.AHEAD_MOST // len(self._evaluators))
+                run = ev.RunCell(cell=state.cell, attempt=state.attempt, facts=facts, ahead=ahead)
+                self.cluster.send(state.evaluator, run)
                 self._share(server_name)
 
     def _share(self, server: str) -> None:
