@@ -279,9 +279,8 @@ class Runner:
             )
         for model in dict.fromkeys(cell.model.name for cell in owed):
             self._checks.append(ev.CheckModel(model=self.plan.models[model]))
-        stored = self.store.count()
-        log.info("%d cells owed, %d done, %d responses stored", len(owed), len(self.plan.done), stored)
-        log.info("responses are stored on %s", self.store.mode)
+        log.info("%d cells owed, %d done, %d responses stored", len(owed), len(self.plan.done), self.store.count())
+        log.info("responses go to %s", self.store.mode)
         self._seats = [_Seat() for _ in range(min(self.cluster.capacity.evaluators, max(len(owed), 1)))]
         self._fill_seats()
 
