@@ -203,6 +203,14 @@ def test_a_full_disk_is_one_line_with_the_cure_and_what_was_stored_is_kept(small
     again.close()
 
 
+def test_a_place_that_may_not_be_written_is_said_with_the_cure(small_disk: Path) -> None:
+    directory = RunDirectory(small_disk / "s")
+    Store(directory).close()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StoreError, match=r"open the run directory .*Read-only file system.*: make it writable"):
+        Store(directory)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of two megabytes."""
