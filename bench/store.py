@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from bench import data
 from bench.rows import Figure
 from sweep.results.store import KEY_BYTES, Response, RunDirectory, Store, response_key
+from sweep.running.machine import prepare_local_ray
 
 if TYPE_CHECKING:
     from sweep.running.cluster import Cluster, ClusterEvent
@@ -94,11 +95,8 @@ def fill(store: Store) -> float:
 @contextmanager
 def cluster_of(kind: str, folder: Path) -> Iterator["Cluster"]:
     """A local cluster whose evaluators run this module; `kind` begins their names and tells them what to do."""
-    from sweep.planning.config import RayConfig
-    from sweep.running.machine import prepare_local_ray
-
-    prepare_local_ray()
     from sweep.evaluating import evaluator
+    from sweep.planning.config import RayConfig
     from sweep.running import cluster as module
 
     class Host(module._EvaluatorHost):
@@ -340,6 +338,7 @@ def main(arguments: Sequence[str]) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     os.environ |= {"BENCH_STORE_FOLDER": str(folder.resolve())}
+    prepare_local_ray()  # before it is imported
     try:
         with closing(Store(RunDirectory(folder / "store"))) as store:
             filled = fill(store)
