@@ -164,6 +164,7 @@ def sustained(folder: Path) -> Figure:
     delays: list[float] = []
     marks: list[tuple[float, int]] = []
     ticks: list[float] = []
+    cpu_s: list[float] = []
     number = 0
 
     def seen(events: Sequence["ClusterEvent"]) -> bool:
@@ -173,6 +174,7 @@ def sustained(folder: Path) -> Figure:
         number += sum(batch.number for batch in batches)
         if len(marks) and now - marks[0][0] > WARM_UP_S:
             ticks.append(now - marks[-1][0])
+            cpu_s.append(time.process_time())
             # The first of a batch has waited longest.
             delays.extend(now + float(json.loads(b.responses[0].answer)["logprob"]) for b in batches)
         if batches or marks:
@@ -183,16 +185,17 @@ def sustained(folder: Path) -> Figure:
         mode = store.mode
         drive(store, cluster, 0, seen=seen)
     begun = next(mark for mark in marks if mark[0] - marks[0][0] > WARM_UP_S)
-    spent = marks[-1][0] - begun[0]
+    spent, stored = marks[-1][0] - begun[0], marks[-1][1] - begun[1]
     return Figure(
         row=f"responses/s from {EVALUATORS} evaluators into SQLite ({mode}), {spent:.0f} s, beside {STORED:,} stored",
-        value=(marks[-1][1] - begun[1]) / spent,
+        value=stored / spent,
         bar=LEAST_PER_S,
         at_most=False,
         seen={
             "durable_after_s_median": statistics.median(delays),
             "durable_after_s_longest": max(delays),
             "tick_s_longest": max(ticks),
+            "driver_cpu_us_per_response": 1e6 * (cpu_s[-1] - cpu_s[0]) / stored,
             "responses": number,
         },
     )
