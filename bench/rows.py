@@ -45,3 +45,27 @@ def alternately(sides: Mapping[str, Callable[[], object]], *, rounds: int = ROUN
             run()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(some) for name, some in seconds.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One line of a table of figures that are compared with a number, not with another side."""
+
+    row: str
+    """What was measured; it carries the unit."""
+    value: float
+    bar: float
+    at_most: bool
+    """Whether the bar is an upper bound."""
+    seen: Mapping[str, float]
+    """What else was measured; each name carries its unit."""
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.bar if self.at_most else self.value >= self.bar
+
+    def line(self) -> str:
+        """One line of JSON."""
+        figures = {name: round(value, 3) for name, value in self.seen.items()}
+        measured = {"value": round(self.value, 3), "bar": self.bar, "holds": self.holds}
+        return json.dumps({"row": self.row, **measured, "seen": figures}, ensure_ascii=False)

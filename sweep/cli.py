@@ -1,4 +1,4 @@
-"""Arguments -> one of the commands run, plan, check, fetch, tasks. Prints, and decides the exit code.
+"""Arguments -> one of the commands run, plan, check, fetch, status, tasks. Prints, and decides the exit code.
 
 Nothing heavy is imported before it is known to be needed: help and mistakes answer at once.
 """
@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ lmsweep: many language models, many lm-eval tasks, one command
   python launch.py plan conf=NAME [key=value ...]   what it would do: cells, GPUs, server commands; starts nothing
   python launch.py check conf=NAME [key=value ...]  start each server, ask what it can do, stop it: a table, no scores
   python launch.py fetch conf=NAME [key=value ...]  bring weights, tokenizers, data into HF_HOME; needs no GPU
+  python launch.py status conf=NAME [key=value ...] what is done, running, owed, failed; from any machine
   python launch.py tasks [WORD ...]                 search lm-eval's tasks, groups and tags
 
 conf=NAME       conf/NAME.yaml, or a path to a YAML file
@@ -45,17 +47,21 @@ samples=1       with plan: show one rendered prompt of each cell
 exit codes      0    every cell is done
                 1    some cells failed, a model cannot be served, something could not be fetched, or the walltime was
                      too short to get on at all; it is listed, the rest is done
-                2    wrong input, or the machines lack what the plan needs; nothing was started
+                2    wrong input, the machines lack what the plan needs, or the run directory cannot be used or written
+                3    of status: cells are owed and a driver is at work; 4: and none is
                 75   the walltime is over and cells are owed: start the same command again
                 130  stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by a closed terminal (SIGHUP); the same command
                      goes on
 sweeps here     {sweeps}
 """
 
-COMMANDS = ("run", "plan", "check", "fetch", "tasks")
+COMMANDS = ("run", "plan", "check", "fetch", "status", "tasks")
 
 DONE, FAILED, WRONG, AGAIN, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes. 75 is EX_TEMPFAIL of sysexits.h: a failure that passes when it is tried again."""
+
+AT_WORK, ABANDONED = 3, 4
+"""Of `status`, while cells are owed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +103,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError(f"fresh={options['fresh']}: true or false")
     if options.get("samples", "0") not in ("0", "1"):
         raise ConfigError(f"samples={options['samples']}: 1 shows the first prompt of each cell, 0 none")
+    if command == "status" and (wrong := options.keys() - {"conf"}):
+        raise ConfigError(f"{min(wrong)}= has no meaning for `status`, which tells of the whole run directory")
     if command in ("check", "fetch") and "fresh" in options:
         raise ConfigError(f"fresh= belongs to a run; `{command}` neither reads results nor writes any")
     if command != "plan" and "samples" in options:
@@ -140,7 +148,8 @@ def _carry_out(arguments: Sequence[str]) -> int:
 
         print(tasks_command(parsed.words))
         return DONE
-    return {"plan": _plan, "check": _check, "fetch": _fetch, "run": _run}[parsed.command](parsed)
+    commands = {"plan": _plan, "check": _check, "fetch": _fetch, "status": _status, "run": _run}
+    return commands[parsed.command](parsed)
 
 
 def _sweeps() -> list[str]:
@@ -215,6 +224,22 @@ def _fetch(arguments: Arguments) -> int:
     return fetch(plan, secrets_of(config))
 
 
+def _status(arguments: Arguments) -> int:
+    from sweep.planning.loading import load
+    from sweep.results.store import RunDirectory
+    from sweep.status import describe, standing
+
+    config = load(str(arguments.conf), arguments.overrides)
+    directory = RunDirectory(Path(config.runs_dir) / config.name)
+    stands = standing(directory, now=time.time())
+    # What goes into a file or another program is whole.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(describe(stands, directory.root, width=width))
+    if stands.finished:
+        return FAILED if stands.errors else DONE
+    return AT_WORK if stands.alive else ABANDONED
+
+
 def _examine(plan: "Plan", *, required: bool, told: bool = False) -> None:
     """Check every server's options against its vLLM's own parser, and print what became of options of older versions,
     unless that was `told` already.
@@ -234,10 +259,19 @@ def _note(text: str) -> None:
 
 
 def _run(arguments: Arguments) -> int:
-    from sweep.overview import document
+    from sweep.overview import cells_document, document
     from sweep.planning.loading import dump, secrets_of
     from sweep.planning.plan import make_plan
-    from sweep.results.store import RunDirectory, Store, masked_json, read_commits, read_records, set_aside, write_file
+    from sweep.results.store import (
+        RunDirectory,
+        Store,
+        masked_json,
+        read_cells,
+        read_commits,
+        read_records,
+        set_aside,
+        write_file,
+    )
     from sweep.running.machine import prepare_ray, require_kept, starts_local
     from sweep.running.walltime import ends_at
 
@@ -247,10 +281,13 @@ def _run(arguments: Arguments) -> int:
     require_kept(directory.root)
     before, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
     plan = make_plan(config, before, only=arguments.only, ask_hub=True, commits=commits)
+    whole = plan if arguments.only is None else make_plan(config, before, ask_hub=False, commits=plan.commits)
+    if not arguments.fresh:
+        _require_same_sweep(whole, directory, read_cells(directory).keys())
     if not plan.owed and not plan.refused:
         print(f"all {len(plan.cells)} cells are done; `only=model/task` runs one again, `fresh=true` all of them")
         return _conclude(config, plan, plan.done, directory, before)
-    planned = document(plan)
+    planned = document(plan) | {"cells": cells_document(whole)}
     if plan.owed:
         prepare_ray(config.ray, plan.owed_servers)
     _examine(plan, required=starts_local(config.ray))
@@ -275,7 +312,6 @@ def _run(arguments: Arguments) -> int:
     finally:
         store.close()
     records = read_records(directory)
-    whole = plan if arguments.only is None else make_plan(config, records, ask_hub=False, commits=plan.commits)
     ended = {**plan.refused, **(carried.records if carried else {})}
     code = _conclude(config, whole, ended, directory, records)
     if carried is None:
@@ -292,6 +328,16 @@ def _run(arguments: Arguments) -> int:
         print("the walltime is too short: it was over before anything was answered; give it a longer one")
         return FAILED
     return code
+
+
+def _require_same_sweep(plan: "Plan", directory: "RunDirectory", cells: Set[str]) -> None:
+    """Raises StoreError where the last launch into the directory had not one cell of this sweep: a file of the same
+    `name:` would overwrite its plan and tables."""
+    if cells and not cells & {cell.key for cell in plan.cells}:
+        raise StoreError(
+            f"{directory.root} holds another sweep, of {len(cells)} cells such as {min(cells)}, and none of these: "
+            "choose another name=, or fresh=true to set it aside"
+        )
 
 
 def _conclude(

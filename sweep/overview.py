@@ -46,9 +46,14 @@ def document(plan: Plan) -> dict[str, Any]:
             | ({"url": server.model.url} if server.external else {"command": _command(server)})
             for name, server in plan.owed_servers.items()
         },
-        "cells": {cell.key: {"fingerprint": cell.fingerprint, "done": cell.key in plan.done} for cell in plan.cells},
+        "cells": cells_document(plan),
         "commits": plan.commits,
     }
+
+
+def cells_document(plan: Plan) -> dict[str, Any]:
+    """The cells of `document`."""
+    return {cell.key: {"fingerprint": cell.fingerprint, "done": cell.key in plan.done} for cell in plan.cells}
 
 
 def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator[str]:

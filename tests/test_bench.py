@@ -15,7 +15,7 @@ import requests
 from conftest import StandIn
 
 from bench import data, gpu, scoring
-from bench.rows import Row, alternately
+from bench.rows import Figure, Row, alternately
 from bench.served import by_turns
 from bench.sides import Ran, Wire, every, size_of
 from sweep.planning.loading import load
@@ -32,6 +32,20 @@ def test_a_row_says_whether_its_claim_holds(ratio: float, holds: bool) -> None:
         "bar": 4.0,
         "holds": holds,
         "medians": {"stock_s": 4 * ratio, "ours_s": 4.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "at_most", "holds"), [(1.0, True, True), (1.01, True, False), (1.0, False, True), (0.99, False, False)]
+)
+def test_a_figure_is_compared_with_its_bar(value: float, at_most: bool, holds: bool) -> None:
+    figure = Figure(row="s to do it", value=value, bar=1.0, at_most=at_most, seen={"longest_s": 2.00049})
+    assert json.loads(figure.line()) == {
+        "row": "s to do it",
+        "value": value,
+        "bar": 1.0,
+        "holds": holds,
+        "seen": {"longest_s": 2.0},
     }
 
 

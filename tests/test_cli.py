@@ -92,6 +92,8 @@ def launch(*arguments: str) -> Said:
         (["conf=small", "fresh=1"], r"fresh=1: true or false"),
         (["check", "conf=small", "fresh=true"], r"fresh= belongs to a run; `check` neither reads results nor writes"),
         (["fetch", "conf=small"], r"fetch has to ask the hub, and HF_HUB_OFFLINE forbids it"),
+        (["status", "conf=small", "only=m/t"], r"only= has no meaning for `status`"),
+        (["status", "conf=small"], r"nothing was launched into .*runs/small yet"),
         (["chek", "conf=small"], r"unknown command 'chek'; did you mean 'check'\?"),
         (["conf=small", "ray.address=ray://head:10001"], r"ray\.address: ray://head:10001 is an address of Ray Client"),
         (["conf=small", "walltime=later"], r"walltime: wants a time as in 3h50m or 3:50:00, or seconds, got 'later'"),
@@ -293,6 +295,69 @@ def test_the_same_command_again_runs_nothing_and_shows_the_tables(runner: Runner
     shown = output()
     assert "all 4 cells are done" in shown
     assert "|gsm8k" in shown
+
+
+def test_a_finished_sweep_run_again_takes_less_than_three_seconds_and_no_ray(runner: Runner) -> None:
+    main(["conf=small"])
+    code = (
+        "import sys; from sweep.cli import main; print(main(['conf=small']), {'ray', 'lm_eval'} & sys.modules.keys())"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 3
+    assert "all 4 cells are done" in done.stdout
+    assert done.stdout.splitlines()[-1] == "0 set()"
+
+
+def test_a_directory_of_another_sweep_is_refused_and_untouched(
+    runner: Runner, directory: RunDirectory, output: Output, place: Path
+) -> None:
+    main(["conf=small"])
+    before = {path: path.read_bytes() for path in directory.root.rglob("*") if path.is_file()}
+    other = SMALL.replace("first:", "third:").replace("second:", "fourth:")
+    (place / "conf" / "other.yaml").write_text(other)
+    output()
+    assert main(["conf=other", "name=small"]) == 2
+    assert re.search(r"runs/small holds another sweep, of 4 cells such as first/arc_easy, and none of", output())
+    assert {path: path.read_bytes() for path in directory.root.rglob("*") if path.is_file()} == before
+    assert main(["conf=other", "name=small", "fresh=true"]) == 0
+    # One that has a cell in common has been edited.
+    (place / "conf" / "other.yaml").write_text(other.replace("fourth:", "second:"))
+    assert main(["conf=other", "name=small", "fresh=true"]) == 0
+
+
+def test_status_tells_how_a_sweep_stands_in_half_a_second_of_work(
+    runner: Runner, directory: RunDirectory, output: Output
+) -> None:
+    runner.fails, runner.leaves, runner.signal = {"second/gsm8k"}, {"first/arc_easy"}, 2
+    main(["conf=small"])
+    output()
+    assert main(["status", "conf=small"]) == 4
+    shown = output()
+    assert "2 of 4 cells done" in shown
+    assert re.search(r"second/gsm8k +its server did not start: out of memory", shown)
+    store = Store(directory)  # a driver is at work
+    assert main(["status", "conf=small"]) == 3
+    store.close()
+    runner.leaves, runner.signal = set(), 0
+    main(["conf=small"])
+    assert main(["status", "conf=small"]) == 1
+    runner.fails = set()
+    main(["conf=small"])
+    directory.responses.unlink()  # it is never looked into
+    said = launch("status", "conf=small")
+    assert said.code == 0
+    assert "4 of 4 cells done" in said.out
+    assert said.err == ""
+    assert said.cpu_s < 0.5
+
+
+def test_after_only_one_cell_ran_the_status_is_still_of_all(runner: Runner, output: Output) -> None:
+    main(["conf=small"])
+    main(["conf=small", "only=first/arc_easy"])
+    output()
+    assert main(["status", "conf=small"]) == 0
+    assert "4 of 4 cells done" in output()
 
 
 def test_only_what_is_owed_runs_and_the_plan_says_so(runner: Runner, directory: RunDirectory, output: Output) -> None:

@@ -297,6 +297,31 @@ def test_calls_wait_while_there_is_no_server_and_go_on_when_one_comes(stand_in: 
         assert run(pool, asked(50)) == Counter(range(50))
 
 
+def test_a_held_pool_lets_what_is_in_flight_come_home_and_nothing_new_out(
+    scripted: Callable[..., Scripted],
+) -> None:
+    server = scripted(lambda number: web.json_response({"choices": [{"index": 0}]}))
+    pool = pool_of((server.endpoint(), 4))
+    answered: list[int] = []
+
+    def on_reply(call: Ask, _: object) -> None:
+        answered.append(call.number)
+        if len(answered) == 10:
+            pool.hold(True)
+
+    def let_go() -> None:
+        until(lambda: len(answered) >= 10)
+        until(lambda: not pool._slots["m-0"].in_flight)
+        assert len(server.requests) == len(answered) <= 10 + 4
+        assert pool.take() == (None, 0)
+        assert pool.needs()["m-0"].wanted > 4  # the server's share is kept
+        pool.hold(False)
+
+    with later(let_go):
+        Client(model="m", pool=pool).run(asked(40), on_reply)
+    assert sorted(answered) == list(range(40))
+
+
 def test_an_endpoint_that_left_may_still_answer_what_it_has(stand_in: Callable[..., StandIn]) -> None:
     first, second = stand_in(latency_s=0.5), stand_in()
     pool = pool_of((first.endpoint, 4))

@@ -39,7 +39,9 @@ from sweep.evaluating.evaluator import (
     NeedServer,
     PoolChanged,
     RunCell,
+    Stored,
     WantAnswers,
+    _Attempt,
     child_environment,
     credentials,
 )
@@ -47,6 +49,7 @@ from sweep.evaluating.preflight import Facts
 from sweep.evaluating.scoring import Method
 from sweep.planning.config import Model, Seeds, Task
 from sweep.planning.plan import Cell, ModelPlan
+from sweep.results.store import Response
 from sweep.serving.server import Endpoint
 
 ROOT = Path(__file__).parent.parent
@@ -443,6 +446,25 @@ def test_answers_arrive_in_batches_and_at_most_half_a_second_late(
     assert sum(number for _, number in times) == 64
     assert 4 <= len(times) <= 10
     assert max(later - earlier for (earlier, _), (later, _) in itertools.pairwise(times)) < 1.2
+
+
+def test_an_evaluator_asks_for_nothing_new_while_too_many_answers_are_not_stored(cell: Any, endpoint: Endpoint) -> None:
+    said: list[Event] = []
+    run = RunCell(cell=cell("letters"), attempt=1, facts=None, ahead=1000)
+    attempt = _Attempt(run, said.append, lambda: None)
+    attempt.hear(PoolChanged(shares=((endpoint, 8),), facts=facts()))
+    for number in range(1000):
+        assert attempt.pool.take()[1] == 1
+        attempt.answered(Response(key=number.to_bytes(4), cell="m/letters", method="echo", answer=b"1"))
+        attempt.pool.give_back(attempt.pool._slots[endpoint.server])
+    assert attempt.pool.take() == (None, 0)
+    batches = [event for event in said if isinstance(event, Answered)]
+    assert [batch.number for batch in batches] == [256, 256, 256]  # the rest follows within half a second
+    attempt.flush()
+    batches = [event for event in said if isinstance(event, Answered)]
+    assert [r.key for batch in batches for r in batch.responses] == [n.to_bytes(4) for n in range(1000)]
+    attempt.hear(Stored(responses=batches[0].number))
+    assert attempt.pool.take()[1] == 1
 
 
 def test_an_evaluator_says_at_once_what_it_needs_and_that_it_has_heard_of_a_share(

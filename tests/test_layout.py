@@ -24,6 +24,8 @@ ORDER = [
     "hub",
     "plan",
     # results
+    "claim",
+    "mounts",
     "store",
     "mirror",
     "tracking",
@@ -65,6 +67,7 @@ ORDER = [
     "checkup",
     "fetch",
     "overview",
+    "status",
     "demo",
     "cli",
 ]

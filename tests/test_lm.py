@@ -17,6 +17,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sweep.errors import TaskError
+from sweep.evaluating import lm as module
 from sweep.evaluating.client import Client, Pool
 from sweep.evaluating.lm import SweepLM
 from sweep.evaluating.preflight import Facts
@@ -473,6 +474,22 @@ def test_only_what_is_missing_is_asked(ours: Any, log: RequestsLog) -> None:
     assert len(log.new()) == len(second.fresh) == len(first.answers) - len(half) == sum(second.announced)
     assert lm.counts.reused == len(half)
     assert lm.counts.requests == len(first.answers)
+
+
+def test_stored_answers_are_looked_up_in_pieces(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(Memory):
+        def known(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
+            pieces.append(len(keys))
+            return super().known(keys)
+
+    pieces: list[int] = []
+    first = Memory(facts(max_model_len=512))
+    expected = ours(first).loglikelihood(instances("loglikelihood", PAIRS))
+    monkeypatch.setattr(module, "LOOKUP_KEYS", 3)
+    again = Counted(answers=first.answers)
+    assert ours(again, shares=()).loglikelihood(instances("loglikelihood", PAIRS)) == expected
+    assert sum(pieces) == len(first.answers) > 3
+    assert max(pieces) == 3
 
 
 def test_with_every_answer_stored_no_server_is_needed(ours: Any) -> None:

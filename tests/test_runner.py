@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +42,7 @@ from sweep.evaluating.scoring import Method
 from sweep.planning.config import Device, Model, Seeds, Task
 from sweep.planning.plan import Cell, ModelPlan, Plan, ServerPlan
 from sweep.record import Counts, Record, Status
+from sweep.results.claim import Work
 from sweep.results.store import Response, RunDirectory, Store, read_records, response_key
 from sweep.running.cluster import (
     ClusterEvent,
@@ -802,7 +803,7 @@ def test_answers_are_durable_whatever_became_of_the_attempt_that_asked(loop: Loo
         yield from cluster.checks_pass()
         name, run = cluster.running()["a/t"]
         yield [ServerFailed(life="a-0", error="no")]
-        yield [said(name, ev.Answered(cell="a/t", attempt=1, responses=[answer])), cancelled(name, run)]
+        yield [said(name, ev.Answered.of([answer], cell="a/t", attempt=1)), cancelled(name, run)]
         yield [cluster.ready("b-0")]
         yield [done(*cluster.running()["b/t"])]
 
@@ -810,6 +811,65 @@ def test_answers_are_durable_whatever_became_of_the_attempt_that_asked(loop: Loo
     store = Store(RunDirectory(loop.folder))
     assert store.answers([b"k"]) == {b"k": b"1"}
     store.close()
+
+
+def test_what_all_evaluators_answered_is_one_transaction_and_each_is_told_of_its_own(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits: list[list[bytes]] = []
+    put = Store.put
+
+    def noted(self: Store, responses: Iterable[Response]) -> None:
+        responses = list(responses)
+        put(self, responses)
+        commits.append([response.key for response in responses])
+
+    monkeypatch.setattr(Store, "put", noted)
+
+    def answered(name: str, run: ev.RunCell, *keys: bytes) -> EvaluatorSaid:
+        responses = [Response(key=key, cell=run.cell.key, method="echo", answer=b"1") for key in keys]
+        return said(name, ev.Answered.of(responses, cell=run.cell.key, attempt=run.attempt))
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cells = cluster.running()
+        one, two = cells["a/one"], cells["a/two"]
+        yield [answered(*one, b"1", b"2"), answered(*two, b"3"), answered(*one, b"4")]
+        assert commits == [[b"1", b"2", b"3", b"4"]]
+        assert sorted((name, m.responses) for name, m in cluster.taken(ev.Stored)) == [(one[0], 3), (two[0], 1)]
+        yield [answered(*one, b"5"), done(*one)]  # the record stands after its answers
+        assert commits[1:] == [[b"5"]]
+        yield [done(*two)]
+
+    loop(a_plan(["a"], ["one", "two"]), script, evaluators=2)
+
+
+def test_the_heartbeat_tells_what_is_at_work(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Work] = []
+    monkeypatch.setattr(Store, "tell", lambda self, work: told.append(work))
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield from cluster.after(1)
+        assert told[-1] == Work(servers={"a-0": "starting"}, running={"a/one": (0, 0)})
+        yield [cluster.ready("a-0")]
+        name, run = cluster.running()["a/one"]
+
+        def progress(done: int) -> list[ClusterEvent]:
+            return [said(name, ev.CellProgress(cell="a/one", attempt=1, done=done, total=9, reused=1))]
+
+        yield progress(2)
+        cluster.now += 2
+        yield progress(6)
+        yield from cluster.after(1)
+        assert told[-1] == Work(servers={"a-0": "ready"}, running={"a/one": (6, 9)}, requests_per_s=2.0)
+        yield [ServerLost(life="a-0", reason="died")]
+        yield from cluster.after(1)
+        assert told[-1].servers == {"a-0": "lost"}
+        yield [done(name, run)]
+
+    loop(a_plan(["a"], ["one"]), script)
 
 
 class Sharing:
@@ -1052,7 +1112,7 @@ def test_a_store_that_cannot_be_written_ends_the_loop(loop: Loop, monkeypatch: p
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()
         name, _ = cluster.running()["a/t"]
-        yield [said(name, ev.Answered(cell="a/t", attempt=1, responses=[]))]
+        yield [said(name, ev.Answered.of([], cell="a/t", attempt=1))]
 
     with pytest.raises(StoreError, match="disk full"):
         loop(a_plan(["a"], ["t"]), script)

@@ -6,18 +6,23 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sweep.errors import StoreError
 from sweep.record import Counts, Record, Score, Status
 from sweep.results import store as module
 from sweep.results.store import (
+    KEY_BYTES,
     Response,
     RunDirectory,
     Store,
+    read_cells,
     read_commits,
     read_records,
     response_key,
@@ -58,7 +63,7 @@ def record(model: str = "m", task: str = "t", **changes: object) -> Record:
 )
 def test_a_key_differs_with_the_model_the_kind_and_every_field(model: str, kind: str, request_: object) -> None:
     known = response_key("f", "generate", {"prompt": "p", "parameters": {"a": 1, "b": [1, 2]}})
-    assert len(known) == 32
+    assert len(known) == KEY_BYTES
     assert response_key(model, kind, request_) != known
 
 
@@ -119,6 +124,195 @@ def test_a_batch_that_cannot_be_written_is_written_not_even_in_part(directory: R
     store.close()
 
 
+def test_of_two_answers_to_one_request_in_a_batch_the_first_counts(directory: RunDirectory) -> None:
+    store = Store(directory)
+    store.put([response(1, b"first"), response(2, b"two"), response(1, b"second")])
+    assert store.answers([response(1).key]) == {response(1).key: b"first"}
+    store.close()
+
+
+# Where the directory lies
+
+
+def test_on_a_file_system_that_machines_share_nothing_is_mapped_and_nobody_else_may_look(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "file_system", lambda folder: "nfs4")
+    store = Store(directory)
+    store.put([response(1)])
+    assert store.mode == "nfs4, shared by machines: wal, exclusive"
+    assert {path.name for path in directory.root.glob("responses*")} == {"responses.db", "responses.db-wal"}
+    locked = pytest.raises(sqlite3.OperationalError, match="locked")
+    with closing(sqlite3.connect(directory.responses, timeout=0)) as other, locked:
+        other.execute("SELECT count(*) FROM responses")
+    store.close()
+    monkeypatch.setattr(module, "file_system", lambda folder: "ext4")
+    again = Store(directory)  # the file is the same, wherever it lies
+    assert again.count() == 1
+    assert again.mode == "ext4: wal"
+    with closing(sqlite3.connect(directory.responses, timeout=0)) as other:
+        assert other.execute("SELECT count(*) FROM responses").fetchone() == (1,)
+    again.close()
+
+
+def test_answers_on_a_shared_file_system_survive_a_kill_too(directory: RunDirectory) -> None:
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from sweep.results import store as module
+        module.file_system = lambda folder: "lustre"
+        store = module.Store(module.RunDirectory(Path({str(directory.root)!r})))
+        store.put([module.Response(key=b"k", cell="m/t", method="echo", answer=b"42")])
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    store = Store(directory)
+    assert store.answers([b"k"]) == {b"k": b"42"}
+    store.close()
+
+
+# What the disk may refuse
+
+
+def test_a_full_disk_is_one_line_with_the_cure_and_what_was_stored_is_kept(small_disk: Path) -> None:
+    directory = RunDirectory(small_disk / "s")
+    store = Store(directory)
+    store.put([response(0)])
+    (small_disk / "ballast").write_bytes(b"x" * (256 << 10))
+
+    def fill() -> None:
+        for batch in range(100):
+            store.put([response(1 + 1000 * batch + n, b"x" * 200) for n in range(1000)])
+
+    with pytest.raises(StoreError) as said:
+        fill()
+    assert re.fullmatch(
+        r"write 1000 responses to .*responses\.db: OperationalError: .*: free some space .* what was stored is kept",
+        str(said.value),
+    )
+    number = store.count()
+    assert number % 1000 == 1  # whole batches
+    with pytest.raises(StoreError, match=r"write the record of m/t: OSError: .*No space left .*free some space"):
+        store.write_record(record(), {"samples_1.jsonl": b"x" * (4 << 20)})
+    assert read_records(directory) == {}
+    assert list(directory.cell_results("m", "t").iterdir()) == []
+    store.close()
+    (small_disk / "ballast").unlink()
+    again = Store(directory)
+    assert again.count() == number
+    again.close()
+
+
+def test_a_place_that_may_not_be_written_is_said_with_the_cure(small_disk: Path) -> None:
+    directory = RunDirectory(small_disk / "s")
+    Store(directory).close()
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StoreError, match=r"open the run directory .*Read-only file system.*: make it writable"):
+        Store(directory)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=False, capture_output=True
+    )
+    if mount.returncode:
+        pytest.skip(f"needs a file system of its own: {mount.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_database_that_another_program_holds_is_said_with_the_cure(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store(directory).close()
+    monkeypatch.setattr(module, "BUSY_S", 0.1)
+    with closing(sqlite3.connect(directory.responses, isolation_level=None)) as other:
+        store = Store(directory)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match=r"database is locked: another program has .*responses\.db open: close it"):
+            store.put([response(1)])
+        other.execute("ROLLBACK")
+        store.put([response(1)])
+        store.close()
+
+
+def damage(path: Path, *, from_byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[from_byte:] = b"\xa5" * (len(content) - from_byte)
+    path.write_bytes(content)
+
+
+def test_a_damaged_database_is_said_when_it_is_met_and_left_as_it_is(directory: RunDirectory) -> None:
+    store = Store(directory)
+    store.put([response(n, b"x" * 100) for n in range(5000)])
+    store.close()
+    damage(directory.responses, from_byte=8192)
+    before = directory.responses.read_bytes()
+    store = Store(directory)
+    with pytest.raises(StoreError, match=r"malformed: it is damaged .*: move .*responses\.db\* away .* stay done"):
+        store.answers([response(n).key for n in range(5000)])
+    with pytest.raises(StoreError, match="damaged"):
+        store.put([response(n) for n in range(5000, 6000)])
+    store.close()
+    assert directory.responses.read_bytes()[8192:] == before[8192:]
+
+
+def test_what_a_killed_driver_left_is_checked_before_it_is_used(directory: RunDirectory) -> None:
+    store = Store(directory)
+    store.put([response(n, b"x" * 100) for n in range(5000)])
+    store.close()
+    Path(f"{directory.responses}-wal").write_bytes(b"torn")  # as a killed driver leaves one
+    Store(directory).close()
+    Path(f"{directory.responses}-wal").write_bytes(b"torn")
+    damage(directory.responses, from_byte=8192)
+    before = directory.responses.read_bytes()
+    with pytest.raises(StoreError, match=r"open the run directory .*: it is damaged"):
+        Store(directory)
+    assert directory.responses.read_bytes() == before
+
+
+def test_a_database_of_another_program_is_refused_and_stays_as_it_is(directory: RunDirectory) -> None:
+    directory.root.mkdir(parents=True)
+    with closing(sqlite3.connect(directory.responses)) as foreign:
+        foreign.execute("CREATE TABLE answers (a)")
+        foreign.commit()
+    before = directory.responses.read_bytes()
+    with pytest.raises(StoreError, match=r"responses\.db is a database of another program: choose another name="):
+        Store(directory)
+    assert directory.responses.read_bytes() == before
+
+
+@pytest.mark.parametrize("use", [Store, set_aside])
+def test_a_folder_that_holds_other_things_is_left_alone(tmp_path: Path, use: Callable[[RunDirectory], object]) -> None:
+    write_file(tmp_path / "src" / "main.py", "print()")
+    with pytest.raises(StoreError, match=r"src is no run directory, it holds main\.py: choose another name="):
+        use(RunDirectory(tmp_path / "src"))
+    assert [path.name for path in (tmp_path / "src").rglob("*")] == ["main.py"]
+
+
+def test_a_folder_where_only_a_check_has_been_is_as_good_as_none(directory: RunDirectory) -> None:
+    write_file(directory.root / "check" / "logs" / "driver.log", "")
+    Store(directory).close()
+
+
+def test_nothing_is_written_after_another_driver_has_taken_over(directory: RunDirectory) -> None:
+    store = Store(directory)
+    store.put([response(1)])
+    ours = msgspec.json.decode(directory.heartbeat.read_bytes())
+    write_file(directory.heartbeat, msgspec.json.encode({**ours, "driver": "another", "host": "elsewhere"}))
+    store._claim._seen_s = 0.0  # it slept meanwhile
+    for write in (lambda: store.put([response(2)]), lambda: store.write_record(record(), {})):
+        with pytest.raises(StoreError, match=r"taken over by process .* on elsewhere"):
+            write()
+    assert store.count() == 1
+    assert read_records(directory) == {}
+    store.close()
+
+
 # Who may write
 
 
@@ -160,7 +354,7 @@ def test_a_file_of_another_version_is_refused_and_stays_as_it_is(directory: RunD
     foreign.close()
     before = directory.responses.read_bytes()
     for _ in range(2):  # the first refusal leaves no lock behind
-        with pytest.raises(StoreError, match=r"format 7, this lmsweep writes 1: .*fresh=true"):
+        with pytest.raises(StoreError, match=r"format 7, this lmsweep writes 2: .*fresh=true"):
             Store(directory)
     assert directory.responses.read_bytes() == before
     assert {path.name for path in directory.root.iterdir()} == {"responses.db", "lock"}
@@ -235,6 +429,39 @@ def test_a_record_is_written_after_its_files_and_old_files_go_only_then(
     store.close()
 
 
+@pytest.mark.parametrize("write", range(5))
+def test_a_kill_at_any_moment_leaves_no_record_without_its_files(directory: RunDirectory, write: int) -> None:
+    """The driver dies at its `write`-th rename of two files and a record; the last number lets it live."""
+    code = f"""if True:
+        import os, signal
+        from pathlib import Path
+        from sweep.record import Record, Status
+        from sweep.results.store import RunDirectory, Store
+        store = Store(RunDirectory(Path({str(directory.root)!r})))
+        store._claim._ended.set()  # its heartbeat is renamed too
+        store._claim._thread.join()
+        renames, replace = 0, Path.replace
+        def counted(self, target):
+            global renames
+            if renames == {write}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            renames += 1
+            return replace(self, target)
+        Path.replace = counted
+        files = ("results_1.json", "samples_1.jsonl")
+        record = Record(model="m", task="t", fingerprint="f", status=Status.DONE, files=files)
+        store.write_record(record, {{name: name.encode() for name in files}})
+    """
+    ended = subprocess.run([sys.executable, "-c", code], check=False).returncode
+    assert ended == (0 if write > 2 else -signal.SIGKILL)
+    records = read_records(directory)
+    assert bool(records) == (write > 2)
+    folder = directory.cell_results("m", "t")
+    whole = {path.name for path in folder.iterdir() if path.read_bytes() == path.name.encode()}
+    for found in records.values():
+        assert set(found.files) <= whole
+
+
 def test_a_failed_cell_leaves_the_files_of_an_earlier_outcome(directory: RunDirectory) -> None:
     store = Store(directory)
     store.write_record(record(), {"results_1.json": b"{}"})
@@ -304,6 +531,15 @@ def test_the_commits_of_the_last_launch_come_back(directory: RunDirectory) -> No
         write_file(directory.plan, broken)
         with pytest.raises(StoreError, match=re.escape(str(directory.plan))):
             read_commits(directory)
+
+
+def test_the_cells_of_the_last_launch_come_back(directory: RunDirectory) -> None:
+    assert read_cells(directory) == {}
+    write_file(directory.plan, '{"commits": {}, "cells": {"m/t": {"fingerprint": "f", "done": false}}}')
+    assert read_cells(directory) == {"m/t": "f"}
+    write_file(directory.plan, '{"commits": {}}')
+    with pytest.raises(StoreError, match=re.escape(str(directory.plan))):
+        read_cells(directory)
 
 
 # Setting aside

@@ -110,6 +110,7 @@ class Pool:
         self.queued = 0
         """Prompts that wait for a place."""
         self._slots: dict[str, _Slot] = {}
+        self._held = False
         self._cancelled: str | None = None
         self._wake: Callable[[], object] = _nobody
 
@@ -125,6 +126,13 @@ class Pool:
                     slot.limit = 0
                     self._slots[name] = slot
             self._wake()
+
+    def hold(self, held: bool) -> None:
+        """Let nothing new out while `held`; what is in flight comes home."""
+        with self._lock:
+            if held != self._held:
+                self._held = held
+                self._wake()
 
     def want(self, queued: int) -> None:
         """Tell how many prompts wait for a place: servers are shared by what evaluators could use."""
@@ -166,6 +174,8 @@ class Pool:
         """
         now = time.monotonic()
         with self._lock:
+            if self._held:
+                return None, 0
             for slot in self._slots.values():
                 if slot.paused_until <= now:
                     slot.paused_until = 0.0

@@ -35,7 +35,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
+
+import msgspec
 
 from sweep import ROOT
 from sweep.errors import SweepError
@@ -54,7 +56,11 @@ log = logging.getLogger(__name__)
 
 BATCH_RESPONSES = 256
 BATCH_S = 0.5
-"""Responses leave an evaluator at the latest after so many or so much time; each batch is one commit of the store."""
+"""Responses leave an evaluator at the latest after so many or so much time."""
+
+AHEAD_MOST = 16_384
+"""Responses of all evaluators together that may be on their way to the driver's disk: what can be lost, and how long a
+commit holds the driver up, is bounded. At 20,000 a second it is 0.8 s; a commit comes sooner."""
 
 PROGRESS_S = 0.5
 
@@ -68,6 +74,9 @@ LOADED_FROM = ("HF_", "HUGGING_FACE_", "AWS_", "AZURE_", "GOOGLE_")
 """How the names of the secret variables begin that an evaluator needs: those of the hub and of stores that a task's
 data may lie in. Beside a proxy and the sweep's own `env` it gets no others: W&B is the driver's, and the key of its
 servers comes with each endpoint."""
+
+PROGRAM = "sweep.evaluating.evaluator"
+"""What the child runs; a benchmark puts one in its place that answers without a server."""
 
 FAILURES = (Exception, SystemExit)
 """What costs a cell and not the process: SystemExit too, since a task's code is anyone's."""
@@ -108,6 +117,8 @@ class RunCell:
     """Comes back with everything the cell says, so that a late word of an earlier attempt is known as such."""
     facts: Facts | None
     """Stored or live; None while the model's first server starts."""
+    ahead: int = AHEAD_MOST // 8
+    """With so many responses that are not stored yet the evaluator asks for nothing new: its part of AHEAD_MOST."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +126,13 @@ class KnownAnswers:
     """The reply to WantAnswers."""
 
     answers: Mapping[bytes, bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """So many responses more are on the driver's disk, in the order in which they were handed over."""
+
+    responses: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +195,22 @@ class Demand:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
+    """Stored follows when they are durable."""
+
     cell: str
     attempt: int
-    responses: Sequence[Response]
+    number: int
+    packed: bytes = field(repr=False)
+    """The responses in MessagePack. Two processes stand between an evaluator and the driver; pickled, a response takes
+    36 us of all of them together, packed 1.3."""
+
+    @classmethod
+    def of(cls, responses: Sequence[Response], *, cell: str, attempt: int) -> Self:
+        return cls(cell=cell, attempt=attempt, number=len(responses), packed=msgspec.msgpack.encode(responses))
+
+    @property
+    def responses(self) -> list[Response]:
+        return msgspec.msgpack.decode(self.packed, type=list[Response])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +262,7 @@ class EvaluatorProcess:
                 [
                     *(sys.executable, "-S", "-E", str(SUPERVISOR), "--grace", f"{GRACE_S:g}", "--"),
                     # -P: nothing in whatever folder we are in passes for a library.
-                    *(sys.executable, "-P", "-m", "sweep.evaluating.evaluator", str(theirs.fileno()), log_path.stem),
+                    *(sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), log_path.stem),
                 ],
                 pass_fds=[theirs.fileno()],
                 bufsize=0,
@@ -336,14 +367,20 @@ class _Attempt:
         self._demand: Demand | None = None
         self._telling = threading.Lock()
         self._batch: list[Response] = []
+        self._ahead = run.ahead
+        self._unstored = 0
+        """Responses of this attempt that the driver has not said to be stored."""
+        self._unstored_lock = threading.Lock()
         self._batch_lock = threading.Lock()
         self._last_progress = 0.0
 
-    def hear(self, message: KnownAnswers | PoolChanged | CancelCell) -> None:
+    def hear(self, message: KnownAnswers | Stored | PoolChanged | CancelCell) -> None:
         with self._heard:
             match message:
                 case KnownAnswers(answers=answers):
                     self._answers = answers
+                case Stored(responses=responses):
+                    self._count_unstored(-responses)
                 case PoolChanged(shares=shares, facts=facts, serial=serial):
                     self._facts = facts or self._facts
                     self.pool.update(shares)
@@ -367,7 +404,7 @@ class _Attempt:
         """Send what has been answered; afterwards it is the driver's."""
         with self._batch_lock:
             if self._batch:
-                self._say(Answered(cell=self.cell.key, attempt=self.number, responses=tuple(self._batch)))
+                self._say(Answered.of(self._batch, cell=self.cell.key, attempt=self.number))
                 self._batch.clear()
 
     def _wait_for(self, attribute: str) -> Any:
@@ -400,8 +437,14 @@ class _Attempt:
         with self._batch_lock:
             self._batch.append(response)
             full = len(self._batch) >= BATCH_RESPONSES
+        self._count_unstored(1)
         if full:
             self.flush()
+
+    def _count_unstored(self, more: int) -> None:
+        with self._unstored_lock:
+            self._unstored += more
+            self.pool.hold(self._unstored >= self._ahead)
 
     def progress(self, *, done: int, total: int, reused: int) -> None:
         now = time.monotonic()
@@ -459,7 +502,7 @@ class _Link:
                 # Here and not when the work is taken up: endpoints may follow before that.
                 self._attempt = _Attempt(message, self.send, self.hide)
                 self.work.put(self._attempt)
-            case KnownAnswers() | PoolChanged() | CancelCell():
+            case KnownAnswers() | Stored() | PoolChanged() | CancelCell():
                 assert self._attempt is not None
                 self._attempt.hear(message)
             case CheckTask() | CheckModel():

@@ -42,6 +42,10 @@ C = TypeVar("C", bound=Call)
 Sample = tuple[str, int]
 """lm-eval's name of a (sub)task, and the number of a document in it."""
 
+LOOKUP_KEYS = 16_384
+"""Keys that are looked up at a time: neither driver nor evaluator holds a large cell's answers twice, and the driver's
+loop, which does 100,000 a second, stands still for none of them."""
+
 LISTED = 5
 """Subtasks that an error names before it counts the rest."""
 
@@ -320,8 +324,11 @@ class SweepLM(LM):  # type: ignore[misc]
         """
         keys = [response_key(self.fingerprint, kind, identity(item)) for item in items]
         item_by_key = dict(zip(keys, items, strict=True))
-        known = self.channel.known(list(item_by_key))
-        answer_by_key = {key: msgspec.json.decode(answer, type=answer_type) for key, answer in known.items()}
+        answer_by_key: dict[bytes, A] = {}
+        distinct = iter(item_by_key)
+        while some := list(itertools.islice(distinct, LOOKUP_KEYS)):
+            known = self.channel.known(some)
+            answer_by_key.update((key, msgspec.json.decode(text, type=answer_type)) for key, text in known.items())
         owed = [key for key in item_by_key if key not in answer_by_key]
         self._done += len(item_by_key) - len(owed)
         self._count(requests=len(item_by_key), reused=len(item_by_key) - len(owed))

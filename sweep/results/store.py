@@ -4,6 +4,7 @@
       config.yaml       what was asked, resolved, secrets masked
       plan.json         models, servers and cells of the last launch
       responses.db      every answer a model gave (SQLite)
+      lock, heartbeat.json      which driver works here, and what it is at (claim.py)
       records/          one JSON file per finished or failed cell, written last
       results/<task>/<model>/   lm-eval's own results_*.json and samples_*.jsonl
       servers/<model>.json      what preflight saw of a model's server; enough to score stored answers without one
@@ -13,28 +14,53 @@
 
 A response is durable when `Store.put` returns: one transaction, `synchronous=FULL`. Files are written under a temporary
 name and renamed, so a reader never sees half of one.
+
+SQLite writes ahead (WAL) everywhere, with one fsync for a commit. What makes WAL unfit for file systems that machines
+share is its index in memory that processes map; where the folder is not this machine's own, the connection is exclusive
+from its first access, which keeps that index in its own memory (sqlite.org/wal.html, "Use of WAL Without
+Shared-Memory"). Nobody else may then read the file while a driver works: `status` reads the heartbeat and the records.
 """
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 
 from sweep.errors import StoreError, boundary
 from sweep.record import Record, Status
+from sweep.results.claim import Claim, Work, take
+from sweep.results.mounts import LOCAL, file_system
 
-SCHEMA = 1
+SCHEMA = 2
 """Of responses.db; a directory written by another one is refused, never converted in place."""
+
+APPLICATION = int.from_bytes(b"lmsw")
+"""Marks the file as ours (PRAGMA application_id)."""
+
+KEY_BYTES = 16
+"""Of a hash: two of a billion requests are the same once in 10^20 stores. The index over keys is what commits cost, and
+it is half as large as with the whole hash."""
+
+CHECKPOINT_PAGES = 8192
+"""32 MiB of WAL before it goes into the database. Keys are random, so each commit changes pages all over their index;
+they are written back once for many commits. With SQLite's own 1,000 it was once for each."""
+
+CACHE_KB = 65_536
+"""SQLite's page cache: the index of a million keys."""
+
+BUSY_S = 5.0
+"""How long a look into the database from outside may hold a commit up."""
 
 LOOKUP_ROWS = 500
 """Keys per SELECT: under SQLite's oldest limit of 999 variables."""
@@ -55,11 +81,12 @@ class Response:
 
 
 def response_key(model_fingerprint: str, kind: str, request: Any) -> bytes:
-    """32 bytes that identify one request to one model; `request` is anything JSON can hold, in a fixed order.
+    """What identifies one request to one model; `request` is anything JSON can hold, in a fixed order.
 
     The model's fingerprint is part of it, so no model is ever served another's answer (lm-eval issue 4063).
     """
-    return hashlib.sha256(msgspec.json.encode([model_fingerprint, kind, request], order="sorted")).digest()
+    text = msgspec.json.encode([model_fingerprint, kind, request], order="sorted")
+    return hashlib.sha256(text).digest()[:KEY_BYTES]
 
 
 class RunDirectory:
@@ -79,6 +106,7 @@ class RunDirectory:
         self.report = root / "report.md"
         self.csv = root / "results.csv"
         self.lock = root / "lock"
+        self.heartbeat = root / "heartbeat.json"
 
     def record(self, model: str, task: str) -> Path:
         # No name holds a dot, so no two cells share a file.
@@ -116,6 +144,27 @@ def read_commits(directory: RunDirectory) -> dict[str, str]:
         return msgspec.convert(msgspec.json.decode(directory.plan.read_bytes())["commits"], dict[str, str])
 
 
+def read_cells(directory: RunDirectory) -> dict[str, str]:
+    """The cells of the sweep at its last launch and their fingerprints, empty before the first. Raises StoreError."""
+    if not directory.plan.exists():
+        return {}
+    with boundary(StoreError, f"read {directory.plan}"):
+        return {
+            key: cell.fingerprint
+            for key, cell in msgspec.json.decode(directory.plan.read_bytes(), type=_Planned).cells.items()
+        }
+
+
+class _PlannedCell(msgspec.Struct):
+    fingerprint: str
+
+
+class _Planned(msgspec.Struct):
+    """What of plan.json comes back."""
+
+    cells: dict[str, _PlannedCell]
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Replace `path` in one step; afterwards the content survives a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +191,20 @@ def set_aside(directory: RunDirectory) -> Path | None:
     """
     if not directory.root.exists():
         return None
-    with boundary(StoreError, f"set {directory.root} aside"), _locked(directory):
+    _require_ours(directory)
+    with _disk(f"set {directory.root} aside", directory), take(directory.lock, directory.heartbeat):
         return _renamed(directory)
+
+
+def _require_ours(directory: RunDirectory) -> None:
+    """Raises StoreError for a folder that holds other things and none of a run directory."""
+    if not directory.root.is_dir():
+        return
+    there = {path.name for path in directory.root.iterdir()}
+    made = (directory.lock, directory.plan, directory.responses, directory.records, directory.servers)
+    if there and not there & {"check", *(path.name for path in made)}:
+        some = ", ".join(sorted(there)[:3])
+        raise StoreError(f"{directory.root} is no run directory, it holds {some}: choose another name= or runs_dir=")
 
 
 def _renamed(directory: RunDirectory) -> Path:
@@ -155,24 +216,6 @@ def _renamed(directory: RunDirectory) -> Path:
         aside = directory.root.with_name(f"{directory.root.name}.{stamp}-{number}")
     directory.root.rename(aside)
     return aside
-
-
-def _locked(directory: RunDirectory) -> TextIO:
-    """The directory's lock, held until it is closed or this process is gone."""
-    lock = directory.lock.open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
-        lock.close()
-        raise StoreError(
-            f"{directory.root} is in use by {owner}: wait for it, stop it, or choose another name="
-        ) from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-    lock.flush()
-    return lock
 
 
 _JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
@@ -188,63 +231,136 @@ def masked_json(content: bytes, secrets: Iterable[str]) -> bytes:
     return _JSON_TEXT.sub(lambda match: pattern.sub(b"***", match[0]), content)
 
 
+@contextmanager
+def _disk(doing: str, directory: RunDirectory) -> Iterator[None]:
+    """`boundary` for what the disk may refuse: with the cure for the faults that have one."""
+    try:
+        with boundary(StoreError, doing):
+            yield
+    except StoreError as error:
+        if (cause := error.__cause__) is not None and (cure := _cure(cause, directory)):
+            raise StoreError(f"{error}: {cure}") from cause
+        raise
+
+
+def _cure(error: BaseException, directory: RunDirectory) -> str:
+    """What to do about a fault of the disk or the database; empty where nobody can say."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # extended codes have the kind in their lowest byte
+    number = error.errno if isinstance(error, OSError) else None
+    if code == sqlite3.SQLITE_FULL or number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space there (or raise the quota) and run the same command again; what was stored is kept"
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return f"another program has {directory.responses} open: close it (`fuser {directory.responses}` names it)"
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return (
+            f"it is damaged and was left as it is: move {directory.responses}* away and run the same command again; "
+            "finished cells stay done, the others ask anew (`sqlite3 responses.db .recover` may save their answers)"
+        )
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) or number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make it writable for this user, or choose another runs_dir="
+    if code == sqlite3.SQLITE_IOERR or number == errno.EIO:
+        return "the file system failed, or has no file locks: see `dmesg`, or choose another runs_dir="
+    return ""
+
+
 class Store:
     """The open run directory. One at a time: a second driver on the same directory is refused.
 
-    Raises StoreError when the directory is in use, was written by another version, or cannot be written.
+    Raises StoreError when the directory is in use, was written by another version or program, is damaged or cannot be
+    written, here and in every method.
     """
 
     def __init__(self, directory: RunDirectory, *, secrets: Iterable[str] = ()) -> None:
         """`secrets` become `***` in what a record and its files say; responses stay as they are."""
         self.directory = directory
         self._secrets = tuple(secrets)
-        with boundary(StoreError, f"open the run directory {directory.root}"), ExitStack() as undone:
+        with _disk(f"open the run directory {directory.root}", directory), ExitStack() as undone:
+            _require_ours(directory)
             directory.root.mkdir(parents=True, exist_ok=True)
-            self._lock = undone.enter_context(_locked(directory))
-            self._db = undone.enter_context(closing(sqlite3.connect(directory.responses, isolation_level=None)))
-            self._prepare()
+            self._claim = undone.enter_context(closing(Claim(directory.lock, directory.heartbeat)))
+            kind = file_system(directory.root)
+            self._db = undone.enter_context(
+                closing(sqlite3.connect(directory.responses, timeout=BUSY_S, isolation_level=None))
+            )
+            journal = self._prepare(exclusive=kind not in LOCAL)
+            self.mode = f"{kind}: {journal}" if kind in LOCAL else f"{kind}, shared by machines: {journal}, exclusive"
+            """The file system and how SQLite works on it, for the log."""
+            self._claim.begin()
             undone.pop_all()
 
-    def _prepare(self) -> None:
+    def _prepare(self, *, exclusive: bool) -> str:
+        """Check the file, or make it; its journal's mode."""
+        left = Path(f"{self.directory.responses}-wal")
+        unclean = left.exists() and left.stat().st_size > 0
+        if exclusive:
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")  # before the first access, or it is too late
         # Before anything that writes: a file of another version stays as it is.
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        (application,) = self._db.execute("PRAGMA application_id").fetchone()
+        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if version not in (0, SCHEMA):
             raise StoreError(
                 f"{self.directory.responses} has format {version}, this lmsweep writes {SCHEMA}: "
                 "use the version that wrote it, another name=, or fresh=true to set it aside"
             )
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS responses ("
-            "key BLOB PRIMARY KEY, cell TEXT NOT NULL, method TEXT NOT NULL, answer BLOB NOT NULL) WITHOUT ROWID"
-        )
-        self._db.execute(f"PRAGMA user_version={SCHEMA}")
-
-    def put(self, responses: Sequence[Response]) -> None:
-        """Make a batch durable. An answer that is already there stays: the first one given is the one that counts."""
-        with boundary(StoreError, f"write {len(responses)} responses to {self.directory.responses}"), self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany(
-                "INSERT INTO responses VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING",
-                [(r.key, r.cell, r.method, r.answer) for r in responses],
+        if tables and application != APPLICATION:
+            raise StoreError(
+                f"{self.directory.responses} is a database of another program: choose another name= or runs_dir="
             )
+        if unclean:
+            # The last driver was killed, perhaps with its machine; it costs a second for a million responses.
+            (said,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+            if said != "ok":
+                damage = sqlite3.DatabaseError(" ".join(said.split()))
+                damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+                raise damage
+        (journal,) = self._db.execute("PRAGMA journal_mode=WAL").fetchone()
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+        self._db.execute(f"PRAGMA cache_size=-{CACHE_KB}")
+        if version == 0:
+            with self._db:  # all or nothing: half of it would be another program's
+                self._db.execute("BEGIN IMMEDIATE")
+                # Rows lie in the order of their arrival and only the index is all over the place: with rows in the
+                # order of their keys (WITHOUT ROWID) each of them changed a page of its own.
+                self._db.execute(
+                    "CREATE TABLE responses ("
+                    "key BLOB NOT NULL UNIQUE, cell TEXT NOT NULL, method TEXT NOT NULL, answer BLOB NOT NULL)"
+                )
+                self._db.execute(f"PRAGMA application_id={APPLICATION}")
+                self._db.execute(f"PRAGMA user_version={SCHEMA}")
+        return str(journal)
+
+    def put(self, responses: Iterable[Response]) -> None:
+        """Make a batch durable. An answer that is already there stays: the first one given is the one that counts."""
+        # In the order of the index, each of whose pages is then changed once; the first of equal keys stays first.
+        rows = sorted(((r.key, r.cell, r.method, r.answer) for r in responses), key=itemgetter(0))
+        with _disk(f"write {len(rows)} responses to {self.directory.responses}", self.directory):
+            self._claim.check()
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany("INSERT INTO responses VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING", rows)
 
     def answers(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """The stored answers among `keys`."""
         found: dict[bytes, bytes] = {}
-        with boundary(StoreError, f"read {self.directory.responses}"):
-            for start in range(0, len(keys), LOOKUP_ROWS):
-                some = keys[start : start + LOOKUP_ROWS]
+        ordered = sorted(keys)
+        with _disk(f"read {self.directory.responses}", self.directory):
+            for start in range(0, len(ordered), LOOKUP_ROWS):
+                some = ordered[start : start + LOOKUP_ROWS]
                 marks = ",".join("?" * len(some))
                 found.update(self._db.execute(f"SELECT key, answer FROM responses WHERE key IN ({marks})", some))
         return found
 
     def count(self) -> int:
         """Responses stored."""
-        with boundary(StoreError, f"read {self.directory.responses}"):
+        with _disk(f"read {self.directory.responses}", self.directory):
             (number,) = self._db.execute("SELECT count(*) FROM responses").fetchone()
         return int(number)
+
+    def tell(self, work: Work) -> None:
+        """What the next heartbeat says; costs nothing."""
+        self._claim.work = work
 
     def write_record(self, record: Record, files: Mapping[str, bytes]) -> None:
         """Store a cell's outcome: its lm-eval files first, the record last. `files` is name -> content.
@@ -252,7 +368,8 @@ class Store:
         Files of an earlier outcome are removed once the new record stands. A failure has none to put in their place and
         leaves them; it does not replace numbers of the same settings, which it makes no worse.
         """
-        with boundary(StoreError, f"write the record of {record.model}/{record.task}"):
+        with _disk(f"write the record of {record.model}/{record.task}", self.directory):
+            self._claim.check()
             if record.status is Status.FAILED and self._has_numbers(record):
                 return
             folder = self.directory.cell_results(record.model, record.task)
@@ -273,4 +390,4 @@ class Store:
 
     def close(self) -> None:
         self._db.close()
-        self._lock.close()
+        self._claim.close()

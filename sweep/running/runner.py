@@ -23,6 +23,7 @@ from sweep.masking import masked
 from sweep.planning.config import SweepConfig
 from sweep.planning.plan import Cell, Plan, ServerPlan, failure, on_cpu
 from sweep.record import Record, Status
+from sweep.results.claim import Work
 from sweep.results.store import Store, masked_json, write_file
 from sweep.results.tracking import Outcome, Tracker
 from sweep.running.cluster import (
@@ -68,6 +69,9 @@ RATE_S = 1.0
 
 TRACK_S = 5.0
 """Between two points of a model's history in W&B."""
+
+TELL_S = 1.0
+"""Between two words of what is at work; the heartbeat takes the last."""
 
 
 @dataclass(kw_only=True)
@@ -129,6 +133,15 @@ class _Life:
     """Who has how much of its limit."""
     pressure: tuple[int, int] = (0, 0)
     """What its controller was told last."""
+
+    @property
+    def state(self) -> str:
+        """In a word, for people."""
+        if self.lost:
+            return "lost"
+        if self.retiring:
+            return "stopping"
+        return "starting" if self.endpoint is None else "ready"
 
 
 @dataclass(kw_only=True)
@@ -265,6 +278,7 @@ class Runner:
     _evaluators_work: bool = False
     """One of them has said something."""
     _last_tracked: float = 0.0
+    _last_told: float = 0.0
     _serials: Iterator[int] = field(default_factory=itertools.count)
     """Of what evaluators are told of their shares."""
     _costs: Costs = field(default_factory=Costs)
@@ -282,8 +296,7 @@ class Runner:
             self.terminal.finished(record, done, len(self.plan.cells))
         self._begin()
         while any(c.unfinished for c in self._cells.values()):
-            for event in self.cluster.events(TICK_S):
-                self._observe(event)
+            self._hear()
             if stop or self.walltime.over(self.clock()):
                 self.out_of_time = not stop
                 break
@@ -299,8 +312,9 @@ class Runner:
                 self.out_of_time = True
                 break
             self._track()
+            self._tell()
         if stop or self.out_of_time:
-            self._keep_answers()
+            self._hear_last()
         self._keep_concurrency()
         return stop[0] if stop else 0
 
@@ -318,15 +332,20 @@ class Runner:
         states = {state.state for state in self._cells.values()}
         return "running" in states or "checking" in states or any(self._live(name) for name in self._servers)
 
-    def _keep_answers(self) -> None:
+    def _hear(self) -> None:
+        events = self.cluster.events(TICK_S)
+        keep_answers(events, self.store, self.cluster)
+        for event in events:
+            self._observe(event)
+
+    def _hear_last(self) -> None:
         """Have evaluators pass on what they have been answered, and hear them, for KEEP_S at most."""
         for state in self._cells.values():
             if state.state == "running" and state.evaluator is not None:
                 self.cluster.send(state.evaluator, ev.CancelCell(reason="the sweep is stopped"))
         deadline = time.monotonic() + KEEP_S
         while any(state.state == "running" for state in self._cells.values()) and time.monotonic() < deadline:
-            for event in self.cluster.events(TICK_S):
-                self._observe(event)
+            self._hear()
 
     # Beginning.
 
@@ -359,6 +378,7 @@ class Runner:
         for model in dict.fromkeys(cell.model.name for cell in owed):
             self._checks.append(ev.CheckModel(model=self.plan.models[model]))
         log.info("%d cells owed, %d done, %d responses stored", len(owed), len(self.plan.done), self.store.count())
+        log.info("responses go to %s", self.store.mode)
         room = sum(node.evaluators for node in self.cluster.inventory)
         self._seats = [_Seat() for _ in range(min(room, max(len(owed), 1)))]
         self._fill_seats()
@@ -634,9 +654,8 @@ class Runner:
                 self._evaluators[name] = None
                 del self._checking[name]
                 self._checked(said)
-            case ev.Answered(responses=responses):
-                # Right whichever attempt asked: an answer belongs to a model and a request.
-                self.store.put(responses)
+            case ev.Answered():
+                pass  # stored with those of the others
             case _:
                 if name not in self._evaluators or self._evaluators[name] != said.cell:
                     return
@@ -872,7 +891,9 @@ class Runner:
                 log.info("run %s on %s, attempt %d: %s", key, state.evaluator, state.attempt, reason)
                 self.terminal.cell(key, state="loading")
                 facts = self._facts.get(server_name)
-                self.cluster.send(state.evaluator, ev.RunCell(cell=state.cell, attempt=state.attempt, facts=facts))
+                ahead = max(ev.BATCH_RESPONSES, ev.AHEAD_MOST // len(self._evaluators))
+                run = ev.RunCell(cell=state.cell, attempt=state.attempt, facts=facts, ahead=ahead)
+                self.cluster.send(state.evaluator, run)
                 self._share(server_name)
 
     def _share(self, server: str) -> None:
@@ -931,6 +952,21 @@ class Runner:
             )
         self._keep_concurrency()
 
+    def _tell(self) -> None:
+        """Say in the heartbeat what is at work."""
+        now = self.clock()
+        if now - self._last_told < TELL_S:
+            return
+        self._last_told = now
+        running = [c for c in self._cells.values() if c.state == "running"]
+        self.store.tell(
+            Work(
+                running={c.cell.key: (c.progress.done, c.progress.total) if c.progress else (0, 0) for c in running},
+                servers={name: life.state for name, life in self._lives.items()},
+                requests_per_s=round(sum(c.rate for c in running), 1),
+            )
+        )
+
     def _load_of(self, server: str) -> dict[str, float]:
         """Of all its lives; {} while none is ready."""
         loads = [load for name in self._ready(server) if (load := self._lives[name].load) is not None]
@@ -942,6 +978,24 @@ class Runner:
             "waiting": sum(load.waiting for load in loads),
             "kv_cache_use": max(load.kv_cache_use for load in loads),
         }
+
+
+def keep_answers(events: Sequence[ClusterEvent], store: Store, cluster: Cluster) -> None:
+    """Store the responses of all evaluators in one transaction, and tell each that its own are durable.
+
+    A commit costs a few fsyncs whatever is in it; one for each batch would be dozens a second. It comes before anything
+    else of these events: no record stands before the answers that it was made of. Right whichever attempt asked: an
+    answer belongs to a model and a request.
+    """
+    said = [(e.evaluator, e.event) for e in events if isinstance(e, EvaluatorSaid) and isinstance(e.event, ev.Answered)]
+    if not said:
+        return
+    store.put(itertools.chain.from_iterable(answered.responses for _, answered in said))
+    stored: Counter[str] = Counter()
+    for evaluator, answered in said:
+        stored[evaluator] += answered.number
+    for evaluator, number in stored.items():
+        cluster.send(evaluator, ev.Stored(responses=number))
 
 
 def _in_one_line(facts: Facts) -> str:

@@ -1,0 +1,160 @@
+"""The `status` command: what of a sweep is done, running, owed and failed, and whether its driver lives.
+
+Reads plan.json, the records and the heartbeat, never the database: it works from another machine, while a sweep runs
+and after it died. A cell counts as the last launch planned it; a record of other settings makes it neither done nor
+failed.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from sweep.errors import StoreError, boundary
+from sweep.record import Status
+from sweep.results.claim import STALE_S, Heartbeat, read_heartbeat
+from sweep.results.store import RunDirectory, read_cells
+
+MOST = 20
+"""Cells that a list names before it counts the rest."""
+
+
+class State(StrEnum):
+    DONE = "done"
+    RUNNING = "running"
+    OWED = "owed"
+    FAILED = "failed"
+
+
+class _Outcome(msgspec.Struct):
+    """What is needed of a record; the rest may be megabytes."""
+
+    model: str
+    task: str
+    fingerprint: str
+    status: Status
+    started_at: str = ""
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a sweep stands."""
+
+    states: Mapping[str, State]
+    """By cell key, in the order of the plan."""
+    errors: Mapping[str, str]
+    """Of failed cells: the first line."""
+    heartbeat: Heartbeat | None
+    """None where no driver has worked yet."""
+    silent_s: float
+    """Since the last beat, by this machine's clock; 0 where there is none."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether a driver is at work; one that was killed is known as dead after STALE_S."""
+        return self.heartbeat is not None and not self.heartbeat.ended and self.silent_s < STALE_S
+
+    @property
+    def finished(self) -> bool:
+        return all(state in (State.DONE, State.FAILED) for state in self.states.values())
+
+
+def standing(directory: RunDirectory, *, now: float) -> Standing:
+    """`now` is in seconds since 1970. Raises StoreError where no sweep was launched or a file cannot be read."""
+    if not directory.plan.exists():
+        raise StoreError(f"nothing was launched into {directory.root} yet (there is no {directory.plan.name})")
+    with boundary(StoreError, f"read {directory.heartbeat}"):
+        heartbeat = read_heartbeat(directory.heartbeat)
+    outcomes = {f"{o.model}/{o.task}": o for o in _outcomes(directory)}
+    silent_s = max(0.0, now - heartbeat.time) if heartbeat else 0.0
+    at_work = Standing(states={}, errors={}, heartbeat=heartbeat, silent_s=silent_s)
+    states: dict[str, State] = {}
+    errors: dict[str, str] = {}
+    for key, fingerprint in read_cells(directory).items():
+        outcome = outcomes.get(key)
+        if heartbeat is not None and at_work.alive and key in heartbeat.work.running:
+            states[key] = State.RUNNING
+        elif outcome is None or outcome.fingerprint != fingerprint:
+            states[key] = State.OWED
+        elif outcome.status is Status.DONE:
+            states[key] = State.DONE
+        elif heartbeat is not None and at_work.alive and outcome.started_at < heartbeat.since:
+            states[key] = State.OWED  # it failed in an earlier launch, and this one comes to it
+        else:
+            states[key] = State.FAILED
+            errors[key] = (outcome.error or "it says no more").strip().splitlines()[0]
+    return Standing(states=states, errors=errors, heartbeat=heartbeat, silent_s=silent_s)
+
+
+def _outcomes(directory: RunDirectory) -> Iterator[_Outcome]:
+    for path in sorted(directory.records.glob("*.json")):
+        with boundary(StoreError, f"read {path}"):
+            yield msgspec.json.decode(path.read_bytes(), type=_Outcome)
+
+
+def describe(stands: Standing, root: Path, *, width: int | None) -> str:
+    """For people; lines are cut to `width` where there is one."""
+    return "\n".join(_cut(line, width) for line in _lines(stands, root))
+
+
+def _lines(stands: Standing, root: Path) -> Iterator[str]:
+    by_model: dict[str, Counter[State]] = {}
+    for key, state in stands.states.items():
+        by_model.setdefault(key.partition("/")[0], Counter())[state] += 1
+    every = Counter(stands.states.values())
+    yield f"{root}: {every[State.DONE]} of {len(stands.states)} cells done"
+    yield f"driver   {_driver(stands)}"
+    work = stands.heartbeat.work if stands.heartbeat is not None and stands.alive else None
+    if work is not None and work.servers:
+        states = list(work.servers.values())
+        yield f"servers  {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}"
+    if work is not None and work.requests_per_s:
+        yield f"rate     {work.requests_per_s:g} requests/s"
+    yield ""
+    unfinished_first = sorted(by_model.items(), key=lambda item: item[1].keys() == {State.DONE})
+    rows = [[name, *(str(count[state]) for state in State)] for name, count in [*unfinished_first, ("all", every)]]
+    yield from _table([["model", *State], *rows[:-1][:MOST], rows[-1]])
+    if (more := len(by_model) - MOST) > 0:
+        yield f"({more} more models)"
+    if work is not None and work.running:
+        known = {key: f"{done}/{total}" if total else "loading" for key, (done, total) in work.running.items()}
+        yield from _listed("running", known)
+    if stands.errors:
+        yield from _listed("failed", stands.errors)
+
+
+def _driver(stands: Standing) -> str:
+    beat = stands.heartbeat
+    if beat is None:
+        return "none has worked here"
+    if beat.ended:
+        return f"none; the last was {beat} and ended in order"
+    silent = f"last heartbeat {stands.silent_s:.0f} s ago"
+    if stands.alive:
+        return f"{beat}, {silent}"
+    return f"died: {beat}, {silent}; the same command goes on where it stopped"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for name, *figures in rows:
+        yield "  ".join([f"{name:<{widths[0]}}", *(f"{f:>{w}}" for f, w in zip(figures, widths[1:], strict=True))])
+
+
+def _listed(title: str, text_by_cell: Mapping[str, str]) -> Iterator[str]:
+    yield ""
+    yield title
+    shown = list(text_by_cell.items())[:MOST]
+    widest = max(len(key) for key, _ in shown)
+    for key, text in shown:
+        yield f"  {key:<{widest}}  {text}"
+    if more := len(text_by_cell) - len(shown):
+        yield f"  … and {more} more"
+
+
+def _cut(line: str, width: int | None) -> str:
+    return line if width is None or len(line) <= width else f"{line[: width - 1]}…"

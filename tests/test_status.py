@@ -1,0 +1,131 @@
+"""What `status` says of a run directory, from its files alone."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sweep.errors import StoreError
+from sweep.record import Record
+from sweep.record import Status as Outcome
+from sweep.results.claim import STALE_S, Heartbeat, Work
+from sweep.results.store import RunDirectory, write_file
+from sweep.status import MOST, State, describe, standing
+
+NOW = 1_800_000_000.0
+SINCE = "2026-11-26T10:00:00+00:00"
+
+ALIVE = Heartbeat(driver="d", host="login-1", boot="b", pid=42, since=SINCE, time=NOW - 3, beats=9)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "runs" / "s")
+
+
+def planned(directory: RunDirectory, *cells: str) -> None:
+    content = {"cells": {cell: {"fingerprint": f"of {cell}", "done": False} for cell in cells}, "commits": {}}
+    write_file(directory.plan, msgspec.json.encode(content))
+
+
+def recorded(directory: RunDirectory, cell: str, status: Outcome = Outcome.DONE, **changes: str) -> None:
+    model, task = cell.split("/")
+    record = Record(model=model, task=task, fingerprint=f"of {cell}", status=status, started_at=SINCE)
+    record = replace(record, **changes)  # type: ignore[arg-type]
+    write_file(directory.record(model, task), msgspec.json.encode(record))
+
+
+def beats(directory: RunDirectory, heartbeat: Heartbeat) -> None:
+    write_file(directory.heartbeat, msgspec.json.encode(heartbeat))
+
+
+def test_every_cell_is_done_running_owed_or_failed(directory: RunDirectory) -> None:
+    planned(directory, "a/done", "a/runs", "a/waits", "b/fails", "b/other", "b/failed-before")
+    recorded(directory, "a/done")
+    recorded(directory, "b/fails", Outcome.FAILED, error="out of memory\nand more")
+    recorded(directory, "b/failed-before", Outcome.FAILED, error="e", started_at="2026-11-25T10:00:00+00:00")
+    recorded(directory, "b/other", fingerprint="of another limit")
+    recorded(directory, "c/gone")  # no longer in the sweep
+    beats(directory, replace(ALIVE, work=Work(running={"a/runs": (3, 9)}, servers={"a-0": "ready"})))
+    stands = standing(directory, now=NOW)
+    assert stands.states == {
+        "a/done": State.DONE,
+        "a/runs": State.RUNNING,
+        "a/waits": State.OWED,
+        "b/fails": State.FAILED,
+        "b/other": State.OWED,
+        "b/failed-before": State.OWED,  # this launch has yet to come to it
+    }
+    assert stands.errors == {"b/fails": "out of memory"}
+    assert stands.alive
+    assert not stands.finished
+
+
+@pytest.mark.parametrize(
+    ("heartbeat", "alive", "words"),
+    [
+        (ALIVE, True, r"process 42 on login-1 since 2026-11-26T10:00:00\+00:00, last heartbeat 3 s ago"),
+        (replace(ALIVE, time=NOW + 5), True, "last heartbeat 0 s ago"),  # its clock is ahead of ours
+        (
+            replace(ALIVE, time=NOW - STALE_S),
+            False,
+            "died: process 42 on login-1 .* 30 s ago; the same command goes on",
+        ),
+        (replace(ALIVE, ended=True), False, "none; the last was process 42 on login-1 .* ended in order"),
+        (None, False, "none has worked here"),
+    ],
+)
+def test_a_driver_lives_while_it_beats(
+    directory: RunDirectory, heartbeat: Heartbeat | None, alive: bool, words: str
+) -> None:
+    planned(directory, "a/t")
+    if heartbeat is not None:
+        beats(directory, replace(heartbeat, work=Work(running={"a/t": (1, 2)})))
+    stands = standing(directory, now=NOW)
+    assert stands.alive is alive
+    assert stands.states["a/t"] is (State.RUNNING if alive else State.OWED)
+    assert re.search(words, describe(stands, directory.root, width=None))
+
+
+def test_a_failure_of_an_earlier_launch_is_one_when_nobody_is_at_it(directory: RunDirectory) -> None:
+    planned(directory, "a/t")
+    recorded(directory, "a/t", Outcome.FAILED, error="e", started_at="2026-11-25T10:00:00+00:00")
+    beats(directory, replace(ALIVE, ended=True))
+    stands = standing(directory, now=NOW)
+    assert stands.states == {"a/t": State.FAILED}
+    assert stands.finished
+
+
+def test_the_table_is_plain_text_that_fits_the_terminal_and_folds_what_is_too_much(directory: RunDirectory) -> None:
+    models = [f"model-{n:03}" for n in range(MOST + 5)]
+    planned(directory, *(f"{model}/{task}" for model in models for task in ("one", "two")))
+    for model in models:
+        recorded(directory, f"{model}/one")
+        recorded(directory, f"{model}/two", Outcome.FAILED, error="a long reason " * 20)
+    recorded(directory, "model-000/two")
+    work = Work(running={f"{model}/two": (50, 100) for model in models[:2]}, servers={"a": "ready", "b": "ready"})
+    beats(directory, replace(ALIVE, since="", work=replace(work, requests_per_s=12.5)))
+    text = describe(standing(directory, now=NOW), directory.root, width=60)
+    lines = text.splitlines()
+    assert max(map(len, lines)) == 60
+    assert "\x1b" not in text
+    assert "servers  2 ready" in lines
+    assert "rate     12.5 requests/s" in lines
+    assert "model      done  running  owed  failed" in lines
+    assert "model-001     1        1     0       0" in lines
+    assert "all          25        2     0      23" in lines
+    assert "(5 more models)" in lines
+    assert "  model-000/two  50/100" in lines
+    assert "  … and 3 more" in lines
+    assert [line for line in lines if line.startswith("  model-002/two  a long reason") and line.endswith("…")]
+
+
+def test_a_directory_without_a_launch_and_a_broken_record_are_said(directory: RunDirectory) -> None:
+    with pytest.raises(StoreError, match=r"nothing was launched into .*/runs/s yet"):
+        standing(directory, now=NOW)
+    planned(directory, "a/t")
+    write_file(directory.record("a", "t"), "{")
+    with pytest.raises(StoreError, match=r"read .*a\.t\.json"):
+        standing(directory, now=NOW)
