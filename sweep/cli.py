@@ -43,6 +43,7 @@ only=M/T        run the cells of model M and task T again (shell wildcards), fro
                 with plan, check and fetch: only what these cells need
 fresh=true      set the old run directory aside and begin anew
 samples=1       with plan: show one rendered prompt of each cell
+cluster=FILE    with plan: what it would take on the cluster that the file describes (conf/cluster/8xH100.yaml)
 
 exit codes      0    every cell is done
                 1    some cells failed, a model cannot be served, something could not be fetched, or the walltime was
@@ -75,6 +76,8 @@ class Arguments:
     only: str | None = None
     fresh: bool = False
     samples: bool = False
+    cluster: str | None = None
+    """A file that describes one."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -93,7 +96,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         key, equals, value = argument.partition("=")
         if not equals:
             raise ConfigError(f"{argument!r} is not of the form key=value (--help shows what there is)")
-        if key in ("conf", "only", "fresh", "samples"):
+        if key in ("conf", "only", "fresh", "samples", "cluster"):
             options[key] = value
         else:
             overrides.append(argument)
@@ -109,6 +112,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError(f"fresh= belongs to a run; `{command}` neither reads results nor writes any")
     if command != "plan" and "samples" in options:
         raise ConfigError("samples= belongs to `plan`, which renders prompts without running anything")
+    if command != "plan" and "cluster" in options:
+        raise ConfigError("cluster= belongs to `plan`; a run takes the cluster that it finds (see ray.address)")
     return Arguments(
         command=command,
         words=(),
@@ -117,6 +122,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         only=options.get("only"),
         fresh=options.get("fresh") == "true",
         samples=options.get("samples") == "1",
+        cluster=options.get("cluster"),
     )
 
 
@@ -169,15 +175,20 @@ def _loaded(arguments: Arguments) -> "SweepConfig":
 
 
 def _plan(arguments: Arguments) -> int:
-    from sweep.overview import describe, rendered
+    from sweep.overview import describe, expected, rendered
+    from sweep.planning.loading import load_cluster
     from sweep.planning.plan import make_plan
     from sweep.results.store import RunDirectory, read_commits, read_records
+    from sweep.running.inventory import described
+    from sweep.running.machine import local_node
 
     config = _loaded(arguments)
+    nodes = described(load_cluster(arguments.cluster)) if arguments.cluster else (local_node(config.ray),)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     records, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
     plan = make_plan(config, records, only=arguments.only, ask_hub=False, commits=commits)
     print(describe(config, plan, directory))
+    print(f"\n{expected(plan, nodes, records.values(), where=arguments.cluster or 'this machine')}")
     _examine(plan, required=False, told=True)
     failed = 0
     for cell in plan.cells if arguments.samples else ():
