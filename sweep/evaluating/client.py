@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import aiohttp
 import msgspec
 
-from sweep.errors import PassingFault, RequestError
+from sweep.errors import PassingFault, RequestError, RequestFault
 from sweep.evaluating.concurrency import Need
 from sweep.evaluating.dispatch import Dispatched, Queue, Queued
 from sweep.serving.server import Endpoint
@@ -307,7 +307,7 @@ class Client:
             for queued in calls[answered:]:
                 queued.attempts += 1
                 if queued.attempts >= ATTEMPTS:
-                    raise RequestError(
+                    raise RequestFault(
                         f"a request to model {self.model} failed {ATTEMPTS} times, last at {endpoint.server}: {error}"
                     ) from None
             queue.back(endpoint.server, calls[answered:])

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sweep import ROOT
-from sweep.errors import SweepError
+from sweep.errors import SweepError, may_pass
 from sweep.evaluating.client import Cancelled, Pool
 from sweep.evaluating.concurrency import Need
 from sweep.evaluating.preflight import Facts
@@ -208,6 +208,8 @@ class CellFailed:
     cell: str
     attempt: int
     error: str | None
+    passing: bool = False
+    """Another attempt may succeed."""
 
 
 Event = Checked | WantAnswers | NeedServer | Demand | Answered | CellProgress | CellDone | CellFailed
@@ -492,7 +494,8 @@ def _work_forever(link: _Link) -> None:
         except Cancelled:
             return CellFailed(cell=cell.key, attempt=number, error=None)
         except FAILURES as error:
-            return CellFailed(cell=cell.key, attempt=number, error=_words(f"evaluate {cell.key}", error))
+            words = _words(f"evaluate {cell.key}", error)
+            return CellFailed(cell=cell.key, attempt=number, error=words, passing=may_pass(error))
         return CellDone(cell=cell.key, attempt=number, record=done.record, files=done.files)
 
     def problem(doing: str, work: Callable[[], object]) -> str | None:
