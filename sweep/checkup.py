@@ -29,7 +29,7 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.machine import require
+from sweep.running.inventory import require, total_gpus
 from sweep.running.runner import TICK_S, listen, stop_signals
 from sweep.running.schedule import RetireServer, ServerView, StartServer, View, schedule
 
@@ -58,7 +58,7 @@ def check(config: SweepConfig, plan: Plan, directory: RunDirectory, *, api_key: 
     if plan.owed_servers:
         with stop_signals() as stop, closing(Cluster(config.ray, api_key=api_key, secrets=secrets)) as cluster:
             listen(stop)  # Ray has put a handler of its own in place
-            require(plan.owed_servers, cluster.capacity)
+            require(plan.owed_servers, cluster.inventory)
             checkup = Checkup(plan=plan, cluster=cluster, directory=directory, secrets=secrets, found=found)
             number = checkup.run(stop)
     order = list(plan.models)
@@ -139,8 +139,8 @@ class Checkup:
                 return stop[0]
             for action in schedule(self._view()):
                 match action:
-                    case StartServer(server=name):
-                        self._start(self._servers[name])
+                    case StartServer(server=name, nodes=nodes):
+                        self._start(self._servers[name], nodes)
                     case RetireServer(life=life):
                         self._of(life).stopping = True
                         self.cluster.stop_server(life)
@@ -189,12 +189,13 @@ class Checkup:
 
     # Servers.
 
-    def _start(self, server: _Server) -> None:
+    def _start(self, server: _Server, nodes: Sequence[str]) -> None:
         server.life = f"{server.plan.name}-0"
         self._say(f"{server.life} is {'waited for' if server.plan.external else 'starting'}")
         token_ids = {model: self._tokenizers[model].token_ids for model in server.plan.adapters}
         expected = expectation(server.plan, self.plan.models, token_ids)
-        self.cluster.start_server(server.plan, server.life, self.directory.server_log(server.life), expected)
+        log_path = self.directory.server_log(server.life)
+        self.cluster.start_server(server.plan, server.life, log_path, expected, nodes=nodes)
 
     def _ended(self, server: _Server, checks: Sequence[Check]) -> None:
         server.asked = True
@@ -210,8 +211,8 @@ class Checkup:
 
     def _view(self) -> View:
         """To be asked is the one cell that each server has to do, once its tokenizers are known."""
-        capacity, unknown = self.cluster.capacity, set(self._unknown_tokenizers())
-        on_cpus = {name: on_cpu(s.plan, cluster_gpus=capacity.gpus) for name, s in self._servers.items()}
+        nodes, unknown = self.cluster.inventory, set(self._unknown_tokenizers())
+        on_cpus = {name: on_cpu(s.plan, cluster_gpus=total_gpus(nodes)) for name, s in self._servers.items()}
         ours = {name: s for name, s in self._servers.items() if s.life is not None and not s.plan.external}
         return View(
             servers=tuple(
@@ -229,8 +230,8 @@ class Checkup:
             ),
             waiting=(),
             running_by_server={},
-            free_gpus=capacity.gpus - sum(s.plan.gpus for name, s in ours.items() if not on_cpus[name]),
-            free_cpu_servers=capacity.cpu_servers - sum(on_cpus[name] for name in ours),
+            free_gpus=total_gpus(nodes) - sum(s.plan.gpus for name, s in ours.items() if not on_cpus[name]),
+            free_cpu_servers=sum(node.cpu_servers for node in nodes) - sum(on_cpus[name] for name in ours),
             idle_evaluators=0,
         )
 

@@ -167,14 +167,15 @@ def _check(arguments: Arguments) -> int:
     from sweep.planning.loading import load, secrets_of
     from sweep.planning.plan import make_plan
     from sweep.results.store import RunDirectory, read_commits
-    from sweep.running.machine import local_capacity, prepare_local_ray, require, starts_local
+    from sweep.running.inventory import require
+    from sweep.running.machine import local_node, prepare_local_ray, starts_local
 
     config = load(str(arguments.conf), arguments.overrides)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     plan = make_plan(config, {}, only=arguments.only, ask_hub=True, commits=read_commits(directory))
     local = starts_local(config.ray)
     if plan.owed and local:
-        require(plan.owed_servers, local_capacity(config.ray))
+        require(plan.owed_servers, [local_node(config.ray)])
         prepare_local_ray()
     _examine(plan, required=local)
     api_key = config.api_key or secrets.token_urlsafe(32)
@@ -223,7 +224,8 @@ def _run(arguments: Arguments) -> int:
     from sweep.planning.loading import dump, load, secrets_of
     from sweep.planning.plan import make_plan
     from sweep.results.store import RunDirectory, Store, masked_json, read_commits, read_records, set_aside, write_file
-    from sweep.running.machine import local_capacity, prepare_local_ray, require, starts_local
+    from sweep.running.inventory import require
+    from sweep.running.machine import local_node, prepare_local_ray, starts_local
 
     config = load(str(arguments.conf), arguments.overrides)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
@@ -234,7 +236,7 @@ def _run(arguments: Arguments) -> int:
         return _conclude(config, plan, plan.done, directory, before)
     planned = document(plan)
     if plan.owed and starts_local(config.ray):
-        require(plan.owed_servers, local_capacity(config.ray))
+        require(plan.owed_servers, [local_node(config.ray)])
         prepare_local_ray()
     _examine(plan, required=starts_local(config.ray))
     if arguments.fresh and (aside := set_aside(directory)) is not None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +33,7 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.machine import Capacity
+from sweep.running.inventory import Node
 from sweep.serving.server import Endpoint
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ class ScriptedCluster:
     """What a check asks of a cluster, noted; what happens there is written by the test."""
 
     def __init__(self, script: "Script", *, cpu_servers: int, gpus: float) -> None:
-        self.capacity = Capacity(gpus=gpus, largest_node_gpus=gpus, cpu_servers=cpu_servers, evaluators=1)
+        self.inventory = (Node(name="n", gpus=gpus, cpu_servers=cpu_servers, evaluators=1),)
         self.asked: list[str] = []
         """Models whose tokenizers are to be loaded."""
         self.started: dict[str, Mapping[str, Expected]] = {}
@@ -119,7 +119,9 @@ class ScriptedCluster:
     def send(self, evaluator: str, message: ev.CheckModel) -> None:
         self.asked.append(message.model.name)
 
-    def start_server(self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected]) -> None:
+    def start_server(
+        self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected], *, nodes: Sequence[str]
+    ) -> None:
         self.started[life] = expected
 
     def stop_server(self, life: str) -> None:

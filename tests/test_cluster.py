@@ -34,7 +34,7 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.machine import Capacity
+from sweep.running.inventory import Node
 
 KEY = "a-key-for-the-cluster-0123456789"
 STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in_server.py"))]
@@ -82,8 +82,8 @@ def elsewhere() -> Iterator[Elsewhere]:
 
 
 def a_cluster() -> Cluster:
-    module.local_capacity = lambda config: Capacity(  # type: ignore[assignment]
-        gpus=GPUS, largest_node_gpus=GPUS, cpu_servers=1, evaluators=1
+    module.local_node = lambda config: Node(  # type: ignore[assignment]
+        name="", gpus=GPUS, cpu_servers=1, evaluators=1
     )
     return Cluster(RayConfig(address="local"), api_key=KEY)
 

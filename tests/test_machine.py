@@ -1,18 +1,15 @@
 """What a machine carries, and refusing at once what it does not."""
 
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from sweep.errors import ResourceError
-from sweep.planning.config import Device, Model, RayConfig
-from sweep.planning.plan import ServerPlan
+from sweep.planning.config import RayConfig
 from sweep.running import machine
-from sweep.running.machine import Capacity, local_capacity, local_gpus, require, starts_local
+from sweep.running.machine import local_gpus, local_node, starts_local
 
 
 def gpus_listed(path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -106,56 +103,9 @@ def test_cpu_servers_and_evaluators_follow_cores_and_memory(
     monkeypatch.setattr(machine, "local_gpus", lambda: gpus)
     monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory_gb * 2**30))
-    capacity = local_capacity(config)
-    assert (capacity.cpu_servers, capacity.evaluators) == expected
-    assert capacity.gpus == capacity.largest_node_gpus == gpus
-
-
-def plans(*needs: tuple[str, Device, float]) -> dict[str, ServerPlan]:
-    return {
-        name: ServerPlan(
-            name=name,
-            model=Model(path="org/m", device=device),
-            revision=None,
-            adapters={name: None},
-            gpus=gpus,
-            replicas=1,
-        )
-        for name, device, gpus in needs
-    }
-
-
-def capacity(gpus: float, largest: float) -> Capacity:
-    return Capacity(gpus=gpus, largest_node_gpus=largest, cpu_servers=1, evaluators=1)
-
-
-def test_a_server_that_someone_else_runs_needs_no_gpu() -> None:
-    model = Model(url="http://gpu-box:8000", tokenizer="org/m")
-    theirs = ServerPlan(name="m", model=model, revision=None, adapters={"m": None}, gpus=0, replicas=1)
-    require({"m": theirs}, capacity(0, 0))
-    require({"m": replace(theirs, gpus=4)}, capacity(0, 0))
-
-
-@pytest.mark.parametrize(
-    ("servers", "there"),
-    [
-        (plans(("a", Device.GPU, 1), ("b", Device.GPU, 2)), capacity(2, 2)),
-        (plans(("a", Device.CPU, 1)), capacity(0, 0)),
-        (plans(("a", Device.AUTO, 4)), capacity(0, 0)),
-        (plans(("a", Device.GPU, 0.5)), capacity(1, 1)),
-    ],
-)
-def test_what_fits_on_one_node_passes(servers: dict[str, ServerPlan], there: Capacity) -> None:
-    require(servers, there)
-
-
-def test_everything_that_can_never_fit_is_named_at_once() -> None:
-    servers = plans(("a", Device.GPU, 1), ("b", Device.GPU, 4), ("c", Device.AUTO, 8), ("d", Device.CPU, 1))
-    with pytest.raises(ResourceError) as caught:
-        require(servers, capacity(4, 2))
-    assert "b needs 4 GPUs on one node; c needs 8 GPUs on one node; the largest node has 2" in str(caught.value)
-    with pytest.raises(ResourceError, match="a needs 1 GPU on one node; b needs 4 GPUs on one node; there is none"):
-        require(servers, capacity(0, 0))
+    node = local_node(config)
+    assert (node.cpu_servers, node.evaluators) == expected
+    assert node.gpus == gpus
 
 
 def test_a_local_cluster_gets_a_token_of_its_own_and_leaves_choices_of_the_user(

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.machine import Capacity
+from sweep.running.inventory import Node
 from sweep.running.progress import Terminal
 from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
 from sweep.running.runner import DEATHS_MOST, Runner
@@ -75,7 +75,7 @@ class ScriptedCluster:
     """What the runner asks of a cluster, noted; what happens there is written by the test."""
 
     def __init__(self, script: "Script", *, evaluators: int, cpu_servers: int) -> None:
-        self.capacity = Capacity(gpus=0, largest_node_gpus=0, cpu_servers=cpu_servers, evaluators=evaluators)
+        self.inventory = (Node(name="n", cpu_servers=cpu_servers, evaluators=evaluators),)
         self.evaluators: list[str] = []
         self.sent: dict[str, list[Any]] = {}
         """Evaluator -> its messages that the test has not taken yet."""
@@ -98,7 +98,9 @@ class ScriptedCluster:
         self.sent[name] = []
         self._placed.append(EvaluatorReady(evaluator=name))
 
-    def start_server(self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected]) -> None:
+    def start_server(
+        self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected], *, nodes: Sequence[str]
+    ) -> None:
         self.started.append(life)
         self.expected[life] = expected
 

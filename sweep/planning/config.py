@@ -60,9 +60,17 @@ class Model:
     device: Device = Device.GPU
     """`cpu` serves with vLLM's CPU build; `auto` takes a GPU where the cluster has one and the CPU elsewhere."""
     tensor_parallel: int = 1
-    """GPUs that one server spans; all on one node."""
+    """GPUs that one server spans; all on one node, or on each of its `nodes`."""
+    nodes: int = 1
+    """Nodes that one server spans, for a model that no single node can hold: its layers are split over them, and each
+    holds `tensor_parallel` GPUs."""
     gpus: float | None = None
-    """GPUs held by one server: a fraction shares one GPU. Unset means `tensor_parallel`."""
+    """GPUs held by one server, on each of its nodes: a fraction shares one GPU. Unset means `tensor_parallel`."""
+    gpu_type: str | None = None
+    """Only GPUs of this type, by Ray's name for it (`H100`, `A100-80G`); unset means any."""
+    gpu_memory_gb: float | None = None
+    """Only GPUs with so much memory or more; unset means any. A node whose memory nobody knows is not ruled out: vLLM
+    says what it lacks when it starts."""
     replicas: int | Literal["auto"] = 1
     """Servers of this model at the same time, or `auto`."""
     concurrency: int | Literal["auto"] = "auto"
@@ -161,9 +169,9 @@ class RayConfig:
     """Unset: RAY_ADDRESS if it is set, otherwise a local cluster for this sweep alone. `auto`, `local` or `host:port`
     decide it."""
     cpu_servers: int | None = None
-    """CPU servers that may run at the same time on a local cluster; unset means what cores and memory carry."""
+    """CPU servers that may run at the same time on a node; unset means what it declares, or what its cores carry."""
     evaluators: int | None = None
-    """Evaluators at the same time on a local cluster; unset means what cores and memory carry."""
+    """Evaluators at the same time on a node; unset means what it declares, or what its cores carry."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -488,7 +488,10 @@ _OF_OUR_SERVER: dict[str, str] = {
     "env": "the server at url runs in an environment of its own",
     "device": "the server at url has devices of its own",
     "tensor_parallel": "the server at url has devices of its own",
+    "nodes": "the server at url has devices of its own",
     "gpus": "the server at url has devices of its own",
+    "gpu_type": "the server at url has devices of its own",
+    "gpu_memory_gb": "the server at url has devices of its own",
     "replicas": "there is one server at url; several behind one address share `concurrency`",
     "quantization": "the server at url was started with its own; `revision` may hold a label of what it serves",
     "dtype": "the server at url was started with its own; `revision` may hold a label of what it serves",
@@ -694,7 +697,7 @@ def _check(config: SweepConfig, models: Mapping[str, _Draft], tasks: Mapping[str
 
 
 def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None:
-    amounts = ("tensor_parallel", "gpus", "replicas", "concurrency", "max_model_len")
+    amounts = ("tensor_parallel", "nodes", "gpus", "gpu_memory_gb", "replicas", "concurrency", "max_model_len")
     _check_amounts(model, (*amounts, "startup_timeout_s", "hang_timeout_s", "max_failures"), draft.mistake)
     _check_key(model.api_key, draft.mistake)
     if model.device is Device.CPU and model.tensor_parallel > 1:
@@ -703,6 +706,10 @@ def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None
         raise draft.mistake("gpus", f"device is cpu, which holds none; got {model.gpus:g}")
     if model.gpus is not None and model.gpus < model.tensor_parallel > 1:
         raise draft.mistake("gpus", f"tensor_parallel spans {model.tensor_parallel} whole GPUs, got {model.gpus:g}")
+    if model.device is Device.CPU and model.nodes > 1:
+        raise draft.mistake("nodes", f"splits a model over GPUs of several nodes, but device is cpu; got {model.nodes}")
+    if model.nodes > 1 and (model.gpus or 1) < 1:
+        raise draft.mistake("nodes", f"takes whole GPUs of each node, but gpus is {model.gpus:g}")
     if model.device is Device.CPU and model.env.get(BATCH_INVARIANT, "0") != "0":
         raise draft.mistake(
             "env", f"{BATCH_INVARIANT} needs a GPU: vLLM's CPU build cannot keep answers independent of the batch"
@@ -736,6 +743,7 @@ _AMOUNTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "num_fewshot": (lambda shots: shots >= 0, "0 or more examples"),
     "gpus": (lambda gpus: 0 < gpus < 1 or (gpus >= 1 and gpus.is_integer()), "a share below 1 or whole GPUs"),
+    "gpu_memory_gb": (lambda gb: gb > 0, "more than 0 GB"),
     "retries": (lambda retries: retries >= 0, "0 or more"),
     "startup_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
     "hang_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from sweep.evaluating.evaluator import EvaluatorProcess, Event
 from sweep.evaluating.preflight import Check, Expected, Facts, Inspection, inspect
 from sweep.planning.config import RayConfig
 from sweep.planning.plan import ServerPlan, on_cpu
-from sweep.running.machine import CPU_SERVER, EVALUATOR, Capacity, local_capacity, starts_local
+from sweep.running.inventory import Node, total_gpus
+from sweep.running.machine import CPU_SERVER, EVALUATOR, local_node, starts_local
 from sweep.serving.external import ExternalServer
 from sweep.serving.server import Endpoint, Server
 
@@ -43,6 +44,9 @@ PLACE_S = 30.0
 
 LOAD_S = 5.0
 """Between two words of a server's figures while its limit stays."""
+
+GPU_TYPE = "accelerator_type:"
+"""How Ray's resources of a node name the type of its GPUs."""
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 """What these are where the sweep is launched holds for its servers and evaluators on every node, whose own environment
@@ -304,44 +308,48 @@ class Cluster:
         self._session: Path | None = None
         """Ray's folder of logs and sockets of a cluster that is ours alone, to be removed with it."""
         try:
-            self.capacity = self._start_local(config) if starts_local(config) else self._connect(config)
+            self.inventory = self._start_local(config) if starts_local(config) else self._connect(config)
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             raise ResourceError(f"connect to Ray at {config.address or 'a local cluster'}: {error}") from error
-        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         # Servers are heard on loopback only when all that asks them is on their node, and a node may join later: a
-        # sweep that begins on one node, which is all that its capacity counts, stays there.
-        self._only_node: str | None = nodes[0] if len(nodes) == 1 else None
+        # sweep that begins on one node, which is all that its inventory counts, stays there.
+        self._only_node: str | None = self.inventory[0].name if len(self.inventory) == 1 else None
 
-    def _start_local(self, config: RayConfig) -> Capacity:
-        capacity = local_capacity(config)
+    def _start_local(self, config: RayConfig) -> tuple[Node, ...]:
+        node = local_node(config)
         context = ray.init(
             address="local",
-            num_gpus=int(capacity.gpus),
-            resources={CPU_SERVER: capacity.cpu_servers, EVALUATOR: capacity.evaluators},
+            num_gpus=int(node.gpus),
+            resources={CPU_SERVER: node.cpu_servers, EVALUATOR: node.evaluators},
             include_dashboard=False,
             log_to_driver=False,
             configure_logging=False,
         )
         self._session = Path(context.address_info["session_dir"])
-        return capacity
+        return (replace(node, name=ray.nodes()[0]["NodeID"]),)
 
-    def _connect(self, config: RayConfig) -> Capacity:
+    def _connect(self, config: RayConfig) -> tuple[Node, ...]:
         ray.init(address=config.address or "auto", log_to_driver=False, configure_logging=False)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        total = ray.cluster_resources()
-        gpus, cpus = total.get("GPU", 0.0), total.get("CPU", 1.0)
-        cpu_servers = config.cpu_servers or int(total.get(CPU_SERVER, max(1, cpus // 4)))
-        evaluators = config.evaluators or int(total.get(EVALUATOR, max(1, min(2 * (gpus or cpu_servers), cpus // 2))))
-        return Capacity(
-            gpus=gpus,
-            largest_node_gpus=max((node.get("GPU", 0.0) for node in nodes), default=0.0),
-            cpu_servers=cpu_servers,
-            evaluators=evaluators,
+        return tuple(
+            _node(node["NodeID"], node["Resources"], config)
+            for node in sorted(ray.nodes(), key=lambda node: str(node["NodeManagerHostname"]))
+            if node["Alive"]
         )
 
-    def start_server(self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected]) -> None:
-        """Begin a server's life; ServerReady or ServerFailed follows. `expected` is what it must be, by model."""
-        actor = _ServerActor.options(**self._needs(plan), **self._placement()).remote(
+    def start_server(
+        self,
+        plan: ServerPlan,
+        life: str,
+        log_path: Path,
+        expected: Mapping[str, Expected],
+        *,
+        nodes: Sequence[str] = (),
+    ) -> None:
+        """Begin a server's life; ServerReady or ServerFailed follows. `expected` is what it must be, by model.
+
+        `nodes` are names of the inventory, where the server is to run; without any Ray finds a place.
+        """
+        actor = _ServerActor.options(**self._needs(plan), **self._placement(nodes)).remote(
             plan, life, self._api_key, str(log_path), self._only_node is not None, self._secrets, self._variables
         )
         self._servers[life] = actor
@@ -386,13 +394,12 @@ class Cluster:
     def _needs(self, plan: ServerPlan) -> dict[str, Any]:
         if plan.external:
             return {}
-        cpu = on_cpu(plan, cluster_gpus=self.capacity.gpus)
+        cpu = on_cpu(plan, cluster_gpus=total_gpus(self.inventory))
         return self._slot(CPU_SERVER) if cpu else {"num_gpus": plan.gpus}
 
-    def _placement(self) -> dict[str, Any]:
-        if self._only_node is None:
-            return {}
-        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(self._only_node, soft=False)}
+    def _placement(self, nodes: Sequence[str] = ()) -> dict[str, Any]:
+        node = self._only_node or next(iter(nodes), None)
+        return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
     def _slot(self, name: str) -> dict[str, Any]:
         """One slot where the cluster declares them, a whole CPU where it does not."""
@@ -580,6 +587,17 @@ class Cluster:
             ray.shutdown()
             if self._session is not None:
                 _remove_session(self._session)
+
+
+def _node(name: str, resources: Mapping[str, float], config: RayConfig) -> Node:
+    """A node of a cluster that we joined; slots that it does not declare are taken as whole CPUs."""
+    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
+    types = [key.removeprefix(GPU_TYPE) for key in resources if key.startswith(GPU_TYPE)]
+    cpu_servers = config.cpu_servers or int(resources.get(CPU_SERVER, max(1, cpus // 4)))
+    evaluators = config.evaluators or int(resources.get(EVALUATOR, max(1, min(2 * (gpus or cpu_servers), cpus // 2))))
+    return Node(
+        name=name, gpus=gpus, gpu_type=types[0] if types else "", cpu_servers=cpu_servers, evaluators=evaluators
+    )
 
 
 def _remove_session(folder: Path) -> None:

@@ -5,14 +5,11 @@ import os
 import re
 import secrets
 import subprocess
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import psutil
 
-from sweep.errors import ResourceError
 from sweep.planning.config import RayConfig
-from sweep.planning.plan import ServerPlan, on_cpu
+from sweep.running.inventory import Node
 
 CPU_SERVER = "lmsweep_cpu_server"
 EVALUATOR = "lmsweep_evaluator"
@@ -25,16 +22,6 @@ CPU_SERVERS_MOST = 4
 
 EVALUATOR_GB = 1.0
 """0.65 GB measured after a first cell, plus documents and requests."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """What the cluster carries at the same time."""
-
-    gpus: float
-    largest_node_gpus: float
-    cpu_servers: int
-    evaluators: int
 
 
 def local_gpus() -> int:
@@ -58,7 +45,7 @@ def starts_local(config: RayConfig) -> bool:
     return config.address == "local" or (config.address is None and not os.environ.get("RAY_ADDRESS"))
 
 
-def local_capacity(config: RayConfig) -> Capacity:
+def local_node(config: RayConfig) -> Node:
     """What this machine carries: measured needs of a CPU server and an evaluator against its memory and cores."""
     gpus, cores = local_gpus(), len(os.sched_getaffinity(0))
     memory_gb = psutil.virtual_memory().available / 2**30
@@ -66,23 +53,7 @@ def local_capacity(config: RayConfig) -> Capacity:
     cpu_servers = config.cpu_servers or max(1, min(CPU_SERVERS_MOST, cores, by_memory))
     servers = gpus or cpu_servers
     evaluators = config.evaluators or max(1, min(2 * servers, cores, int(memory_gb * 0.25 / EVALUATOR_GB)))
-    return Capacity(gpus=gpus, largest_node_gpus=gpus, cpu_servers=cpu_servers, evaluators=evaluators)
-
-
-def require(servers: Mapping[str, ServerPlan], capacity: Capacity) -> None:
-    """Raise ResourceError when some server could never start, with all that are concerned."""
-    short = [
-        f"{server.name} needs {server.gpus:g} GPU{'s' if server.gpus > 1 else ''} on one node"
-        for server in servers.values()
-        if not (server.external or on_cpu(server, cluster_gpus=capacity.gpus))
-        and server.gpus > capacity.largest_node_gpus
-    ]
-    if short:
-        there = f"the largest node has {capacity.largest_node_gpus:g}" if capacity.gpus else "there is none here"
-        raise ResourceError(
-            f"not enough GPUs: {'; '.join(short)}; {there}. Run it where they are (`ray.address=host:port`), "
-            "or set `device: cpu` for models that a CPU can serve"
-        )
+    return Node(name="this machine", gpus=gpus, cpu_servers=cpu_servers, evaluators=evaluators)
 
 
 def prepare_local_ray() -> None:

@@ -36,7 +36,7 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.machine import require
+from sweep.running.inventory import require, total_gpus
 from sweep.running.progress import Terminal
 from sweep.running.restarts import LOSSES_MOST, NEVER_LOST, Restarts, healthy
 from sweep.running.schedule import CellView, RetireServer, RunCell, ServerView, StartServer, View, schedule
@@ -152,7 +152,7 @@ def carry_out(config: SweepConfig, plan: Plan, store: Store, *, api_key: str, se
         closing(Cluster(config.ray, api_key=api_key, secrets=secrets)) as cluster,
     ):
         listen(stop)  # Ray has put a handler of its own in place
-        require(plan.owed_servers, cluster.capacity)
+        require(plan.owed_servers, cluster.inventory)
         tracker = Tracker(
             config.wandb,
             sweep=config.name,
@@ -263,7 +263,8 @@ class Runner:
         for model in dict.fromkeys(cell.model.name for cell in owed):
             self._checks.append(ev.CheckModel(model=self.plan.models[model]))
         log.info("%d cells owed, %d done, %d responses stored", len(owed), len(self.plan.done), self.store.count())
-        self._seats = [_Seat() for _ in range(min(self.cluster.capacity.evaluators, max(len(owed), 1)))]
+        room = sum(node.evaluators for node in self.cluster.inventory)
+        self._seats = [_Seat() for _ in range(min(room, max(len(owed), 1)))]
         self._fill_seats()
 
     def _fill_seats(self) -> None:
@@ -660,7 +661,7 @@ class Runner:
         return [state for state in self._cells.values() if state.cell.model.server == server]
 
     def _view(self) -> View:
-        capacity = self.cluster.capacity
+        nodes = self.cluster.inventory
         on_cpus = {name: self._on_cpu(name) for name in self._servers}
         ours = [life.server for life in self._lives.values() if not self._servers[life.server].plan.external]
         used = [self._servers[name].plan.gpus for name in ours if not on_cpus[name]]
@@ -693,13 +694,13 @@ class Runner:
                 if c.state == "waiting"
             ),
             running_by_server=running,
-            free_gpus=capacity.gpus - sum(used),
-            free_cpu_servers=capacity.cpu_servers - cpu_lives,
+            free_gpus=total_gpus(nodes) - sum(used),
+            free_cpu_servers=sum(node.cpu_servers for node in nodes) - cpu_lives,
             idle_evaluators=0 if self._checks else sum(work is None for work in self._evaluators.values()),
         )
 
     def _on_cpu(self, server: str) -> bool:
-        return on_cpu(self._servers[server].plan, cluster_gpus=self.cluster.capacity.gpus)
+        return on_cpu(self._servers[server].plan, cluster_gpus=total_gpus(self.cluster.inventory))
 
     def _wants_server(self, state: _CellState) -> bool:
         """Before facts of its server are known, nothing can be stored for it; afterwards an evaluator looks first."""
@@ -714,7 +715,7 @@ class Runner:
 
     def _carry_out(self, action: StartServer | RetireServer | RunCell) -> None:
         match action:
-            case StartServer(server=name, reason=reason):
+            case StartServer(server=name, nodes=nodes, reason=reason):
                 server = self._servers[name]
                 life = f"{name}-{server.started}"
                 server.started += 1
@@ -722,7 +723,8 @@ class Runner:
                 log.info("start server %s: %s", life, reason)
                 self._show_server(name, "starting")
                 expected = expectation(server.plan, self.plan.models, self._token_ids)
-                self.cluster.start_server(server.plan, life, self.store.directory.server_log(life), expected)
+                log_path = self.store.directory.server_log(life)
+                self.cluster.start_server(server.plan, life, log_path, expected, nodes=nodes)
             case RetireServer(life=life, reason=reason):
                 log.info("stop server %s: %s", life, reason)
                 self._lives[life].retiring = True

@@ -55,6 +55,8 @@ class View:
 @dataclass(frozen=True, kw_only=True)
 class StartServer:
     server: str
+    nodes: tuple[str, ...] = ()
+    """Where, by the inventory's names: one, or as many as the server spans; none for an external one."""
     reason: str
 
 

@@ -1,0 +1,86 @@
+"""What nodes have, and which server could ever run where."""
+
+from dataclasses import replace
+
+import pytest
+
+from sweep.errors import ResourceError
+from sweep.planning.config import Device, Model
+from sweep.planning.plan import ServerPlan
+from sweep.running.inventory import Node, require, shortages
+
+
+def node(name: str, gpus: float, **more: object) -> Node:
+    return replace(Node(name=name, gpus=gpus, cpu_servers=1, evaluators=1), **more)  # type: ignore[arg-type]
+
+
+def plans(*needs: tuple[str, Device, float]) -> dict[str, ServerPlan]:
+    return {
+        name: ServerPlan(
+            name=name,
+            model=Model(path="org/m", device=device),
+            revision=None,
+            adapters={name: None},
+            gpus=gpus,
+            replicas=1,
+        )
+        for name, device, gpus in needs
+    }
+
+
+def test_a_server_that_someone_else_runs_needs_no_gpu() -> None:
+    model = Model(url="http://gpu-box:8000", tokenizer="org/m")
+    theirs = ServerPlan(name="m", model=model, revision=None, adapters={"m": None}, gpus=0, replicas=1)
+    require({"m": theirs}, [node("a", 0)])
+    require({"m": replace(theirs, gpus=4)}, [node("a", 0)])
+
+
+@pytest.mark.parametrize(
+    ("servers", "there"),
+    [
+        (plans(("a", Device.GPU, 1), ("b", Device.GPU, 2)), [node("a", 2)]),
+        (plans(("a", Device.CPU, 1)), [node("a", 0)]),
+        (plans(("a", Device.AUTO, 4)), [node("a", 0)]),
+        (plans(("a", Device.GPU, 0.5)), [node("a", 1)]),
+        (plans(("a", Device.GPU, 4)), [node("a", 1), node("b", 4)]),
+    ],
+)
+def test_what_fits_on_one_node_passes(servers: dict[str, ServerPlan], there: list[Node]) -> None:
+    require(servers, there)
+
+
+def test_everything_that_can_never_fit_is_named_at_once() -> None:
+    servers = plans(("a", Device.GPU, 1), ("b", Device.GPU, 4), ("c", Device.AUTO, 8), ("d", Device.CPU, 1))
+    with pytest.raises(ResourceError) as caught:
+        require(servers, [node("x", 2), node("y", 2)])
+    assert "b needs 4 GPUs on one node; c needs 8 GPUs on one node; the largest node has 2. Run" in str(caught.value)
+    with pytest.raises(ResourceError, match="a needs 1 GPU on one node; b needs 4 GPUs on one node; there is none"):
+        require(servers, [node("x", 0)])
+
+
+H100, A100 = {"gpu_type": "H100", "gpu_memory_gb": 80.0}, {"gpu_type": "A100-40G", "gpu_memory_gb": 40.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "there", "reason"),
+    [
+        ({"gpu_type": "h100"}, [node("a", 8, **H100)], None),
+        ({"gpu_type": "H200"}, [node("a", 8, **H100), node("b", 8, **H100), node("c", 4)],
+         "m needs 4 GPUs of type H200 on one node; the cluster has 2 nodes of 8 H100 (80 GB), 1 node of 4 GPUs"),
+        ({"gpu_memory_gb": 60.0}, [node("a", 8, **A100)],
+         "m needs 4 GPUs with 60 GB on one node; the cluster has 1 node of 8 A100-40G (40 GB)"),
+        ({"gpu_memory_gb": 60.0}, [node("a", 8)], None),
+        ({"nodes": 2}, [node("a", 8), node("b", 8)], None),
+        ({"nodes": 2}, [node("a", 8), node("b", 2)], "m needs 4 GPUs on each of 2 nodes; 1 node has so many"),
+        ({"nodes": 3}, [node("a", 8), node("b", 4)], "m needs 4 GPUs on each of 3 nodes; 2 nodes have so many"),
+        ({"device": Device.CPU, "gpu_type": "H100"}, [node("a", 0)], None),
+        ({"device": Device.CPU}, [node("a", 8, cpu_servers=0)],
+         "m needs a place for a CPU server; no node has one"),
+    ],
+)  # fmt: skip
+def test_what_a_model_asks_of_its_gpus_is_held_against_each_node(
+    model: dict[str, object], there: list[Node], reason: str | None
+) -> None:
+    (plan,) = plans(("m", Device.GPU, 4)).values()
+    settings = replace(plan.model, **model)  # type: ignore[arg-type]
+    assert shortages({"m": replace(plan, model=settings)}, there) == ([] if reason is None else [reason])
