@@ -53,7 +53,10 @@ ORDER = [
     # running
     "inventory",
     "machine",
+    "nodes",
     "restarts",
+    "seats",
+    "failures",
     "schedule",
     "cluster",
     "progress",

@@ -123,6 +123,9 @@ class PoolChanged:
 
     shares: tuple[tuple[Endpoint, int], ...]
     facts: Facts | None
+    lost: tuple[str, ...] = ()
+    """Names of endpoints that are dead: what is in flight there is asked again elsewhere and not waited for, since a
+    node that is cut off does not even close its connections."""
     serial: int = 0
     """Comes back with Demand, which says that it was heard."""
 
@@ -341,9 +344,9 @@ class _Attempt:
             match message:
                 case KnownAnswers(answers=answers):
                     self._answers = answers
-                case PoolChanged(shares=shares, facts=facts, serial=serial):
+                case PoolChanged(shares=shares, facts=facts, lost=lost, serial=serial):
                     self._facts = facts or self._facts
-                    self.pool.update(shares)
+                    self.pool.update(shares, lost=lost)
                     self._serial = serial
                 case CancelCell(reason=reason):
                     self._cancelled = reason
