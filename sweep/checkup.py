@@ -17,7 +17,7 @@ from sweep.evaluating import evaluator as ev
 from sweep.evaluating.preflight import Check, Outcome, expectation
 from sweep.masking import masked
 from sweep.planning.config import SweepConfig
-from sweep.planning.plan import Plan, ServerPlan, on_cpu
+from sweep.planning.plan import Plan, ServerPlan
 from sweep.results.store import RunDirectory
 from sweep.running.cluster import (
     Cluster,
@@ -29,9 +29,9 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.inventory import require, total_gpus
+from sweep.running.inventory import need, require
 from sweep.running.runner import TICK_S, listen, stop_signals
-from sweep.running.schedule import RetireServer, ServerView, StartServer, View, schedule
+from sweep.running.schedule import LifeView, RetireServer, ServerView, StartServer, View, schedule
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class _Server:
     plan: ServerPlan
     life: str | None = None
     """None before it starts and when nothing of it is left."""
+    nodes: tuple[str, ...] = ()
     asked: bool = False
     """Or found to be none that can be."""
     stopping: bool = False
@@ -190,8 +191,8 @@ class Checkup:
 
     # Servers.
 
-    def _start(self, server: _Server, nodes: Sequence[str]) -> None:
-        server.life = f"{server.plan.name}-0"
+    def _start(self, server: _Server, nodes: tuple[str, ...]) -> None:
+        server.life, server.nodes = f"{server.plan.name}-0", nodes
         self._say(f"{server.life} is {'waited for' if server.plan.external else 'starting'}")
         token_ids = {model: self._tokenizers[model].token_ids for model in server.plan.adapters}
         expected = expectation(server.plan, self.plan.models, token_ids)
@@ -213,28 +214,24 @@ class Checkup:
     def _view(self) -> View:
         """To be asked is the one cell that each server has to do, once its tokenizers are known."""
         nodes, unknown = self.cluster.inventory, set(self._unknown_tokenizers())
-        on_cpus = {name: on_cpu(s.plan, cluster_gpus=total_gpus(nodes)) for name, s in self._servers.items()}
-        ours = {name: s for name, s in self._servers.items() if s.life is not None and not s.plan.external}
-        return View(
-            servers=tuple(
+        view = View(nodes)
+        for name, server in self._servers.items():
+            lives = (
+                ()
+                if server.life is None
+                else (LifeView(name=server.life, nodes=server.nodes, live=not server.stopping),)
+            )
+            view.put(
                 ServerView(
                     name=name,
-                    gpus=0 if on_cpus[name] else server.plan.gpus,
-                    external=server.plan.external,
+                    need=need(server.plan, nodes),
                     replicas=1,
-                    lives=(server.life,) if server.life is not None and not server.stopping else (),
-                    resting=False,
+                    lives=lives,
                     unfinished_cells=int(not server.asked),
                     wanted=unknown.isdisjoint(server.plan.adapters),
                 )
-                for name, server in self._servers.items()
-            ),
-            waiting=(),
-            running_by_server={},
-            free_gpus=total_gpus(nodes) - sum(s.plan.gpus for name, s in ours.items() if not on_cpus[name]),
-            free_cpu_servers=sum(node.cpu_servers for node in nodes) - sum(on_cpus[name] for name in ours),
-            idle_evaluators=0,
-        )
+            )
+        return view
 
     def _say(self, text: str) -> None:
         print(f"{time.monotonic() - self._begun:5.0f} s  {masked(text, self.secrets)}", flush=True)

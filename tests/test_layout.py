@@ -58,6 +58,8 @@ ORDER = [
     "seats",
     "failures",
     "schedule",
+    "costs",
+    "simulate",
     "cluster",
     "progress",
     "runner",

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sweep.running.inventory import Need, Node
 from sweep.running.schedule import (
     CELLS_PER_MODEL,
-    CellView,
+    WORTHWHILE,
+    LifeView,
     RetireServer,
     RunCell,
     ServerView,
@@ -20,30 +22,46 @@ from sweep.running.schedule import (
 )
 
 
-def server(name: str = "a", **changes: object) -> ServerView:
+def server(name: str = "a", *, gpus: float = 1, lives: int = 0, **changes: object) -> ServerView:
+    """One with so many ready servers on the first node, and hours of work."""
     known = ServerView(
-        name=name, gpus=1, external=False, replicas=1, lives=(), resting=False, unfinished_cells=3, wanted=True
+        name=name,
+        need=Need(gpus=gpus),
+        replicas=1,
+        lives=tuple(LifeView(name=f"{name}-{n}", nodes=("n0",)) for n in range(lives)),
+        unfinished_cells=3,
+        wanted=True,
+        work_s=3600.0,
     )
     return replace(known, **changes)  # type: ignore[arg-type]
 
 
-def waiting(*keys: str, can_start: bool = True) -> tuple[CellView, ...]:
-    """Cells `server/task`."""
-    return tuple(CellView(key=key, server=key.partition("/")[0], can_start=can_start) for key in keys)
+def external(name: str = "a", *, lives: int = 0, **changes: object) -> ServerView:
+    there = tuple(LifeView(name=f"{name}-{n}") for n in range(lives))
+    return replace(server(name, **changes), need=None, lives=there)  # type: ignore[arg-type]
 
 
-def view(*servers: ServerView, **changes: object) -> View:
-    known = View(servers=servers, waiting=(), running_by_server={}, free_gpus=0, free_cpu_servers=0, idle_evaluators=0)
-    return replace(known, **changes)  # type: ignore[arg-type]
+def waiting(*keys: str) -> tuple[str, ...]:
+    return tuple(f"a/{key}" for key in keys)
 
 
-def decided(seen: View) -> list[str]:
+def view(*servers: ServerView, gpus: float | tuple[float, ...] = 0, slots: int = 0, idle_evaluators: int = 0) -> View:
+    """Of a cluster with `gpus` on each of its nodes."""
+    each = gpus if isinstance(gpus, tuple) else (gpus,)
+    seen = View([Node(name=f"n{n}", gpus=count, cpu_servers=slots) for n, count in enumerate(each)])
+    for known in servers:
+        seen.put(known)
+    seen.idle_evaluators = idle_evaluators
+    return seen
+
+
+def decided(seen: View, *, places: bool = False) -> list[str]:
     words = []
     for action in schedule(seen):
         assert action.reason
         match action:
-            case StartServer(server=name):
-                words.append(f"start {name}")
+            case StartServer(server=name, nodes=nodes):
+                words.append(f"start {name}" + (f" on {' '.join(nodes)}" if places else ""))
             case RetireServer(life=life):
                 words.append(f"retire {life}")
             case RunCell(cell=key):
@@ -54,58 +72,112 @@ def decided(seen: View) -> list[str]:
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [
-        (view(server("a"), server("b"), free_gpus=2), ["start a", "start b"]),
-        (view(server("a"), server("b"), free_gpus=1), ["start a"]),
-        (view(server("a", gpus=0), server("b", gpus=0), free_cpu_servers=1), ["start a"]),
-        (view(server("a", gpus=0.5), server("b", gpus=0.5), free_gpus=1), ["start a", "start b"]),
-        (view(*(server(n, gpus=0.1) for n in "abcdefghijk"), free_gpus=1), [f"start {n}" for n in "abcdefghij"]),
-        (view(server("a", wanted=False), server("b"), free_gpus=2), ["start b"]),
-        (view(server("a", unfinished_cells=0), free_gpus=2), []),
-        (view(server("a", lives=("a-0",)), free_gpus=2), []),
+        (view(server("a"), server("b"), gpus=2), ["start a", "start b"]),
+        (view(server("a"), server("b"), gpus=1), ["start a"]),
+        (view(server("a", gpus=0), server("b", gpus=0), slots=1), ["start a"]),
+        (view(server("a", gpus=0.5), server("b", gpus=0.5), gpus=1), ["start a", "start b"]),
+        (view(*(server(n, gpus=0.1) for n in "abcdefghijk"), gpus=1), [f"start {n}" for n in "abcdefghij"]),
+        (view(server("a", wanted=False), server("b"), gpus=2), ["start b"]),
+        (view(server("a", unfinished_cells=0), gpus=2), []),
+        (view(server("a", lives=1), gpus=2), []),
     ],
     ids=["in order", "as fits", "cpu slots", "half GPUs", "tenths", "not wanted", "nothing owed", "runs already"],
 )
-def test_servers_start_in_plan_order_as_resources_allow(seen: View, expected: list[str]) -> None:
+def test_servers_with_as_much_to_do_start_in_plan_order_as_resources_allow(seen: View, expected: list[str]) -> None:
+    assert decided(seen) == expected
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (view(server("a", work_s=10), server("b", work_s=90), gpus=1), ["start b"]),
+        (view(server("a", work_s=90), server("b", work_s=10, gpus=2), gpus=2), ["start b"]),
+        (view(server("a", work_s=10, start_s=100), server("b", work_s=90, start_s=10), gpus=1), ["start a"]),
+    ],
+    ids=["most work", "most GPUs, which will not be free together later", "with its start"],
+)
+def test_the_largest_goes_first(seen: View, expected: list[str]) -> None:
     assert decided(seen) == expected
 
 
 def test_no_smaller_server_overtakes_one_that_waits_for_gpus() -> None:
-    assert decided(view(server("big", gpus=4), server("small"), free_gpus=2)) == []
+    assert decided(view(server("big", gpus=4), server("busy", gpus=2, lives=1), server("small"), gpus=4)) == []
+
+
+@pytest.mark.parametrize(
+    ("small", "gpus", "expected"),
+    [
+        ({"work_s": 100.0}, 4, ["start small on n0"]),
+        ({}, 5, ["start small on n0"]),
+        ({}, (4, 1), ["start small on n1"]),
+    ],
+    ids=["over before", "beside it", "elsewhere"],
+)
+def test_what_does_not_delay_the_one_that_waits_goes_on(
+    small: dict[str, object], gpus: tuple[float, ...], expected: list[str]
+) -> None:
+    busy = server("busy", gpus=2, lives=1)
+    assert decided(view(server("big", gpus=4), busy, server("small", **small), gpus=gpus), places=True) == expected  # type: ignore[arg-type]
 
 
 def test_a_server_that_waits_for_gpus_holds_up_no_cpu_server() -> None:
-    seen = view(server("big", gpus=4), server("tiny", gpus=0), free_gpus=2, free_cpu_servers=1)
+    seen = view(server("big", gpus=4), server("busy", lives=1), server("tiny", gpus=0), gpus=4, slots=1)
     assert decided(seen) == ["start tiny"]
 
 
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [
-        (view(server("a", replicas=3), server("b"), free_gpus=4), ["start a", "start b", "start a", "start a"]),
-        (view(server("a", replicas=3), server("b"), free_gpus=2), ["start a", "start b"]),
-        (view(server("a", replicas=2, lives=("a-0",)), free_gpus=4), ["start a"]),
-        (view(server("a", replicas=None, unfinished_cells=2), free_gpus=8), ["start a", "start a"]),
-        (view(server("a", replicas=3, lives=("a-0",)), server("b", gpus=2), free_gpus=1), []),
+        (view(server("a", replicas=3, lives=1), server("b"), gpus=4), ["start b", "start a", "start a"]),
+        (view(server("a", replicas=3), server("b"), gpus=2), ["start a", "start b"]),
+        (view(server("a", replicas=2, lives=1), gpus=4), ["start a"]),
+        (view(server("a", replicas=None, lives=1), gpus=4), ["start a"] * 3),
+        (view(server("a", replicas=2, lives=1), server("b", replicas=2, lives=1, work_s=9000), gpus=3), ["start b"]),
+        (view(server("a", lives=1), server("b", gpus=2), server("c", replicas=2, lives=1, work_s=9000), gpus=3), []),
+        (view(server("a", gpus=0, replicas=None, lives=1), slots=3), []),
+        (view(server("a", gpus=0, replicas=2, lives=1), slots=3), ["start a"]),
     ],
-    ids=["others first", "none spare", "the second", "auto: one a cell", "not before another's first"],
-)
+    ids=[
+        "others first",
+        "none spare",
+        "the second",
+        "auto: all that help",
+        "to the one that ends last",
+        "not before another's first",
+        "auto: none on the CPU",
+        "a number: on the CPU too",
+    ],
+)  # fmt: skip
 def test_spare_gpus_go_to_replicas_once_every_wanted_server_has_one(seen: View, expected: list[str]) -> None:
     assert decided(seen) == expected
+
+
+@pytest.mark.parametrize(("left_s", "starts"), [(0, 0), (100, 0), (100 * (1 + 2.1 * WORTHWHILE), 1), (1000, 1)])
+def test_a_replica_starts_when_it_has_time_to_do_more_than_its_start_costs(left_s: float, starts: int) -> None:
+    seen = view(server("a", replicas=2, lives=1, work_s=left_s, start_s=100.0), gpus=2)
+    assert len(decided(seen)) == starts
+
+
+def test_a_reason_has_the_numbers_that_it_follows_from() -> None:
+    (action,) = schedule(view(server("a", replicas=2, lives=1, work_s=1000, start_s=100.0), gpus=2))
+    assert action.reason == "replica 2, 1000 s left become 550 s with a start of 100 s"
 
 
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [
-        (view(server("a", resting=True), free_gpus=1), []),
-        (view(server("a", resting=True), server("b"), free_gpus=1), []),
-        (view(server("a", resting=True), server("b"), free_gpus=2), ["start b"]),
-        (view(server("a", resting=True, wanted=False), server("b"), free_gpus=1), []),
-        (view(server("a", resting=True, unfinished_cells=0), server("b"), free_gpus=1), ["start b"]),
-        (view(server("a", gpus=2, resting=True), server("b"), free_gpus=1), []),
-        (view(server("a", gpus=0, resting=True), server("b"), free_gpus=1, free_cpu_servers=1), ["start b"]),
-        (view(server("a", resting=True, lives=("a-0",), replicas=2), server("b"), free_gpus=1), ["start b"]),
-        (view(server("a", resting=True), server("b", replicas=2, lives=("b-0",)), free_gpus=1), []),
-        (view(server("a", resting=True), server("b", lives=("b-0",), unfinished_cells=0), free_gpus=0), ["retire b-0"]),
+        (view(server("a", resting=True), gpus=1), []),
+        (view(server("a", resting=True), server("b"), gpus=1), []),
+        (view(server("a", resting=True), server("b"), gpus=2), ["start b"]),
+        (view(server("a", resting=True, wanted=False), server("b"), gpus=1), []),
+        (view(server("a", resting=True, unfinished_cells=0), server("b"), gpus=1), ["start b"]),
+        (view(server("a", gpus=2, resting=True), server("b"), gpus=1), ["start b"]),
+        (view(server("a", gpus=2, resting=True), server("c", lives=1), server("b"), gpus=2), []),
+        (view(server("a", gpus=0, resting=True), server("b"), gpus=1, slots=1), ["start b"]),
+        (view(server("a", resting=True, lives=1, replicas=2), server("b"), gpus=2), ["start b"]),
+        (view(server("a", resting=True), server("b", replicas=2, lives=1), gpus=2), []),
+        (view(server("a", resting=True), server("b", lives=1, unfinished_cells=0), gpus=1), ["retire b-0"]),
+        (view(server("b"), server("a", running=2), gpus=1), ["start a"]),
     ],
     ids=[
         "not yet",
@@ -113,11 +185,13 @@ def test_spare_gpus_go_to_replicas_once_every_wanted_server_has_one(seen: View, 
         "the rest is free",
         "kept though nobody asked",
         "not for a model that has failed",
+        "not where it can never be",
         "kept though it is not free",
         "its own kind only",
         "a replica's place is not",
         "not given to replicas",
         "others retire",
+        "what has evaluators comes back first",
     ],
 )
 def test_what_a_resting_server_needs_stays_free_for_it(seen: View, expected: list[str]) -> None:
@@ -127,47 +201,63 @@ def test_what_a_resting_server_needs_stays_free_for_it(seen: View, expected: lis
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [
-        (view(server("a", external=True)), ["start a"]),
-        (view(server("a", external=True, gpus=0)), ["start a"]),
-        (view(server("big", gpus=4), server("a", external=True), free_gpus=2), ["start a"]),
-        (view(server("a", external=True), server("b"), free_gpus=1), ["start b", "start a"]),
-        (view(server("a", external=True, lives=("a-0",))), []),
-        (view(server("a", external=True, resting=True)), []),
-        (view(server("a", external=True, wanted=False)), []),
-        (view(server("a", external=True, lives=("a-0",), unfinished_cells=0)), ["retire a-0"]),
+        (view(external("a")), ["start a"]),
+        (view(server("big", gpus=4), server("c", lives=1), external("a"), gpus=4), ["start a"]),
+        (view(external("a"), server("b"), gpus=1), ["start b", "start a"]),
+        (view(external("a", lives=1)), []),
+        (view(external("a", resting=True)), []),
+        (view(external("a", wanted=False)), []),
+        (view(external("a", lives=1, unfinished_cells=0)), ["retire a-0"]),
     ],
-    ids=["no GPU", "no slot", "waits for nobody", "takes nothing", "once", "resting", "not wanted", "retires"],
+    ids=["no GPU", "waits for nobody", "takes nothing", "once", "resting", "not wanted", "retires"],
 )
 def test_a_server_that_someone_else_runs_costs_nothing(seen: View, expected: list[str]) -> None:
     assert decided(seen) == expected
 
 
 def test_a_server_without_unfinished_cells_is_retired_with_all_its_replicas() -> None:
-    seen = view(server("a", unfinished_cells=0, lives=("a-0", "a-1"), wanted=False), server("b", lives=("b-0",)))
+    seen = view(server("a", unfinished_cells=0, lives=2, wanted=False), server("b", lives=1), gpus=3)
     assert decided(seen) == ["retire a-0", "retire a-1"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("idle", "changes", "expected"),
     [
-        ({"idle_evaluators": 2}, ["run a/1", "run b/1"]),
-        ({"idle_evaluators": 9}, ["run a/1", "run b/1", "run a/2", "run b/2"]),
-        ({"idle_evaluators": 9, "running_by_server": {"a": CELLS_PER_MODEL}}, ["run b/1", "run b/2"]),
-        ({"idle_evaluators": 1, "running_by_server": {"a": 1}}, ["run b/1"]),
-        ({"idle_evaluators": 0}, []),
-        ({"idle_evaluators": 9, "waiting": waiting("a/1", can_start=False)}, []),
+        (2, {}, ["run a/1", "run b/1"]),
+        (9, {}, ["run a/1", "run b/1", "run a/2", "run b/2"]),
+        (9, {"running": CELLS_PER_MODEL}, ["run b/1", "run b/2"]),
+        (1, {"running": 1}, ["run b/1"]),
+        (0, {}, []),
+        (9, {"waiting": ()}, ["run b/1", "run b/2"]),
     ],
 )
-def test_idle_evaluators_take_cells_of_the_least_loaded_server(changes: dict[str, object], expected: list[str]) -> None:
-    cells = waiting("a/1", "a/2", "a/3", "b/1", "b/2", "b/3")
-    seen = view(server("a", lives=("a-0",)), server("b", lives=("b-0",)), waiting=cells)
-    assert decided(replace(seen, **changes)) == expected  # type: ignore[arg-type]
+def test_idle_evaluators_take_cells_of_the_least_loaded_server(
+    idle: int, changes: dict[str, object], expected: list[str]
+) -> None:
+    a = server("a", lives=1, **{"waiting": ("a/1", "a/2", "a/3"), **changes})  # type: ignore[arg-type]
+    b = server("b", lives=1, waiting=("b/1", "b/2", "b/3"))
+    assert decided(view(a, b, gpus=2, idle_evaluators=idle)) == expected
 
 
 def test_a_model_with_two_servers_runs_twice_as_many_cells() -> None:
-    cells = waiting(*(f"a/{n}" for n in range(9)))
-    seen = view(server("a", lives=("a-0", "a-1"), replicas=2), waiting=cells, idle_evaluators=9)
+    seen = view(server("a", lives=2, replicas=2, waiting=waiting(*"123456789")), gpus=2, idle_evaluators=9)
     assert len(decided(seen)) == 2 * CELLS_PER_MODEL
+
+
+def test_deciding_changes_nothing() -> None:
+    seen = view(server("a", replicas=None), server("b", gpus=2), server("c", gpus=4), gpus=(4, 2), idle_evaluators=2)
+    assert schedule(seen) == schedule(seen)
+
+
+def test_a_node_that_joins_is_used_and_one_that_leaves_holds_nothing() -> None:
+    seen = view(server("a", lives=1), server("b"), gpus=1)
+    assert decided(seen) == []
+    seen.put_nodes([Node(name="n0", gpus=1), Node(name="n1", gpus=1)])
+    assert decided(seen, places=True) == ["start b on n1"]
+    seen.put_nodes([Node(name="n1", gpus=1)])
+    assert decided(seen, places=True) == ["start b on n1"]
+    seen.put(server("a", lives=0))
+    assert len(decided(seen)) == 1
 
 
 # A sweep in small: what the runner makes of the decisions, with chance in place of servers and cells.
@@ -192,7 +282,19 @@ class World:
     """Life -> server; lost, and still holding what it had."""
     rests: dict[str, int] = field(default_factory=dict)
     """Server -> steps until it may start again."""
+    nodes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of each life that ever was."""
     count: int = 0
+
+    def fits_everywhere(self) -> None:
+        held = {"n0": 0.0, "n1": 0.0, "slots": 0.0}
+        for life, owner in [*self.lives.items(), *self.dying.items()]:
+            need = self.servers[owner].need
+            for node in self.nodes[life] if need is not None else ():
+                held[node if need and need.gpus else "slots"] += need.gpus or 1 if need else 0
+        assert held["n0"] <= self.gpus + 1e-3
+        assert held["n1"] <= 1 + 1e-3
+        assert held["slots"] <= self.slots
 
     def of(self, name: str, cells: Iterable[str]) -> list[str]:
         return [key for key in cells if key.partition("/")[0] == name]
@@ -204,44 +306,41 @@ class World:
         servers = [
             replace(
                 known,
-                lives=lives(name),
+                lives=tuple(LifeView(name=life, nodes=self.nodes[life]) for life in lives(name))
+                + tuple(
+                    LifeView(name=life, nodes=self.nodes[life], live=False)
+                    for life, owner in self.dying.items()
+                    if owner == name
+                ),
                 resting=name in self.rests,
+                running=len(self.of(name, self.running)),
+                waiting=tuple(key for key in self.of(name, self.waiting) if self.waiting[key] or lives(name)),
                 unfinished_cells=len(self.of(name, [*self.waiting, *self.running])),
                 wanted=any(not self.waiting[key] for key in self.of(name, self.waiting))
                 or any(self.running[key] for key in self.of(name, self.running)),
             )
             for name, known in self.servers.items()
         ]
-        # As the runner does.
-        servers.sort(key=lambda seen: not (seen.resting or self.of(seen.name, self.running)))
-        holders = [self.servers[owner] for owner in [*self.lives.values(), *self.dying.values()]]
-        ours = [known for known in holders if not known.external]
-        return View(
-            servers=tuple(servers),
-            waiting=tuple(
-                CellView(key=key, server=(owner := key.partition("/")[0]), can_start=stored or bool(lives(owner)))
-                for key, stored in self.waiting.items()
-            ),
-            running_by_server={name: len(self.of(name, self.running)) for name in self.servers},
-            free_gpus=self.gpus - sum(known.gpus for known in ours),
-            free_cpu_servers=self.slots - sum(not known.gpus for known in ours),
-            idle_evaluators=self.evaluators - len(self.running),
-        )
+        view = View([Node(name="n0", gpus=self.gpus, cpu_servers=self.slots), Node(name="n1", gpus=1)])
+        for known in servers:
+            view.put(known)
+        view.idle_evaluators = self.evaluators - len(self.running)
+        return view
 
     def step(self, chance: Random, *, losses: bool) -> None:
         for action in schedule(self.view()):
             match action:
-                case StartServer(server=name):
+                case StartServer(server=name, nodes=nodes):
                     assert name not in self.rests
                     self.lives[f"{name}-{self.count}"] = name
+                    self.nodes[f"{name}-{self.count}"] = nodes
                     self.count += 1
                 case RetireServer(life=life):
                     del self.lives[life]
                 case RunCell(cell=key):
                     self.running[key] = not self.waiting.pop(key)
         seen = self.view()
-        assert seen.free_gpus >= -1e-3
-        assert seen.free_cpu_servers >= 0
+        self.fits_everywhere()
         assert seen.idle_evaluators >= 0
         self.rests = {name: left - 1 for name, left in self.rests.items() if left > 1}
         self.dying = {life: owner for life, owner in self.dying.items() if chance.random() < 0.5}
@@ -288,8 +387,10 @@ def test_every_sweep_ends_with_all_cells_done_and_never_holds_more_than_there_is
 ) -> None:
     world = World(
         servers={
-            f"s{n}": server(f"s{n}", gpus=needs, replicas=replicas, external=external)
-            for n, (needs, replicas, _, external) in enumerate(servers)
+            f"s{n}": (external if outside else server)(
+                f"s{n}", replicas=replicas, **({} if outside else {"gpus": needs})
+            )
+            for n, (needs, replicas, _, outside) in enumerate(servers)
         },
         gpus=gpus,
         slots=slots,

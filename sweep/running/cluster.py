@@ -293,7 +293,7 @@ def _look(sources: Mapping[str, Sequence[Source]], *, first: bool) -> Looked:
         folder = folder.parent
     return Looked(
         gpu_memory_gb=gpu.smallest_gb() if first else None,
-        disk_free_gb=shutil.disk_usage(folder).free / 1e9,
+        disk_free_gb=shutil.disk_usage(folder).free // 10**9,  # whole, so that a node seldom changes
         weights=frozenset(
             path for path, parts in sources.items() if (not any(map(lacking, parts)) if parts else os.path.exists(path))
         ),

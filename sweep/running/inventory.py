@@ -1,8 +1,9 @@
 """What a cluster has, node by node, and where a server may run. Pure data: no Ray."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 
 from sweep.errors import ResourceError
 from sweep.planning.plan import ServerPlan, on_cpu
@@ -72,6 +73,105 @@ def fits(need: Need, node: Node) -> bool:
     # Memory that nobody knows is not held against a node: vLLM says at its start what it lacks.
     large = need.gpu_memory_gb is None or node.gpu_memory_gb is None or node.gpu_memory_gb >= need.gpu_memory_gb
     return node.gpus >= need.gpus and typed and large
+
+
+class Places:
+    """What is free on each node, and who holds the rest. Ray numbers the GPUs of a node as it likes; the numbers here
+    only say which fractions share one."""
+
+    def __init__(self, nodes: Iterable[Node] = ()) -> None:
+        self._nodes = {node.name: node for node in nodes}
+        self._gpus = {name: [1.0] * int(node.gpus) for name, node in self._nodes.items()}
+        """What is left of each GPU."""
+        self._slots = {name: node.cpu_servers for name, node in self._nodes.items()}
+        """For CPU servers."""
+        self._held: dict[str, tuple[tuple[str, tuple[int, ...], float], ...]] = {}
+        """By holder: node, its GPUs and how much of each; no GPU for a CPU slot."""
+        self.total_gpus = sum(map(len, self._gpus.values()))
+        self.total_slots = sum(self._slots.values())
+        self.free_gpus = float(self.total_gpus)
+        self.free_slots = self.total_slots
+
+    def copy(self) -> "Places":
+        other = Places()
+        vars(other).update(vars(self))
+        other._gpus = {name: [*gpus] for name, gpus in self._gpus.items()}
+        other._slots, other._held = dict(self._slots), dict(self._held)
+        return other
+
+    def find(self, need: Need, *, closed: Collection[str] = ()) -> tuple[str, ...]:
+        """Where a server would be put now, as many nodes as it needs; none where it does not fit. `closed` nodes are
+        kept for others.
+
+        Nodes that hold the weights come first, then the fullest: what is left elsewhere stays whole for large servers.
+        """
+        suited = []
+        for name, node in self._nodes.items():
+            if name not in closed and (left := self._left(need, node)) >= 0 and fits(need, node):
+                suited.append((need.weights not in node.weights, left, name))
+        return tuple(name for *_, name in nsmallest(need.nodes, suited)) if len(suited) >= need.nodes else ()
+
+    def nearest(self, need: Need, *, closed: Collection[str] = ()) -> tuple[str, ...]:
+        """The nodes that lack least of what the server needs, to be kept for it; none where it can never start."""
+        lacking = [
+            (-self._left(need, node), name)
+            for name, node in self._nodes.items()
+            if name not in closed and fits(need, node)
+        ]
+        return tuple(name for _, name in nsmallest(need.nodes, lacking)) if len(lacking) >= need.nodes else ()
+
+    def free_on(self, node: str) -> float:
+        return sum(self._gpus[node])
+
+    def _left(self, need: Need, node: Node) -> float:
+        """What of the node would stay free, the less the better a fit; below 0 for what is lacking."""
+        if not need.gpus:
+            return self._slots[node.name] - 1
+        gpus = self._gpus[node.name]
+        if need.gpus >= 1:
+            return gpus.count(1.0) - need.gpus
+        shared = [left - need.gpus for left in gpus if need.gpus <= left + ROUNDING and left < 1]
+        return max(0.0, min(shared)) if shared else gpus.count(1.0) - need.gpus
+
+    def take(self, holder: str, need: Need, nodes: Iterable[str]) -> None:
+        """A node that is no longer there has nothing to hold."""
+        held: list[tuple[str, tuple[int, ...], float]] = []
+        for name in nodes:
+            if name not in self._nodes:
+                continue
+            if not need.gpus:
+                self._slots[name] -= 1
+                self.free_slots -= 1
+                held.append((name, (), 0.0))
+                continue
+            gpus, share = self._gpus[name], min(1.0, need.gpus)
+            # Best fit here too: a fraction goes to the fullest GPU that has room for it.
+            fitting = sorted((left, number) for number, left in enumerate(gpus) if share <= left + ROUNDING)
+            numbers = tuple(number for _, number in fitting[: max(1, int(need.gpus))])
+            for number in numbers:
+                # Tenths do not add up to one.
+                gpus[number] = 0.0 if gpus[number] - share < ROUNDING else gpus[number] - share
+            self.free_gpus -= share * len(numbers)
+            held.append((name, numbers, share))
+        self._held[holder] = tuple(held)
+
+    def give_back(self, holder: str) -> None:
+        for name, numbers, share in self._held.pop(holder, ()):
+            if not numbers:
+                self._slots[name] += 1
+                self.free_slots += 1
+            for number in numbers:
+                left = self._gpus[name][number] + share
+                self._gpus[name][number] = 1.0 if left > 1 - ROUNDING else left
+            self.free_gpus += share * len(numbers)
+
+    def held(self, holder: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The holder's nodes and its GPUs there."""
+        return tuple((name, numbers) for name, numbers, _ in self._held.get(holder, ()))
+
+
+ROUNDING = 1e-6
+"""Fractions of a GPU add up with rounding errors."""
 
 
 def require(servers: Mapping[str, ServerPlan], nodes: Sequence[Node]) -> None:

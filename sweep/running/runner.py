@@ -36,11 +36,12 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
+from sweep.running.costs import Costs, corrected_s, in_order, start_s
 from sweep.running.failures import Failures
-from sweep.running.inventory import require, total_gpus
+from sweep.running.inventory import Node, need, require, total_gpus
 from sweep.running.progress import Terminal
 from sweep.running.restarts import LOSSES_MOST, NEVER_LOST, Restarts, healthy
-from sweep.running.schedule import CellView, RetireServer, RunCell, ServerView, StartServer, View, schedule
+from sweep.running.schedule import LifeView, RetireServer, RunCell, ServerView, StartServer, View, schedule
 from sweep.running.seats import Seats
 from sweep.serving.server import Endpoint
 
@@ -83,10 +84,23 @@ class _CellState:
     """When the first answers came, and how many; for the rate."""
     told: ev.PoolChanged | None = None
     """What its evaluator was told last of its pool."""
+    expected_s: float = 0.0
+    """Of one server of its model alone."""
 
     @property
     def unfinished(self) -> bool:
         return self.state not in ("done", "failed")
+
+    @property
+    def asks(self) -> bool:
+        """Its evaluator is at work on it and has requests that are not answered yet."""
+        return self.state == "running" and self.progress is not None and self.progress.done < self.progress.total
+
+    def share(self, *, reused: bool) -> float:
+        """How much of its requests is answered, with those that were stored before or without."""
+        if self.progress is None or not self.progress.total:
+            return 0.0
+        return (self.progress.done - (0 if reused else self.progress.reused)) / self.progress.total
 
 
 @dataclass(kw_only=True)
@@ -94,6 +108,7 @@ class _Life:
     """One server process."""
 
     server: str
+    nodes: tuple[str, ...] = ()
     started_at_s: float
     """On the runner's clock."""
     endpoint: Endpoint | None = None
@@ -124,6 +139,13 @@ class _ServerState:
     concurrency: int | None = None
     """What its last life settled on; None for a number that the config gives."""
     stored_concurrency: int | None = None
+    cells: list[_CellState] = field(default_factory=list)
+    """Of its models, in the order in which they are begun."""
+    start_s: float = 0.0
+    """What a start is expected to take, then what the last one took."""
+    looked_s: float = 0.0
+    spent_s: float = 0.0
+    """Of its lives' time, while cells asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +248,12 @@ class Runner:
     _last_tracked: float = 0.0
     _serials: Iterator[int] = field(default_factory=itertools.count)
     """Of what evaluators are told of their shares."""
+    _costs: Costs = field(default_factory=Costs)
+    _view: View = field(default_factory=View)
+    _nodes: tuple[Node, ...] = ()
+    """As the view has them."""
+    _touched: set[str] = field(default_factory=set)
+    """Servers of which the view does not know the latest."""
 
     def run(self, stop: Sequence[int] = ()) -> int:
         """0 when every cell is finished or has failed; else the first number in `stop`, a signal that ended it."""
@@ -241,7 +269,8 @@ class Runner:
                 return stop[0]
             self._fill_seats()
             self._dispatch_checks()
-            for action in schedule(self._view()):
+            self._look()
+            for action in schedule(self._view):
                 self._carry_out(action)
             self._track()
         self._keep_concurrency()
@@ -252,14 +281,24 @@ class Runner:
     def _begin(self) -> None:
         owed = self.plan.owed
         self._cells = {cell.key: _CellState(cell=cell) for cell in owed}
+        self._costs = Costs(self.records.values())
         for name, plan in self.plan.owed_servers.items():
             self._servers[name] = _ServerState(
-                plan=plan, replicas=plan.replicas if isinstance(plan.replicas, int) else None
+                plan=plan,
+                replicas=plan.replicas if isinstance(plan.replicas, int) else None,
+                start_s=start_s(plan, on_cpu=on_cpu(plan, cluster_gpus=total_gpus(self.cluster.inventory))),
+                looked_s=self.clock(),
             )
             facts = self._stored_facts(plan)
             if facts is not None:
                 self._facts[name] = facts
             self._servers[name].concurrency = self._servers[name].stored_concurrency = self._stored_concurrency(plan)
+        for state in self._cells.values():
+            self._servers[state.cell.model.server].cells.append(state)
+        for name, server in self._servers.items():
+            self._expect(name)
+            server.cells = in_order(server.cells, lambda state: state.expected_s)
+        self._touched.update(self._servers)
         for task_name in dict.fromkeys(cell.task_name for cell in owed):
             cell = next(c for c in owed if c.task_name == task_name)
             self._checks.append(
@@ -324,6 +363,7 @@ class Runner:
     # Observing.
 
     def _observe(self, event: ClusterEvent) -> None:
+        self._touch(event)
         match event:
             case ServerReady():
                 self._server_ready(event)
@@ -354,6 +394,7 @@ class Runner:
             self.cluster.stop_server(event.life)
             return
         life.endpoint, life.ready_at_s = event.endpoint, self.clock()
+        self._servers[life.server].start_s = life.ready_at_s - life.started_at_s
         if not others:
             before = self._facts.get(life.server)
             self._facts[life.server] = event.facts
@@ -614,6 +655,7 @@ class Runner:
             life.leases.leave(cell or "")
 
     def _take_back(self, state: _CellState) -> None:
+        self._touched.add(state.cell.model.server)
         state.state, state.evaluator = "waiting", None
         self.terminal.cell(state.cell.key, state="waiting")
 
@@ -625,6 +667,7 @@ class Runner:
                 if state.unfinished and (state.cell.task_name == said.task_name or state.cell.model.name == said.model):
                     self._fail(state, said.error)
         if not self._checks and not self._checking:
+            self._touched.update(self._servers)
             for state in self._cells.values():
                 if state.state == "checking":
                     state.state = "waiting"
@@ -656,6 +699,9 @@ class Runner:
             for life in self._ready(state.cell.model.server):
                 self._lives[life].finished_cell = True
         self.records[state.cell.key] = record
+        self._costs.learn(record)
+        self._touched.add(state.cell.model.server)
+        self._expect(state.cell.model.server)
         self.tracker.cell(record)
         done = sum(r.status is Status.DONE for r in self.records.values())
         self.terminal.finished(record, done, len(self.plan.cells))
@@ -686,46 +732,77 @@ class Runner:
         return bool(self._live(server)) or self._resting(server)
 
     def _cells_of(self, server: str) -> list[_CellState]:
-        return [state for state in self._cells.values() if state.cell.model.server == server]
+        return self._servers[server].cells
 
-    def _view(self) -> View:
-        nodes = self.cluster.inventory
-        on_cpus = {name: self._on_cpu(name) for name in self._servers}
-        ours = [life.server for life in self._lives.values() if not self._servers[life.server].plan.external]
-        used = [self._servers[name].plan.gpus for name in ours if not on_cpus[name]]
-        cpu_lives = sum(on_cpus[name] for name in ours)
-        unfinished = [c for c in self._cells.values() if c.unfinished]
-        running: dict[str, int] = dict.fromkeys(self._servers, 0)
-        for state in unfinished:
-            if state.state == "running":
-                running[state.cell.model.server] += 1
-        return View(
-            servers=tuple(
-                ServerView(
-                    name=name,
-                    gpus=0 if on_cpus[name] else server.plan.gpus,
-                    external=server.plan.external,
-                    replicas=server.replicas,
-                    lives=tuple(self._live(name)),
-                    resting=self._resting(name),
-                    unfinished_cells=sum(c.cell.model.server == name for c in unfinished),
-                    wanted=any(c.cell.model.server == name and self._wants_server(c) for c in unfinished),
+    def _touch(self, event: ClusterEvent) -> None:
+        """Note whom an event may change, before it does."""
+        match event:
+            case EvaluatorReady():
+                pass
+            case EvaluatorSaid(evaluator=name) | EvaluatorLost(evaluator=name):
+                if (state := self._cells.get(self._evaluators.get(name) or "")) is not None:
+                    self._touched.add(state.cell.model.server)
+            case _:
+                if (life := self._lives.get(event.life)) is not None:
+                    self._touched.add(life.server)
+
+    def _look(self) -> None:
+        """Bring the view up to date: servers that were touched, and nodes."""
+        self._view.now_s = self.clock()
+        self._view.idle_evaluators = 0 if self._checks else len(self._idle())
+        if self._nodes != self.cluster.inventory:
+            self._nodes = self.cluster.inventory
+            self._view.put_nodes(self._nodes)
+            self._touched.update(self._servers)  # what a server needs may follow from what there is
+        for name in self._servers:
+            if name in self._touched:
+                self._view.put(self._seen(name))
+        self._touched = {name for name in self._touched if self._pauses(name)}
+
+    def _pauses(self, server: str) -> bool:
+        """Whether time alone changes what may be done: it rests, or one of its cells does."""
+        now = self.clock()
+        return self._resting(server) or any(c.unfinished and c.errors.rest_s(now) for c in self._cells_of(server))
+
+    def _seen(self, name: str) -> ServerView:
+        server, now = self._servers[name], self.clock()
+        unfinished = [state for state in server.cells if state.unfinished]
+        ready = self._ready(name)
+        if ready and any(state.asks for state in unfinished):
+            server.spent_s += len(ready) * (now - server.looked_s)
+        server.looked_s = now
+        return ServerView(
+            name=name,
+            need=need(server.plan, self._nodes),
+            replicas=1 if server.plan.external else server.replicas,
+            lives=tuple(
+                LifeView(
+                    name=life_name,
+                    nodes=life.nodes,
+                    ready_at_s=life.ready_at_s if life.endpoint else life.started_at_s + server.start_s,
+                    live=not (life.retiring or life.lost),
                 )
-                # A lost server comes back before others begin: evaluators that wait for it are missing elsewhere.
-                for name, server in sorted(
-                    self._servers.items(), key=lambda item: not (running[item[0]] or self._resting(item[0]))
-                )
+                for life_name, life in self._lives.items()
+                if life.server == name
             ),
-            waiting=tuple(
-                CellView(key=key, server=c.cell.model.server, can_start=self._can_start(c))
-                for key, c in self._cells.items()
-                if c.state == "waiting"
+            resting=self._resting(name),
+            unfinished_cells=len(unfinished),
+            wanted=any(map(self._wants_server, unfinished)),
+            running=sum(state.state == "running" for state in unfinished),
+            waiting=tuple(s.cell.key for s in unfinished if s.state == "waiting" and self._can_start(s)),
+            work_s=corrected_s(
+                sum(state.expected_s * (1 - state.share(reused=True)) for state in unfinished),
+                done_s=sum(state.expected_s * state.share(reused=False) for state in server.cells),
+                spent_s=server.spent_s,
             ),
-            running_by_server=running,
-            free_gpus=total_gpus(nodes) - sum(used),
-            free_cpu_servers=sum(node.cpu_servers for node in nodes) - cpu_lives,
-            idle_evaluators=0 if self._checks else len(self._idle()),
+            start_s=server.start_s,
         )
+
+    def _expect(self, name: str) -> None:
+        """What its cells take, by what is known now."""
+        server, on_cpus = self._servers[name], self._on_cpu(name)
+        for state in server.cells:
+            state.expected_s = self._costs.expected_s(state.cell, server.plan, on_cpu=on_cpus)
 
     def _on_cpu(self, server: str) -> bool:
         return on_cpu(self._servers[server].plan, cluster_gpus=total_gpus(self.cluster.inventory))
@@ -746,21 +823,24 @@ class Runner:
     def _carry_out(self, action: StartServer | RetireServer | RunCell) -> None:
         match action:
             case StartServer(server=name, nodes=nodes, reason=reason):
+                self._touched.add(name)
                 server = self._servers[name]
                 life = f"{name}-{server.started}"
                 server.started += 1
-                self._lives[life] = _Life(server=name, started_at_s=self.clock())
-                log.info("start server %s: %s", life, reason)
+                self._lives[life] = _Life(server=name, nodes=nodes, started_at_s=self.clock())
+                log.info("start server %s%s: %s", life, f" on {', '.join(nodes)}" if nodes else "", reason)
                 self._show_server(name, "starting")
                 expected = expectation(server.plan, self.plan.models, self._token_ids)
                 log_path = self.store.directory.server_log(life)
                 self.cluster.start_server(server.plan, life, log_path, expected, nodes=nodes)
             case RetireServer(life=life, reason=reason):
                 log.info("stop server %s: %s", life, reason)
+                self._touched.add(self._lives[life].server)
                 self._lives[life].retiring = True
                 self.cluster.stop_server(life)
             case RunCell(cell=key, reason=reason):
                 state = self._cells[key]
+                self._touched.add(state.cell.model.server)
                 state.attempt += 1
                 state.state, state.first_answers, state.rate = "running", (0.0, 0), 0.0
                 state.told = None

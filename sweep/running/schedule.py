@@ -1,55 +1,91 @@
 """(View of cluster and work) -> actions. Pure: no Ray, no clock of its own.
 
-In this form it starts servers in the order of the plan as resources allow, gives spare GPUs to replicas, runs up to
-CELLS_PER_MODEL cells of a model at a time and retires servers that have nothing left to do.
+What it aims at: the sweep ends as early as possible, then first results come early. What it goes by:
+
+- A cell's requests go to any server of its model, so a model's work is split as finely as one likes, at the price of a
+  start for each further server. Only a start and the last answers cannot be split.
+- So every model gets its first server before any gets a second, the one with most work first. This costs the fewest
+  starts, shows a first result of each model early, and leaves the largest models running at the end, whose work can
+  then be spread over whatever is free.
+- GPUs that no model waits for go to the model that would end last, as long as a further server there has time to do
+  more than it costs.
+- A server that fits nowhere closes the nodes where it will fit soonest; whatever comes after it is put elsewhere.
+
+The view is kept up to date by its owner, server by server (`View.put`), and never rebuilt: what is decided by is in
+sums and sets that change with each `put`.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush, heapreplace
+
+from sweep.running.inventory import Need, Node, Places
 
 CELLS_PER_MODEL = 2
 """Two keep a server full: one sends while the other loads its data or scores."""
 
+WORTHWHILE = 0.1
+"""A replica must have so much of its start-up time left for work, or it is not worth its start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LifeView:
+    """One life of a server that holds something."""
+
+    name: str
+    nodes: tuple[str, ...] = ()
+    """Empty for an external one."""
+    ready_at_s: float = 0.0
+    """On the view's clock; while it starts, when that is expected."""
+    live: bool = True
+    """It starts or is ready; else it retires or was lost and still holds what it had."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerView:
-    """One ServerPlan of the sweep and its lives, in plan order."""
+    """One ServerPlan of the sweep, its lives and what its models' cells come to."""
 
     name: str
-    gpus: float
-    """Of one life; 0 on the CPU, where it takes one of the CPU server slots."""
-    external: bool
-    """Someone else runs it: a life of it takes no GPU and no slot."""
+    need: Need | None
+    """Of one life; None for a server that someone else runs, which takes nothing."""
     replicas: int | None
-    """None: as many as help."""
-    lives: tuple[str, ...]
-    """Starting and ready ones."""
-    resting: bool
+    """At most; None: as many as help."""
+    lives: tuple[LifeView, ...] = ()
+    resting: bool = False
     """It was lost and may not start again yet."""
     unfinished_cells: int
     wanted: bool
     """Some cell has requests without a stored answer, or may have."""
+    running: int = 0
+    """Cells with an evaluator."""
+    waiting: tuple[str, ...] = ()
+    """Cells that an evaluator may take now, in their order: they have a server, one is starting, or stored answers may
+    suffice."""
+    work_s: float = 0.0
+    """What its cells still take, on one server alone."""
+    start_s: float = 60.0
+    """From the start of a life until it is ready."""
 
+    @property
+    def live(self) -> int:
+        return sum(life.live for life in self.lives)
 
-@dataclass(frozen=True, kw_only=True)
-class CellView:
-    """A cell that waits for an evaluator, in plan order."""
+    @property
+    def load(self) -> float:
+        """Running cells for each live server."""
+        return self.running / max(1, self.live)
 
-    key: str
-    server: str
-    can_start: bool
-    """It has a server, one is starting, or its stored answers may suffice."""
+    @property
+    def most(self) -> float:
+        """Lives at the same time."""
+        if self.replicas is not None:
+            return self.replicas
+        # CPU servers of a node share its cores: a second one makes the model no faster.
+        return float("inf") if self.need is not None and self.need.gpus else 1
 
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    servers: tuple[ServerView, ...]
-    waiting: tuple[CellView, ...]
-    running_by_server: dict[str, int]
-    free_gpus: float
-    free_cpu_servers: int
-    idle_evaluators: int
+    def width(self) -> float:
+        """GPUs, or CPU slots, of one life."""
+        return (self.need.gpus or 1) * self.need.nodes if self.need is not None else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,71 +111,243 @@ class RunCell:
 Action = StartServer | RetireServer | RunCell
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """A server, and what its owner's last word of it comes to."""
+
+    view: ServerView
+    order: int
+    live: int
+    end_s: float
+    """When its live servers will have done its work; 0 without any."""
+
+
+class _Pool:
+    """The servers with work that compete for one kind of place, GPUs or CPU slots."""
+
+    def __init__(self) -> None:
+        self.back: dict[str, _Known] = {}
+        """Without a live server, though cells have evaluators, or its place is kept while it rests."""
+        self.first: dict[str, _Known] = {}
+        """All others without one."""
+        self.served: dict[str, _Known] = {}
+        """Those that may get a replica."""
+
+
+class View:
+    """Cluster and work, kept up to date by its owner."""
+
+    def __init__(self, nodes: Iterable[Node] = (), *, now_s: float = 0.0) -> None:
+        self.now_s = now_s
+        self.idle_evaluators = 0
+        self.places = Places(nodes)
+        self._known: dict[str, _Known] = {}
+        self._on: dict[str, dict[str, str]] = {}
+        """Node -> life there -> its server."""
+        self.gpus, self.slots = _Pool(), _Pool()
+        self.external: dict[str, _Known] = {}
+        """Those to be started."""
+        self.idle: dict[str, _Known] = {}
+        """With live servers and nothing left to do."""
+        self.open: dict[str, _Known] = {}
+        """With cells to run and room for them."""
+
+    def put(self, server: ServerView) -> None:
+        """The latest of one server; the first calls are in the order of the plan, which decides between equals."""
+        name, known = server.name, self._known.get(server.name)
+        self._hold(known.view.lives if known is not None else (), server)
+        known = self._known[name] = _known(server, len(self._known) if known is None else known.order, self.now_s)
+        _keep(self.idle, known, bool(known.live and not server.unfinished_cells))
+        _keep(self.open, known, bool(server.waiting and server.load < CELLS_PER_MODEL))
+        due = bool(server.unfinished_cells and (server.wanted or server.resting))
+        if server.need is None:
+            _keep(self.external, known, due and not known.live and not server.resting)
+            return
+        pool = self.gpus if server.need.gpus else self.slots
+        back = bool(server.resting or server.running)
+        _keep(pool.back, known, due and not known.live and back)
+        _keep(pool.first, known, due and not known.live and not back)
+        _keep(pool.served, known, due and 0 < known.live < server.most and not server.resting)
+
+    def put_nodes(self, nodes: Iterable[Node]) -> None:
+        """The cluster as it is now. What lives on a node that is gone holds nothing of the others."""
+        self.places, self._on = Places(nodes), {}
+        for known in self._known.values():
+            self._hold((), known.view)
+
+    def __getitem__(self, server: str) -> ServerView:
+        return self._known[server].view
+
+    def _hold(self, before: tuple[LifeView, ...], server: ServerView) -> None:
+        if server.need is None or before == server.lives:
+            return
+        old, new = {life.name for life in before}, {life.name for life in server.lives}
+        for life in before:
+            if life.name not in new:
+                self.places.give_back(life.name)
+                for node in life.nodes:
+                    del self._on[node][life.name]
+        for life in server.lives:
+            if life.name not in old:
+                self.places.take(life.name, server.need, life.nodes)
+                for node in life.nodes:
+                    self._on.setdefault(node, {})[life.name] = server.name
+
+    def ends(self, node: str) -> list[tuple[float, float]]:
+        """When the lives on a node are expected to be over, the first first, and the GPUs that each then leaves."""
+        known = [self._known[server] for server in self._on.get(node, {}).values()]
+        return sorted((max(self.now_s, each.end_s), each.view.need.gpus) for each in known if each.view.need)
+
+
+def _keep(some: dict[str, _Known], known: _Known, wanted: bool) -> None:
+    if wanted:
+        some[known.view.name] = known
+    else:
+        some.pop(known.view.name, None)
+
+
+def _known(server: ServerView, order: int, now_s: float) -> _Known:
+    ready_s = [max(now_s, life.ready_at_s) for life in server.lives if life.live]
+    end_s = (server.work_s + sum(ready_s)) / len(ready_s) if ready_s else 0.0
+    return _Known(view=server, order=order, live=len(ready_s), end_s=end_s)
+
+
 def schedule(view: View) -> list[Action]:
     """What to do now, each with its reason. Retirements come first; their GPUs count as free once they are."""
     return [*_retirements(view), *_starts(view), *_cells(view)]
 
 
-def _retirements(view: View) -> list[RetireServer]:
-    return [
-        RetireServer(life=life, reason="all cells of its models are finished")
-        for server in view.servers
-        if not server.unfinished_cells
-        for life in server.lives
-    ]
+def _retirements(view: View) -> Iterator[RetireServer]:
+    for known in _in_order(view.idle.values()):
+        for life in known.view.lives:
+            if life.live:
+                yield RetireServer(life=life.name, reason="all cells of its models are finished")
+
+
+def _in_order(some: Iterable[_Known]) -> list[_Known]:
+    return sorted(some, key=lambda known: known.order)
 
 
 def _starts(view: View) -> Iterator[StartServer]:
-    wanted = [server for server in view.servers if server.unfinished_cells and (server.wanted or server.resting)]
-    ours = [server for server in wanted if not server.external]
-    yield from _filled([server for server in ours if server.gpus], view.free_gpus)
-    yield from _filled([server for server in ours if not server.gpus], view.free_cpu_servers)
-    yield from _filled([server for server in wanted if server.external], math.inf)
+    if view.places.free_gpus > 0:
+        yield from _filled(view, view.gpus)
+    if view.places.free_slots > 0:
+        yield from _filled(view, view.slots)
+    for known in _in_order(view.external.values()):
+        yield StartServer(server=known.view.name, reason=f"{_owed(known.view)}, someone else runs it")
 
 
-def _filled(wanted: Sequence[ServerView], free: float) -> Iterator[StartServer]:
-    """What to start of `wanted`, all of which need GPUs or all a CPU slot, while `free` of these are there.
+def _filled(view: View, pool: _Pool) -> Iterator[StartServer]:
+    """What to start of a pool while there is room."""
+    filling = _Filling(view)
+    # A lost server comes back before others begin: evaluators that wait for it are missing elsewhere. While it rests it
+    # keeps its place, since a model that took it would wait for these evaluators, both for ever.
+    for known in _in_order(pool.back.values()):
+        nodes = filling.place(known, until_s=_alone_s(view, known.view))
+        if nodes and not known.view.resting:
+            yield StartServer(server=known.view.name, nodes=nodes, reason=f"its cells wait for it, {_owed(known.view)}")
+    # The largest of those without a server, then of those with one that which ends last.
+    for known in sorted(
+        pool.first.values(),
+        key=lambda known: (-known.view.width(), -known.view.work_s - known.view.start_s, known.order),
+    ):
+        if nodes := filling.place(known, until_s=_alone_s(view, known.view)):
+            yield StartServer(server=known.view.name, nodes=nodes, reason=f"first server, {_owed(known.view)}")
+    yield from _replicas(view, pool, filling)
 
-    A resting server keeps its place and what it needs: its cells wait with the evaluators that they have, and a model
-    that took its place would wait for these evaluators, both for ever.
-    """
-    # GPU fractions add up with rounding errors.
-    free += 1e-6
-    for server in wanted:
-        if not server.lives:
-            if _cost(server) > free:
-                # The next one may be smaller, but overtaking would starve a large model for ever.
-                return
-            free -= _cost(server)
-            if not server.resting:
-                yield StartServer(server=server.name, reason=f"first server, {server.unfinished_cells} cells owed")
-    for server in wanted:
-        if server.resting:
+
+def _replicas(view: View, pool: _Pool, filling: "_Filling") -> Iterator[StartServer]:
+    now_s = view.now_s
+    heap = [(-known.end_s, known.order, known.live, known) for known in pool.served.values()]
+    heapify(heap)
+    while heap:
+        end_s, live, known = -heap[0][0], heap[0][2], heap[0][3]
+        server = known.view
+        left_s = end_s - now_s
+        then_s = (left_s * live + server.start_s) / (live + 1)
+        pays = then_s - server.start_s >= WORTHWHILE * server.start_s
+        nodes = filling.place(known, until_s=now_s + then_s, keep=False) if pays and live < server.most else ()
+        if not nodes:
+            heappop(heap)
             continue
-        # More servers than cells that may run at a time would idle at the end of the model's work.
-        most = server.replicas if server.replicas is not None else server.unfinished_cells
-        for _ in range(most - max(1, len(server.lives))):
-            if _cost(server) > free:
+        reason = f"replica {live + 1}, {left_s:.0f} s left become {then_s:.0f} s with a start of {server.start_s:.0f} s"
+        yield StartServer(server=server.name, nodes=nodes, reason=reason)
+        heapreplace(heap, (-(now_s + then_s), known.order, live + 1, known))
+
+
+@dataclass(kw_only=True)
+class _Kept:
+    """A node that waits for lives to end, so that a large server fits there."""
+
+    from_s: float
+    spare_gpus: float
+    """Besides what the large server will take of what is free then."""
+
+
+class _Filling:
+    """Places as they become when what is decided now has been started."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._places = view.places
+        self._kept: dict[str, _Kept] = {}
+        self._count = 0
+
+    def place(self, known: _Known, *, until_s: float, keep: bool = True) -> tuple[str, ...]:
+        """Where a server that is over at `until_s` goes.
+
+        Where it does not fit yet, the nodes that lack least are kept for it (`keep`): what comes after it is put there
+        only if it is over before, or fits beside.
+        """
+        need = known.view.need
+        assert need is not None
+        closed = {
+            name
+            for name, kept in self._kept.items()
+            if until_s > kept.from_s and not (need.gpus <= kept.spare_gpus and need.gpus)
+        }
+        nodes = self._places.find(need, closed=closed)
+        if not nodes:
+            for name in self._places.nearest(need, closed=self._kept) if keep else ():
+                self._kept[name] = self._keep(name, need)
+            return ()
+        if not self._count:
+            self._places = self._places.copy()
+        self._count += 1
+        self._places.take(f"start {self._count}", need, nodes)
+        for kept in [kept for name in nodes if (kept := self._kept.get(name)) and until_s > kept.from_s]:
+            kept.spare_gpus -= need.gpus
+        return nodes
+
+    def _keep(self, node: str, need: Need) -> _Kept:
+        free, from_s = self._places.free_on(node), self._view.now_s
+        for end_s, gpus in self._view.ends(node):
+            if free >= need.gpus and end_s > from_s:
                 break
-            free -= _cost(server)
-            yield StartServer(server=server.name, reason=f"replica, {server.unfinished_cells} cells owed")
+            free, from_s = free + gpus, end_s
+        return _Kept(from_s=from_s, spare_gpus=free - need.gpus)
 
 
-def _cost(server: ServerView) -> float:
-    return server.gpus or 1
+def _alone_s(view: View, server: ServerView) -> float:
+    """When a first server that is started now will have done the work alone."""
+    return view.now_s + server.start_s + server.work_s
 
 
-def _cells(view: View) -> list[RunCell]:
+def _owed(server: ServerView) -> str:
+    return f"{server.unfinished_cells} cells owed, {server.work_s:.0f} s of work"
+
+
+def _cells(view: View) -> Iterator[RunCell]:
     """Cells for the idle evaluators, each for the server with the fewest running so far, then in plan order."""
-    lives = {server.name: max(1, len(server.lives)) for server in view.servers}
-    load = {server.name: view.running_by_server.get(server.name, 0) / lives[server.name] for server in view.servers}
-    waiting = [cell for cell in view.waiting if cell.can_start]
-    actions: list[RunCell] = []
-    while waiting and len(actions) < view.idle_evaluators:
-        cell = min(waiting, key=lambda c: load[c.server])
-        if load[cell.server] >= CELLS_PER_MODEL:
-            break
-        actions.append(RunCell(cell=cell.key, reason=f"{cell.server} runs {load[cell.server]:g} cells a server"))
-        load[cell.server] += 1 / lives[cell.server]
-        waiting.remove(cell)
-    return actions
+    idle = view.idle_evaluators
+    if not idle:
+        return
+    heap = [(known.view.load, known.order, 0, known.view) for known in view.open.values()]
+    heapify(heap)
+    while heap and idle:
+        load, order, taken, server = heappop(heap)
+        yield RunCell(cell=server.waiting[taken], reason=f"{server.name} runs {load:g} cells a server")
+        idle -= 1
+        load += 1 / max(1, server.live)
+        if taken + 1 < len(server.waiting) and load < CELLS_PER_MODEL:
+            heappush(heap, (load, order, taken + 1, server))

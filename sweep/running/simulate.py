@@ -1,0 +1,345 @@
+"""A sweep on a cluster of discrete events, driven by the very function that decides in a real one.
+
+It gives `plan` its times and the benchmark of scheduling its figures. What it takes a sweep for:
+
+- A cell is prepared by its evaluator, then worked on by all ready servers of its model, which its running cells share
+  evenly, and is over some seconds after its last request was sent: the last answers, and scoring.
+- A server takes a while to start, may die, and holds its GPUs a moment longer than it works.
+- What decides knows expected costs and starts, how far each cell is and how long that took; not the true costs.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from time import perf_counter
+
+from sweep.running.costs import corrected_s, in_order
+from sweep.running.inventory import Need, Node
+from sweep.running.restarts import BACKOFF_S
+from sweep.running.schedule import (
+    Action,
+    LifeView,
+    RetireServer,
+    RunCell,
+    ServerView,
+    StartServer,
+    View,
+    schedule,
+)
+
+STOP_S = 2.0
+"""From asking a server to stop until its GPUs are free: 0.5 to 1 s for the process, and a look at the memory."""
+
+REDONE_S = 5.0
+"""Of a server's work that is lost with it: the requests that it held."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedCell:
+    key: str
+    expected_s: float
+    """On one server of its model alone."""
+    true_s: float
+    prepare_s: float = 0.0
+    """Before its first request, while servers may still load."""
+    last_s: float = 0.0
+    """From the end of its work to its record: the longest answer, and scoring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedServer:
+    name: str
+    need: Need
+    replicas: int | None
+    cells: tuple[SimulatedCell, ...]
+    start_s: float
+    """What is expected."""
+    starts_s: Callable[[int], float]
+    """Number of the life -> how long it takes to start."""
+    dies_after_s: Callable[[int], float] = lambda _: math.inf
+    """Number of the life -> how long after its start it dies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A server's life, and the GPUs that it held."""
+
+    server: str
+    places: tuple[tuple[str, tuple[int, ...]], ...]
+    """Nodes, and the numbers of their GPUs; none for a CPU slot."""
+    start_s: float
+    ready_s: float | None
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    makespan_s: float
+    first_result_s: float
+    spans: tuple[Span, ...]
+    """In the order in which they ended."""
+    gpu_s: float
+    """GPUs held, times the seconds."""
+    decisions: int
+    deciding_s: float
+    """Of this machine's time, all decisions together."""
+
+
+@dataclass(kw_only=True)
+class _Life:
+    name: str
+    nodes: tuple[str, ...]
+    start_s: float
+    expected_ready_s: float
+    ready_s: float | None = None
+    live: bool = True
+
+
+@dataclass(kw_only=True)
+class _Server:
+    """A server, its lives and cells. Its cells share it evenly: each is over when `shared_s` has come to its mark."""
+
+    plan: SimulatedServer
+    waiting: list[SimulatedCell]
+    """The next one last."""
+    lives: dict[str, _Life] = field(default_factory=dict)
+    started: int = 0
+    rests_until_s: float = 0.0
+    shared_s: float = 0.0
+    """Work that each cell at work has got since the beginning, had it been there all the time."""
+    at_work: list[tuple[float, int, SimulatedCell]] = field(default_factory=list)
+    """A heap by mark."""
+    preparing: int = 0
+    """Running cells before their first request."""
+    ending: int = 0
+    """Running cells after their last."""
+    looked_s: float = 0.0
+    ready: int = 0
+    version: int = 0
+    """Of the next end of a cell; earlier ones do not come any more."""
+    ahead_s: float = 0.0
+    """Expected of the cells that wait or are prepared."""
+    done_s: float = 0.0
+    """Expected of what has been done."""
+    spent_s: float = 0.0
+    """What it took."""
+
+    def move_on(self, now_s: float) -> None:
+        if self.at_work and self.ready:
+            spent_s = (now_s - self.looked_s) * self.ready
+            self.shared_s += spent_s / len(self.at_work)
+            self.spent_s += spent_s
+        self.looked_s = now_s
+
+    def view(self, now_s: float) -> ServerView:
+        live, running = any(life.live for life in self.lives.values()), self.preparing + len(self.at_work) + self.ending
+        at_work = [(cell.expected_s, max(0.0, mark - self.shared_s) / cell.true_s) for mark, _, cell in self.at_work]
+        left_s = self.ahead_s + sum(expected_s * left for expected_s, left in at_work)
+        done_s = self.done_s + sum(expected_s * (1 - left) for expected_s, left in at_work)
+        return ServerView(
+            name=self.plan.name,
+            need=self.plan.need,
+            replicas=self.plan.replicas,
+            lives=tuple(
+                LifeView(
+                    name=life.name,
+                    nodes=life.nodes,
+                    ready_at_s=life.expected_ready_s if life.ready_s is None else life.ready_s,
+                    live=life.live,
+                )
+                for life in self.lives.values()
+            ),
+            resting=now_s < self.rests_until_s,
+            unfinished_cells=len(self.waiting) + running,
+            wanted=bool(self.waiting or self.preparing or self.at_work),
+            running=running,
+            waiting=tuple(cell.key for cell in reversed(self.waiting[-8:])) if live else (),
+            work_s=corrected_s(left_s, done_s=done_s, spent_s=self.spent_s),
+            start_s=self.plan.start_s,
+        )
+
+
+def simulate(
+    nodes: Sequence[Node],
+    servers: Iterable[SimulatedServer],
+    *,
+    decide: Callable[[View], Iterable[Action]] = schedule,
+) -> Outcome:
+    """One sweep from its first start to its last record."""
+    return _Simulation(nodes, servers, decide).run()
+
+
+class _Simulation:
+    def __init__(
+        self, nodes: Sequence[Node], servers: Iterable[SimulatedServer], decide: Callable[[View], Iterable[Action]]
+    ) -> None:
+        self._decide = decide
+        self._now_s = 0.0
+        self._view = View(nodes)
+        self._idle = sum(node.evaluators for node in nodes)
+        self._servers: dict[str, _Server] = {}
+        self._server_of: dict[str, _Server] = {}
+        """By cell that waits, and by life."""
+        self._serials = itertools.count()
+        self._events: list[tuple[float, int, Callable[[], _Server | None]]] = []
+        """Each says whom it has changed."""
+        self._spans: list[Span] = []
+        self._first_s = self._last_s = 0.0
+        """When records were written."""
+        self._unfinished = 0
+        for plan in servers:
+            server = _Server(plan=plan, waiting=[*reversed(in_order(plan.cells, lambda cell: cell.expected_s))])
+            server.ahead_s = sum(cell.expected_s for cell in plan.cells)
+            self._servers[plan.name] = server
+            self._server_of.update((cell.key, server) for cell in plan.cells)
+            self._unfinished += len(plan.cells)
+            self._view.put(server.view(0.0))
+
+    def run(self) -> Outcome:
+        decisions, deciding_s = 0, 0.0
+        while True:
+            self._view.now_s, self._view.idle_evaluators = self._now_s, self._idle
+            before_s = perf_counter()
+            actions = list(self._decide(self._view))
+            deciding_s += perf_counter() - before_s
+            decisions += 1
+            touched = {server.plan.name: server for server in map(self._carry_out, actions)}
+            if not touched:
+                if not self._events:
+                    break
+                self._now_s, _, happens = heappop(self._events)
+                if (changed := happens()) is None:
+                    continue
+                touched = {changed.plan.name: changed}
+            for server in touched.values():
+                self._plan_end(server)
+                self._view.put(server.view(self._now_s))
+        if self._unfinished:
+            raise RuntimeError(f"{self._unfinished} cells are left and nothing happens any more")
+        return Outcome(
+            makespan_s=self._last_s,
+            first_result_s=self._first_s,
+            spans=tuple(self._spans),
+            gpu_s=sum((span.end_s - span.start_s) * sum(len(gpus) for _, gpus in span.places) for span in self._spans),
+            decisions=decisions,
+            deciding_s=deciding_s,
+        )
+
+    def _at(self, time_s: float, happens: Callable[[], _Server | None]) -> None:
+        heappush(self._events, (time_s, next(self._serials), happens))
+
+    def _carry_out(self, action: Action) -> _Server:
+        match action:
+            case StartServer(server=name, nodes=nodes):
+                return self._start(self._servers[name], nodes)
+            case RetireServer(life=life):
+                server = self._server_of[life]
+                self._stop(server, server.lives[life])
+                return server
+            case RunCell(cell=key):
+                server = self._server_of.pop(key)
+                server.move_on(self._now_s)
+                # Nearly always the next one.
+                number = next(n for n in range(len(server.waiting) - 1, -1, -1) if server.waiting[n].key == key)
+                cell = server.waiting.pop(number)
+                server.preparing += 1
+                self._idle -= 1
+                self._at(self._now_s + cell.prepare_s, lambda: self._begin(server, cell))
+                return server
+
+    # Servers.
+
+    def _start(self, server: _Server, nodes: tuple[str, ...]) -> _Server:
+        plan, number = server.plan, server.started
+        life = _Life(
+            name=f"{plan.name}-{number}",
+            nodes=nodes,
+            start_s=self._now_s,
+            expected_ready_s=self._now_s + plan.start_s,
+        )
+        server.started += 1
+        server.lives[life.name] = life
+        self._server_of[life.name] = server
+        self._at(self._now_s + plan.starts_s(number), lambda: self._ready(server, life))
+        if (dies_after_s := plan.dies_after_s(number)) < math.inf:
+            self._at(self._now_s + dies_after_s, lambda: self._die(server, life))
+        return server
+
+    def _ready(self, server: _Server, life: _Life) -> _Server | None:
+        if not life.live:
+            return None
+        server.move_on(self._now_s)
+        life.ready_s = self._now_s
+        server.ready += 1
+        return server
+
+    def _die(self, server: _Server, life: _Life) -> _Server | None:
+        if not life.live:
+            return None
+        if life.ready_s is not None and server.at_work:
+            server.move_on(self._now_s)
+            again_s = REDONE_S / len(server.at_work)
+            server.at_work = [
+                (min(mark + again_s, server.shared_s + cell.true_s), n, cell) for mark, n, cell in server.at_work
+            ]
+            heapify(server.at_work)
+        server.rests_until_s = self._now_s + BACKOFF_S
+        self._at(server.rests_until_s, lambda: server)
+        self._stop(server, life)
+        return server
+
+    def _stop(self, server: _Server, life: _Life) -> None:
+        server.move_on(self._now_s)
+        life.live = False
+        server.ready -= life.ready_s is not None
+        self._at(self._now_s + STOP_S, lambda: self._gone(server, life))
+
+    def _gone(self, server: _Server, life: _Life) -> _Server:
+        self._spans.append(
+            Span(
+                server=server.plan.name,
+                places=self._view.places.held(life.name),
+                start_s=life.start_s,
+                ready_s=life.ready_s,
+                end_s=self._now_s,
+            )
+        )
+        del server.lives[life.name], self._server_of[life.name]
+        return server
+
+    # Cells.
+
+    def _begin(self, server: _Server, cell: SimulatedCell) -> _Server:
+        server.move_on(self._now_s)
+        server.preparing -= 1
+        server.ahead_s -= cell.expected_s
+        heappush(server.at_work, (server.shared_s + cell.true_s, next(self._serials), cell))
+        return server
+
+    def _plan_end(self, server: _Server) -> None:
+        """The next of its cells that has got all its work; what was foreseen before does not come."""
+        server.move_on(self._now_s)
+        server.version += 1
+        if server.at_work and server.ready:
+            version = server.version
+            left_s = max(0.0, server.at_work[0][0] - server.shared_s) * len(server.at_work) / server.ready
+            self._at(self._now_s + left_s, lambda: self._worked(server, version))
+
+    def _worked(self, server: _Server, version: int) -> _Server | None:
+        if version != server.version:
+            return None
+        server.move_on(self._now_s)
+        *_, cell = heappop(server.at_work)
+        server.done_s += cell.expected_s
+        server.ending += 1
+        self._at(self._now_s + cell.last_s, lambda: self._record(server))
+        return server
+
+    def _record(self, server: _Server) -> _Server:
+        server.ending -= 1
+        self._idle += 1
+        self._unfinished -= 1
+        self._first_s, self._last_s = self._first_s or self._now_s, self._now_s
+        return server
