@@ -491,6 +491,7 @@ class Cluster:
         ]
         if not references and not events:  # all that there was has died and rests
             time.sleep(timeout_s)
+            self.inventory = self._usable()
             return []
         ready: list[Any] = []
         if references:
