@@ -187,7 +187,8 @@ class Checkup:
     def _load_tokenizers(self) -> None:
         if models := self._unknown_tokenizers():
             self._say(f"loading the tokenizers of {', '.join(models)}")
-            self.cluster.start_evaluator(EVALUATOR, self.directory.server_log(EVALUATOR))
+            node = next((node.name for node in self.cluster.inventory if node.evaluators), None)
+            self.cluster.start_evaluator(EVALUATOR, self.directory.server_log(EVALUATOR), node=node)
         for model in models:
             self.cluster.send(EVALUATOR, ev.CheckModel(model=self.plan.models[model]))
 

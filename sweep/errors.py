@@ -8,6 +8,7 @@ SweepError
 │   └── ServerFault   the same for a cause that another start may not meet; the runner starts the server again
 ├── TaskError      raised by evaluation (data set, prompt, metric); costs the cells of this task or this one cell
 └── RequestError   raised by client when a server refuses a request for good; costs one cell
+    └── RequestFault  the same for servers that failed at it again and again; the runner may run the cell again
 
 PassingFault   no SweepError: raised inside client and by scoring, caught by client, which asks again
 
@@ -53,6 +54,10 @@ class RequestError(SweepError):
     """A server refused a request and would refuse it again."""
 
 
+class RequestFault(RequestError):
+    """Servers failed at a request as often as it was tried; later they may not."""
+
+
 @contextmanager
 def boundary(kind: type[SweepError], doing: str) -> Iterator[None]:
     """Turn any foreign exception of the block into `kind`, with what was being done; ours pass unchanged."""
@@ -63,6 +68,11 @@ def boundary(kind: type[SweepError], doing: str) -> Iterator[None]:
     except Exception as error:
         text = str(error).strip() or repr(error)
         raise kind(f"{doing}: {type(error).__name__}: {text}") from error
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same work may succeed another time: all but what one of ours says of its own knowledge."""
+    return not isinstance(error, SweepError) or isinstance(error, (ServerFault, RequestFault)) or bool(error.__cause__)
 
 
 class PassingFault(Exception):

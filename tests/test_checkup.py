@@ -113,7 +113,7 @@ class ScriptedCluster:
         self._script = script(self)
         self._settling = False
 
-    def start_evaluator(self, name: str, log_path: Path) -> None:
+    def start_evaluator(self, name: str, log_path: Path, *, node: str | None) -> None:
         assert name == "evaluator"
 
     def send(self, evaluator: str, message: ev.CheckModel) -> None:

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 from conftest import KEY, StandIn
 
-from sweep.errors import PassingFault, RequestError
+from sweep.errors import PassingFault, RequestError, RequestFault
 from sweep.evaluating import client as module
 from sweep.evaluating.client import ATTEMPTS, Cancelled, Client, Pool
 from sweep.evaluating.concurrency import Need
@@ -336,6 +336,23 @@ def test_an_endpoint_that_left_may_still_answer_what_it_has(stand_in: Callable[.
     assert len(second.bodies()) == 16
 
 
+def test_what_is_in_flight_at_a_lost_endpoint_is_asked_elsewhere_at_once(stand_in: Callable[..., StandIn]) -> None:
+    """One that is cut off answers nothing, and does not close its connections either."""
+    silent, other = stand_in(hang_after=1), stand_in()
+    pool = pool_of((silent.endpoint, 8))
+    begun = time.monotonic()
+
+    def lose() -> None:
+        until(lambda: pool.needs()[silent.endpoint.server].wanted and len(silent.bodies()) >= 4)
+        pool.update([(other.endpoint, 8)], lost=[silent.endpoint.server])
+
+    with later(lose):
+        assert run(pool, asked(20)) == Counter(range(20))
+    assert time.monotonic() - begun < 20  # and not after the deadline of a request, two minutes
+    assert pool.needs().keys() == {other.endpoint.server, silent.endpoint.server}
+    assert pool.needs()[silent.endpoint.server].held == 0
+
+
 def test_a_dead_endpoint_may_stay_in_the_pool_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """The exponent of a doubled pause once grew with each request that was lost, until it was no float any more."""
     monkeypatch.setattr(module, "PAUSE_S", 1e-5)
@@ -442,7 +459,7 @@ def test_a_fault_that_does_not_pass_fails_after_so_many_tries(
     scripted: Callable[..., Scripted], answer: Callable[[], web.Response], words: str
 ) -> None:
     server = scripted(lambda _: answer())
-    with pytest.raises(RequestError, match=f"failed {ATTEMPTS} times, last at m-0: {words}"):
+    with pytest.raises(RequestFault, match=f"failed {ATTEMPTS} times, last at m-0: {words}"):
         run(pool_of((server.endpoint(), 1)), asked(3))
     assert len(server.requests) == ATTEMPTS
 

@@ -114,6 +114,9 @@ class Play:
     def start(self, life: str, plan: ServerPlan) -> None:
         self.cluster.start_server(plan, life, self.log(life), EXPECTED)
 
+    def start_evaluator(self, name: str) -> None:
+        self.cluster.start_evaluator(name, self.log(name), node=self.cluster.inventory[0].name)
+
     def log(self, life: str) -> Path:
         return self._folder / f"{life}.log"
 
@@ -228,7 +231,7 @@ def play(play: Play, found: dict[str, Any], *, url: str) -> None:
     import ray
 
     cluster = play.cluster
-    cluster.start_evaluator("evaluator.0", play.log("evaluator.0"))
+    play.start_evaluator("evaluator.0")
     play.start("two-0", a_server(gpus=2))
     environment = play.process("two-0").environ()
     found["gpus_of_two"] = environment["CUDA_VISIBLE_DEVICES"]
@@ -405,15 +408,14 @@ def without_a_place(folder: Path) -> Unplaced:
     cluster = a_cluster()
     try:
         play = Play(cluster, folder)
-        cluster._only_node = None  # where a node may join, Ray waits for one
         play.start("large-0", a_server(gpus=9))
         too_large = play.until(ServerFailed, "large-0")
         play.start("all-0", a_server(gpus=4))
         play.until(ServerReady, "all-0")
         play.start("late-0", a_server(gpus=1))
-        cluster.start_evaluator("evaluator.0", play.log("evaluator.0"))
+        play.start_evaluator("evaluator.0")
         play.until(EvaluatorReady, "evaluator.0")
-        cluster.start_evaluator("evaluator.1", play.log("evaluator.1"))
+        play.start_evaluator("evaluator.1")
         while len(said) < 2:
             play.events += cluster.events(0.1)
         cluster.stop_server("late-0")

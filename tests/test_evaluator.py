@@ -563,6 +563,7 @@ def test_a_failed_cell_says_why_and_the_next_one_runs(evaluator: Driver, cell: A
     end = evaluator.end(evaluator.begin(cell("pinned", num_fewshot=5, limit=2), facts(), [(endpoint, 8)]))
     assert isinstance(end, CellFailed)
     assert "num_fewshot 5 was asked for, but pinned ran with 0" in str(end.error)
+    assert not end.passing
     still_works(evaluator, cell, endpoint)
 
 
@@ -570,6 +571,7 @@ def test_a_task_that_leaves_the_process_costs_its_cell_only(evaluator: Driver, c
     end = evaluator.end(evaluator.begin(cell("exits", limit=2), facts(), [(endpoint, 8)]))
     assert isinstance(end, CellFailed)
     assert str(end.error).startswith("evaluate m/exits: SystemExit: a task that wants to leave (the traceback")
+    assert end.passing  # nobody knows
     assert "in exits" in evaluator.log.read_text()
     still_works(evaluator, cell, endpoint)
 

@@ -55,7 +55,10 @@ ORDER = [
     # running
     "inventory",
     "machine",
+    "nodes",
     "restarts",
+    "seats",
+    "failures",
     "schedule",
     "walltime",
     "costs",

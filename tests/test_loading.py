@@ -169,6 +169,13 @@ tasks: {gsm8k: {num_fewshot: [0, 5]}, mmlu: {task: mmlu_stem}}
     assert config.models["some"].tasks == ("!gsm8k-0shot", "!gsm8k-5shot")
 
 
+def test_how_much_may_fail_is_said_of_the_sweep_and_of_models():
+    config = loaded(SMALL)
+    assert (config.retries, config.max_failures, config.models["qwen"].max_failures) == (1, None, None)
+    config = loaded(SMALL + "retries: 0\nmax_failures: 9\ndefaults: {model: {max_failures: 3}}")
+    assert (config.retries, config.max_failures, config.models["qwen"].max_failures) == (0, 9, 3)
+
+
 def test_the_limit_of_the_sweep_fills_tasks_that_set_none():
     config = loaded(SMALL + "  own: {limit: 0.5}\nlimit: 10\n")
     assert [config.tasks[name].limit for name in ("gsm8k", "mmlu", "own")] == [10, 10, 0.5]
@@ -426,6 +433,9 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         (SMALL, ["tasks.gsm8k.num_fewshot=[0,x]"], "num_fewshot: wants an integer or a list of integers, got [0, 'x']"),
         ("models: [qwen]\n" + ONE_TASK, [], "conf/s.yaml: models: wants a mapping, got ['qwen']"),
         ("- models", [], "conf/s.yaml: wants a mapping, got ['models']"),
+        (SMALL, ["retries=-1"], "command line: retries: wants 0 or more, got -1"),
+        (SMALL, ["max_failures=0"], "command line: max_failures: wants 1 or more, got 0"),
+        (SMALL, ["models.qwen.max_failures=0"], "models.qwen.max_failures: wants 1 or more, got 0"),
         # missing values
         (
             "models: {m: }\n" + ONE_TASK,

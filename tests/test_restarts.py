@@ -49,6 +49,14 @@ def test_what_one_outage_takes_is_lost_once() -> None:
     assert known.lost(11.0, started_s=0.0, healthy=True).losses == 1
 
 
+def test_what_the_infrastructure_takes_rests_and_makes_no_row_longer() -> None:
+    known = after(False, False)
+    taken = known.lost(200.0, counts=False).lost(300.0, counts=False)
+    assert (taken.losses, taken.rest_s(300.0)) == (2, BACKOFF_S * 2)
+    assert NEVER_LOST.lost(7.0, counts=False).rest_s(7.0) == BACKOFF_S
+    assert known.lost(200.0, healthy=True, counts=False).losses == 0
+
+
 def test_what_was_never_lost_starts_at_once() -> None:
     assert NEVER_LOST.rest_s(0.0) == 0
 

@@ -80,6 +80,8 @@ class ScriptedCluster:
     def __init__(self, script: "Script", *, evaluators: int, cpu_servers: int) -> None:
         self.inventory = (Node(name="n", cpu_servers=cpu_servers, evaluators=evaluators),)
         self.evaluators: list[str] = []
+        self.node_of: dict[str, str] = {}
+        """Evaluator -> where it was to start."""
         self.sent: dict[str, list[Any]] = {}
         """Evaluator -> its messages that the test has not taken yet."""
         self.started: list[str] = []
@@ -96,8 +98,9 @@ class ScriptedCluster:
         self._settling = False
         self._placed: list[ClusterEvent] = []
 
-    def start_evaluator(self, name: str, log_path: Path) -> None:
+    def start_evaluator(self, name: str, log_path: Path, *, node: str) -> None:
         self.evaluators.append(name)
+        self.node_of[name] = node
         self.sent[name] = []
         self._placed.append(EvaluatorReady(evaluator=name))
 
@@ -240,8 +243,9 @@ class Loop:
         cpu_servers: int = 1,
         known: tuple[str, ...] = (),
         walltime: Walltime = UNLIMITED,
+        **limits: int,
     ) -> dict[str, Record]:
-        """`known` are the servers whose facts an earlier launch has stored."""
+        """`known` are the servers whose facts an earlier launch has stored, `limits` the runner's."""
         store = Store(RunDirectory(self.folder))
         for name in known:
             path = store.directory.facts(name)
@@ -266,6 +270,7 @@ class Loop:
                 records=records,
                 clock=lambda: cluster.now,
                 walltime=walltime,
+                **limits,
             )
             self.ended = (runner.run(self.stop), runner.out_of_time)
         finally:
@@ -412,6 +417,152 @@ def test_a_cell_goes_to_another_evaluator_when_its_own_dies_and_fails_when_that_
         rf"its evaluator died {DEATHS_MOST} times, last: killed \(see .*evaluator\.2\.log\)",
         str(records["a/deadly"].error),
     )
+
+
+def test_a_cell_that_gets_on_between_its_evaluators_deaths_is_not_their_cause(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        for attempt in range(1, 2 * DEATHS_MOST):
+            name, _ = cluster.running()["a/t"]
+            answer = Response(key=bytes([attempt]), cell="a/t", method="echo", answer=b"1")
+            yield [said(name, ev.Answered(cell="a/t", attempt=attempt, responses=[answer]))]
+            yield [EvaluatorLost(evaluator=name, reason="killed")]
+            yield from cluster.after(BACKOFF_S)
+        yield [done(*cluster.running()["a/t"])]
+
+    assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
+
+
+def test_what_the_infrastructure_takes_is_done_again_as_often_as_it_takes(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        for number in range(2 * DEATHS_MOST):  # checks too
+            ((name, _),) = cluster.taken(ev.CheckTask)
+            yield [EvaluatorLost(evaluator=name, reason="node died", infrastructure=True)]
+            yield from cluster.after(BACKOFF_S)
+            for name, check in cluster.taken(ev.CheckModel):
+                yield [said(name, passed(check))]
+            assert len(cluster.evaluators) == number + 2
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        run = cluster.running()["a/t"]
+        yield [asks(*run)]
+        for number in range(2 * LOSSES_MOST):
+            life = f"a-{number}"
+            if number % 2:
+                yield [ServerFailed(life=life, error="node died", passing=True, infrastructure=True)]
+            else:
+                gone = ServerLost(life=life, reason="node died", infrastructure=True)
+                yield [cluster.ready(life), gone, ServerStopped(life=life)]
+            yield from cluster.after(BACKOFF_S)  # which does not grow
+            assert len(cluster.started) == number + 2
+        yield [cluster.ready(cluster.started[-1])]
+        for _ in range(2 * DEATHS_MOST):
+            yield [EvaluatorLost(evaluator=run[0], reason="node died", infrastructure=True)]
+            yield from cluster.after(BACKOFF_S)
+            run = cluster.running()["a/t"]
+        yield [done(*run)]
+
+    assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
+
+
+def failed(evaluator: str, run: ev.RunCell, *, passing: bool) -> EvaluatorSaid:
+    return said(evaluator, ev.CellFailed(cell=run.cell.key, attempt=run.attempt, error="it broke", passing=passing))
+
+
+def test_a_cell_is_run_again_after_an_error_that_may_pass_as_often_as_the_sweep_says(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        yield [failed(*cluster.running()["a/broken"], passing=True)]
+        yield [failed(*cluster.running()["a/wrong"], passing=False)]
+        for attempt in (2, 3):
+            assert not cluster.running()  # it rests
+            yield from cluster.after(BACKOFF_S * (attempt - 1))
+            name, run = cluster.running()["a/broken"]
+            assert run.attempt == attempt
+            yield [failed(name, run, passing=True)]
+
+    records = loop(a_plan(["a"], ["broken", "wrong"]), script, retries=2)
+    assert statuses(records) == {"a/broken": "failed", "a/wrong": "failed"}
+
+
+def test_a_model_is_given_up_after_its_failures_and_the_others_go_on(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cells = cluster.running()
+        yield [failed(*cells["a/t1"], passing=False)]
+        assert [name for name, _ in cluster.taken(ev.CancelCell)] == [cells["a/t2"][0]]
+        yield [cancelled(*cells["a/t2"])]
+        assert cluster.stopped == ["a-0"]
+        yield [ServerStopped(life="a-0")]
+        yield [cluster.ready("b-0")]
+        yield [done(*run) for run in cluster.running().values()]
+        yield [done(*cluster.running()["b/t3"])]
+
+    plan = a_plan(["a", "b"], ["t1", "t2", "t3"])
+    strict = replace(plan.models["a"], model=replace(plan.models["a"].model, max_failures=1))
+    plan = replace(plan, models={**plan.models, "a": strict})
+    records = loop(plan, script, evaluators=2, max_failures=2)
+    why = "given up: 1 cell has failed, after which a is (`models.a.max_failures: 1`); the last: a/t1: it broke"
+    errors = {key: record.error for key, record in records.items()}
+    assert errors == {"a/t1": "it broke", "a/t2": why, "a/t3": why, "b/t1": None, "b/t2": None, "b/t3": None}
+
+
+def test_the_sweep_is_given_up_after_its_failures(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        for task in ("t1", "t2"):
+            yield [failed(*cluster.running()[f"a/{task}"], passing=False)]
+
+    records = loop(a_plan(["a", "b"], ["t1", "t2", "t3"]), script, max_failures=2)
+    why = "given up: 2 cells have failed, after which the sweep is (`max_failures: 2`); the last: a/t2: it broke"
+    assert {record.error for key, record in records.items() if key not in ("a/t1", "a/t2")} == {why}
+    assert len(records) == 6
+
+
+def test_evaluators_of_a_node_that_joins_get_work_and_those_of_one_that_may_be_gone_get_none(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        (node,) = cluster.inventory
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        first = cluster.running()
+        assert first.keys() == {"a/t1"}
+        cluster.inventory = (node, Node(name="joined", evaluators=1))
+        yield []
+        assert list(cluster.node_of.values()) == ["n", "joined"]
+        second = cluster.running()
+        assert second.keys() == {"a/t2"}
+        cluster.inventory = (node,)
+        yield [done(*second["a/t2"])]
+        assert not cluster.running()  # though it is idle
+        yield [done(*first["a/t1"])]
+        third = cluster.running()
+        assert third.keys() == {"a/t3"}
+        cluster.inventory = (node, Node(name="joined", evaluators=1))
+        yield []
+        fourth = cluster.running()
+        assert fourth.keys() == {"a/t4"}
+        yield [done(*third["a/t3"]), done(*fourth["a/t4"])]
+
+    loop(a_plan(["a"], ["t1", "t2", "t3", "t4"]), script)
+
+
+def test_evaluators_are_told_which_servers_are_dead(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0"), cluster.ready("a-1")]
+        run = cluster.running()["a/t"]
+        cluster.taken(ev.PoolChanged)
+        yield [lost("a-0"), ServerStopped(life="a-0")]
+        told = [news for _, news in cluster.taken(ev.PoolChanged)]
+        assert [(news.lost, [endpoint.server for endpoint, _ in news.shares]) for news in told] == [(("a-0",), ["a-1"])]
+        yield [done(*run)]
+
+    loop(a_plan(["a"], ["t"], replicas=2), script, cpu_servers=2)
 
 
 def lost(life: str) -> ServerLost:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import aiohttp
 import msgspec
 
-from sweep.errors import PassingFault, RequestError
+from sweep.errors import PassingFault, RequestError, RequestFault
 from sweep.evaluating.concurrency import Need
 from sweep.evaluating.dispatch import Dispatched, Queue, Queued
 from sweep.serving.server import Endpoint
@@ -85,6 +85,8 @@ class _Slot:
     """The last pause; 0 once it answered again."""
     paused_until: float = 0.0
     refused: int = 0
+    lost: bool = False
+    """It is dead, and nothing that it owes will come."""
 
     def need(self, queued: int) -> Need:
         held = max(self.limit, self.in_flight)
@@ -114,8 +116,9 @@ class Pool:
         self._cancelled: str | None = None
         self._wake: Callable[[], object] = _nobody
 
-    def update(self, shares: Sequence[tuple[Endpoint, int]]) -> None:
-        """Replace the pool. Requests in flight at an endpoint that left go on, and count if it comes back."""
+    def update(self, shares: Sequence[tuple[Endpoint, int]], *, lost: Collection[str] = ()) -> None:
+        """Replace the pool. Requests in flight at an endpoint that left go on, and count if it comes back; those at one
+        that is `lost` are asked again."""
         with self._lock:
             old = self._slots
             self._slots = {e.server: old.get(e.server) or _Slot(endpoint=e, limit=0) for e, _ in shares}
@@ -123,7 +126,7 @@ class Pool:
                 self._slots[endpoint.server].limit = limit
             for name, slot in old.items():
                 if slot.in_flight and name not in self._slots:
-                    slot.limit = 0
+                    slot.limit, slot.lost = 0, name in lost
                     self._slots[name] = slot
             self._wake()
 
@@ -244,7 +247,7 @@ class Client:
         self.pool._call(lambda: loop.call_soon_threadsafe(changed.set))
         # The pool's shares are the limit; the connector's own would be a second, hidden one.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-        running: set[asyncio.Task[None]] = set()
+        running: dict[asyncio.Task[None], _Slot] = {}
         try:
             async with aiohttp.ClientSession(connector=connector) as session:
                 try:
@@ -253,7 +256,7 @@ class Client:
                         self.pool.want(len(queue))
                         if (begun := self._begin(queue)) is not None:
                             task = asyncio.create_task(self._send(session, *begun, queue, on_reply))
-                            running.add(task)
+                            running[task] = begun[0]
                             task.add_done_callback(lambda _: changed.set())
                             continue
                         try:
@@ -261,9 +264,12 @@ class Client:
                         except TimeoutError:
                             continue
                         changed.clear()
-                        for task in [t for t in running if t.done()]:
-                            running.discard(task)
-                            task.result()
+                        for task, slot in [*running.items()]:
+                            if task.done():
+                                del running[task]
+                                task.result()
+                            elif slot.lost:
+                                task.cancel()
                 finally:
                     self.pool.want(0)
                     for task in running:
@@ -303,6 +309,11 @@ class Client:
             for queued, own in zip(calls, replies_of(reply, len(calls)), strict=True):
                 on_reply(queued.call, own)
                 answered += 1
+        except asyncio.CancelledError:
+            if not slot.lost:
+                raise
+            self._pause(slot, f"{endpoint.server} is lost")
+            queue.back(endpoint.server, calls)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
             self._pause(slot, f"connection to {endpoint.server} lost: {error!r}")
             queue.back(endpoint.server, calls)
@@ -317,7 +328,7 @@ class Client:
             for queued in calls[answered:]:
                 queued.attempts += 1
                 if queued.attempts >= ATTEMPTS:
-                    raise RequestError(
+                    raise RequestFault(
                         f"a request to model {self.model} failed {ATTEMPTS} times, last at {endpoint.server}: {error}"
                     ) from None
             queue.back(endpoint.server, calls[answered:])

@@ -40,7 +40,7 @@ from typing import IO, Any, Self
 import msgspec
 
 from sweep import ROOT
-from sweep.errors import SweepError
+from sweep.errors import SweepError, may_pass
 from sweep.evaluating.client import Cancelled, Pool
 from sweep.evaluating.concurrency import Need
 from sweep.evaluating.preflight import Facts
@@ -141,6 +141,9 @@ class PoolChanged:
 
     shares: tuple[tuple[Endpoint, int], ...]
     facts: Facts | None
+    lost: tuple[str, ...] = ()
+    """Names of endpoints that are dead: what is in flight there is asked again elsewhere and not waited for, since a
+    node that is cut off does not even close its connections."""
     serial: int = 0
     """Comes back with Demand, which says that it was heard."""
 
@@ -239,6 +242,8 @@ class CellFailed:
     cell: str
     attempt: int
     error: str | None
+    passing: bool = False
+    """Another attempt may succeed."""
 
 
 Event = Checked | WantAnswers | NeedServer | Demand | Answered | CellProgress | CellDone | CellFailed
@@ -381,9 +386,9 @@ class _Attempt:
                     self._answers = answers
                 case Stored(responses=responses):
                     self._count_unstored(-responses)
-                case PoolChanged(shares=shares, facts=facts, serial=serial):
+                case PoolChanged(shares=shares, facts=facts, lost=lost, serial=serial):
                     self._facts = facts or self._facts
-                    self.pool.update(shares)
+                    self.pool.update(shares, lost=lost)
                     self._serial = serial
                 case CancelCell(reason=reason):
                     self._cancelled = reason
@@ -540,7 +545,8 @@ def _work_forever(link: _Link) -> None:
         except Cancelled:
             return CellFailed(cell=cell.key, attempt=number, error=None)
         except FAILURES as error:
-            return CellFailed(cell=cell.key, attempt=number, error=_words(f"evaluate {cell.key}", error))
+            words = _words(f"evaluate {cell.key}", error)
+            return CellFailed(cell=cell.key, attempt=number, error=words, passing=may_pass(error))
         return CellDone(cell=cell.key, attempt=number, record=done.record, files=done.files)
 
     def problem(doing: str, work: Callable[[], object]) -> str | None:

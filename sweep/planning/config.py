@@ -98,6 +98,9 @@ class Model:
     hang_timeout_s: float = 600.0
     """A server that has requests and computes nothing for so long counts as dead, as does one that does not answer
     /health for a tenth of it. Longer than the slowest single step: a long prompt on a CPU takes minutes."""
+    max_failures: int | None = None
+    """After so many failed cells the rest of the model is given up; unset means never. What failed is tried again by
+    the next launch, and so is what was given up."""
     entry: str = ""
     """Models with the same entry share a server: the model's own name, or for an adapter the name of its base model."""
     adapter: str | None = None
@@ -200,6 +203,12 @@ class SweepConfig:
     limit: int | float | None = None
     """For every task that sets none of its own; already filled in there."""
     seeds: Seeds = field(default_factory=Seeds)
+    retries: int = 1
+    """How often a cell is run again that failed of an error that may pass (a data set that could not be read, servers
+    that answer with errors): once tells an accident from a fault, and costs no answer that was given. What is lost with
+    a server, an evaluator or a node is run again as often as it takes and counts for nothing."""
+    max_failures: int | None = None
+    """After so many failed cells the rest of the sweep is given up; unset means never, as cells fail on their own."""
     cells: dict[str, CellOverride] = field(default_factory=dict)
     """Keys are `model/task` and may hold shell wildcards; later keys win."""
     wandb: WandbConfig = field(default_factory=WandbConfig)

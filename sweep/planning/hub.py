@@ -284,10 +284,15 @@ def _note_branch(source: Source, commit: str) -> None:
     temporary.replace(ref)
 
 
-def _folder(repository: str) -> Path:
+def cache() -> Path:
+    """The hub's cache on this machine, whether it exists or not."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE, "--".join(["models", *repository.split("/")]))
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _folder(repository: str) -> Path:
+    return cache() / "--".join(["models", *repository.split("/")])
 
 
 def _is_commit(revision: str) -> bool:

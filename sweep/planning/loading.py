@@ -321,6 +321,8 @@ _FILE = _SUITE | {
     "runs_dir": str,
     "limit": int | float | None,
     "seeds": get_type_hints(Seeds),
+    "retries": int,
+    "max_failures": int | None,
     "defaults": {"model": _ENTRY, "task": _TASK},
     "models": _Named(_ENTRY),
     "suites": tuple[str, ...],
@@ -477,6 +479,8 @@ def _build(document: dict[str, Any]) -> SweepConfig:
         runs_dir=_absolute(document.get("runs_dir", "runs")),
         limit=document.get("limit"),
         seeds=Seeds(**document.get("seeds", {})),
+        retries=document.get("retries", SweepConfig.retries),
+        max_failures=document.get("max_failures"),
         cells={key: CellOverride(**own) for key, own in document.get("cells", {}).items()},
         wandb=WandbConfig(**document.get("wandb", {})),
         ray=RayConfig(**document.get("ray", {})),
@@ -727,7 +731,8 @@ def _check(config: SweepConfig, models: Mapping[str, _Draft], tasks: Mapping[str
         raise _Mistake("missing value; a sweep needs at least one task, or a suite", ("tasks",))
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", config.name):
         raise _Mistake(f"{config.name!r} names a folder: letters, digits, -, _ and . only", ("name",))
-    _check_amounts(config, ("limit", "walltime"), lambda name, text: _Mistake(text, (name,)))
+    amounts = ("limit", "walltime", "retries", "max_failures")
+    _check_amounts(config, amounts, lambda name, text: _Mistake(text, (name,)))
     for name in config.env:
         if name.startswith("RAY_"):
             raise _Mistake("Ray reads it before any sweep file is read: export it instead", ("env", name))
@@ -751,7 +756,7 @@ def _check(config: SweepConfig, models: Mapping[str, _Draft], tasks: Mapping[str
 
 def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None:
     amounts = ("tensor_parallel", "nodes", "gpus", "gpu_memory_gb", "replicas", "concurrency", "max_model_len")
-    _check_amounts(model, (*amounts, "startup_timeout_s", "hang_timeout_s"), draft.mistake)
+    _check_amounts(model, (*amounts, "startup_timeout_s", "hang_timeout_s", "max_failures"), draft.mistake)
     _check_key(model.api_key, draft.mistake)
     if model.device is Device.CPU and model.tensor_parallel > 1:
         raise draft.mistake("tensor_parallel", f"spans GPUs, but device is cpu; got {model.tensor_parallel}")
@@ -797,6 +802,7 @@ _AMOUNTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_fewshot": (lambda shots: shots >= 0, "0 or more examples"),
     "gpus": (lambda gpus: 0 < gpus < 1 or (gpus >= 1 and gpus.is_integer()), "a share below 1 or whole GPUs"),
     "gpu_memory_gb": (lambda gb: gb > 0, "more than 0 GB"),
+    "retries": (lambda retries: retries >= 0, "0 or more"),
     "startup_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
     "hang_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
     "walltime": (lambda seconds: seconds > 0, "more than 0 seconds"),

@@ -9,13 +9,13 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sweep.errors import ResourceError, ServerError, ServerFault, SweepError
@@ -23,9 +23,12 @@ from sweep.evaluating.concurrency import LOOK_S, Controller, Load
 from sweep.evaluating.evaluator import EvaluatorProcess, Event
 from sweep.evaluating.preflight import Check, Expected, Facts, Inspection, inspect
 from sweep.planning.config import RayConfig
+from sweep.planning.hub import Part, Source, cache, lacking
 from sweep.planning.plan import ServerPlan, on_cpu
 from sweep.running.inventory import Node, total_gpus
 from sweep.running.machine import CPU_SERVER, EVALUATOR, local_node, ray_address, starts_local
+from sweep.running.nodes import Looked, Nodes
+from sweep.serving import gpu
 from sweep.serving.external import ExternalServer
 from sweep.serving.server import Endpoint, Server
 
@@ -45,8 +48,8 @@ PLACE_S = 30.0
 LOAD_S = 5.0
 """Between two words of a server's figures while its limit stays."""
 
-GPU_TYPE = "accelerator_type:"
-"""How Ray's resources of a node name the type of its GPUs."""
+LIST_S = 1.0
+"""Between two looks at Ray's list of nodes, which is one small call."""
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "TRANSFORMERS_OFFLINE")
 """What these are where the sweep is launched holds for its servers and evaluators on every node, whose own environment
@@ -68,6 +71,8 @@ class ServerFailed:
     error: str
     passing: bool = False
     """Another start may succeed."""
+    infrastructure: bool = False
+    """Its node or its actor was taken away; the server had no part in it."""
     checks: tuple[Check, ...] = ()
     """What preflight had seen of it, when it came so far."""
 
@@ -78,6 +83,8 @@ class ServerLost:
 
     life: str
     reason: str
+    infrastructure: bool = False
+    """As with ServerFailed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +117,8 @@ class EvaluatorSaid:
 class EvaluatorLost:
     evaluator: str
     reason: str
+    infrastructure: bool = False
+    """Its node or its actor was taken away; what it was doing had no part in it."""
 
 
 ClusterEvent = (
@@ -129,6 +138,8 @@ class _Unplaced:
     """An actor that Ray has not started yet."""
 
     name: str
+    node: str | None
+    """The only one where it may start."""
     needs: dict[str, float]
     """Ray's resources."""
     next_look_s: float = field(default_factory=lambda: time.monotonic() + PLACE_S)
@@ -274,6 +285,21 @@ _EvaluatorActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0
 )
 
 
+@ray.remote(num_cpus=0, max_retries=0)
+def _look(sources: Mapping[str, Sequence[Source]], *, first: bool) -> Looked:
+    """What a node has. `sources` are parts of the hub's repositories by the path of the model that needs them."""
+    folder = cache()
+    while not folder.exists():
+        folder = folder.parent
+    return Looked(
+        gpu_memory_gb=gpu.smallest_gb() if first else None,
+        disk_free_gb=shutil.disk_usage(folder).free // 10**9,  # whole, so that a node seldom changes
+        weights=frozenset(
+            path for path, parts in sources.items() if (not any(map(lacking, parts)) if parts else os.path.exists(path))
+        ),
+    )
+
+
 def _be_ordinary(variables: Mapping[str, str]) -> None:
     """Take over `variables`, and Ray's mark off this process.
 
@@ -290,9 +316,18 @@ class Cluster:
     """A connection to Ray with this sweep's actors. Close it always: `close` ends every process it started."""
 
     def __init__(
-        self, config: RayConfig, *, api_key: str, secrets: Sequence[str] = (), env: Mapping[str, str] | None = None
+        self,
+        config: RayConfig,
+        *,
+        api_key: str,
+        secrets: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        servers: Iterable[ServerPlan] = (),
     ) -> None:
-        """Connect, or start a local cluster. `env` is for everything of ours there. Raises ResourceError."""
+        """Connect, or start a local cluster. Raises ResourceError when that fails.
+
+        `env` is for everything of ours there; nodes tell which of the weights of `servers` they hold.
+        """
         self._api_key = api_key
         self._secrets = tuple(secrets)
         """Masked in evaluators' logs, besides what the environment of their node holds."""
@@ -305,6 +340,15 @@ class Cluster:
         self._streams: dict[Any, str] = {}
         self._loads: dict[Any, str] = {}
         self._unplaced: dict[Any, _Unplaced] = {}
+        self._node_of: dict[str, str] = {}
+        """Where servers' lives and evaluators were told to run."""
+        self._nodes: Nodes | None = None
+        """None on a cluster that is ours alone: its one node cannot be lost without us."""
+        self._looks: dict[Any, str] = {}
+        self._next_list_s = 0.0
+        self._weights = {
+            server.model.path: [source for source in server.sources if source.part is Part.MODEL] for server in servers
+        }
         self._next: list[ClusterEvent] = []
         """Events that are known already."""
         self._session: Path | None = None
@@ -314,9 +358,12 @@ class Cluster:
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())
             raise ResourceError(f"connect to Ray ({ray_address(config)}): {said}") from error
-        # Servers are heard on loopback only when all that asks them is on their node, and a node may join later: a
-        # sweep that begins on one node, which is all that its inventory counts, stays there.
-        self._only_node: str | None = self.inventory[0].name if len(self.inventory) == 1 else None
+        if not any(node.evaluators for node in self.inventory):
+            self.close()
+            raise ResourceError(
+                f"no node of the cluster ({ray_address(config)}) carries an evaluator: each takes a CPU, "
+                f"or one of `{EVALUATOR}` where a node was started with such resources"
+            )
 
     def _start_local(self, config: RayConfig) -> tuple[Node, ...]:
         node = local_node(config)
@@ -333,11 +380,42 @@ class Cluster:
 
     def _connect(self, config: RayConfig) -> tuple[Node, ...]:
         ray.init(address=ray_address(config), log_to_driver=False, configure_logging=False)
-        return tuple(
-            _node(node["NodeID"], node["Resources"], config)
-            for node in sorted(ray.nodes(), key=lambda node: str(node["NodeManagerHostname"]))
-            if node["Alive"]
-        )
+        self._nodes = Nodes(config)
+        inventory = self._usable()
+        while self._nodes.awaited(time.monotonic()):
+            self._looked(ray.wait([*self._looks], timeout=LIST_S, fetch_local=False)[0])
+            inventory = self._usable()
+        return inventory
+
+    def _usable(self) -> tuple[Node, ...]:
+        """The nodes that may get something new, after a look at Ray's list and at those where one is due."""
+        if self._nodes is None:
+            return self.inventory
+        now = time.monotonic()
+        if now >= self._next_list_s:
+            self._next_list_s = now + LIST_S
+            self._nodes.listed(ray.nodes())
+        for name, first in self._nodes.due(now).items():
+            self._looks[_look.options(**_on(name)).remote(self._weights, first=first)] = name
+        return self._nodes.usable(now)
+
+    def _looked(self, references: Iterable[Any]) -> None:
+        assert self._nodes is not None
+        for reference in references:
+            name = self._looks.pop(reference)
+            try:
+                looked = ray.get(reference)
+            except RayError as error:
+                log.info("node %s does not answer: %s", name, _named(error))
+                looked = None
+            self._nodes.answered(name, looked, time.monotonic())
+
+    def _suspect(self, name: str) -> None:
+        """The node of what is called `name` may be gone."""
+        if self._nodes is not None and (node := self._node_of.get(name)) is not None:
+            self._forget(self._looks, node)  # what was asked before says nothing
+            self._nodes.suspect(node)
+            self._next_list_s = 0.0
 
     def start_server(
         self,
@@ -352,11 +430,15 @@ class Cluster:
 
         `nodes` are names of the inventory, where the server is to run; without any Ray finds a place.
         """
-        actor = _ServerActor.options(**self._needs(plan), **self._placement(nodes)).remote(
-            plan, life, self._api_key, str(log_path), self._only_node is not None, self._secrets, self._variables
+        node = next(iter(nodes), None)
+        needs = self._needs(plan, node)
+        # Servers are heard on loopback only when all that asks them is on their node, for good.
+        loopback = self._nodes is None
+        actor = _ServerActor.options(**needs, **_on(node)).remote(
+            plan, life, self._api_key, str(log_path), loopback, self._secrets, self._variables
         )
         self._servers[life] = actor
-        self._await_place(life, actor, self._needs(plan))
+        self._await_place(life, actor, needs, node)
         self._starting[actor.start.remote(expected)] = life
 
     def stop_server(self, life: str) -> None:
@@ -379,13 +461,15 @@ class Cluster:
         if (actor := self._servers.get(life)) is not None:
             actor.press.remote(wanted, refused)
 
-    def start_evaluator(self, name: str, log_path: Path) -> None:
-        """EvaluatorReady or EvaluatorLost follows; what is sent before waits for it."""
-        actor = _EvaluatorActor.options(**self._slot(EVALUATOR), **self._placement()).remote(
-            str(log_path), self._secrets, self._variables
-        )
+    def start_evaluator(self, name: str, log_path: Path, *, node: str | None) -> None:
+        """EvaluatorReady or EvaluatorLost follows; what is sent before waits for it.
+
+        `node` is of the inventory; without one Ray finds a place.
+        """
+        needs = self._slot(EVALUATOR, node)
+        actor = _EvaluatorActor.options(**needs, **_on(node)).remote(str(log_path), self._secrets, self._variables)
         self._evaluators[name] = actor
-        self._await_place(name, actor, self._slot(EVALUATOR))
+        self._await_place(name, actor, needs, node)
         self._streams[actor.events.remote()] = name
 
     def send(self, evaluator: str, message: Any) -> None:
@@ -394,35 +478,37 @@ class Cluster:
         if (actor := self._evaluators.get(evaluator)) is not None:
             actor.send.remote(message)
 
-    def _needs(self, plan: ServerPlan) -> dict[str, Any]:
+    def _needs(self, plan: ServerPlan, node: str | None) -> dict[str, Any]:
         if plan.external:
             return {}
         cpu = on_cpu(plan, cluster_gpus=total_gpus(self.inventory))
-        return self._slot(CPU_SERVER) if cpu else {"num_gpus": plan.gpus}
+        return self._slot(CPU_SERVER, node) if cpu else {"num_gpus": plan.gpus}
 
-    def _placement(self, nodes: Sequence[str] = ()) -> dict[str, Any]:
-        node = self._only_node or next(iter(nodes), None)
-        return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
-
-    def _slot(self, name: str) -> dict[str, Any]:
-        """One slot where the cluster declares them, a whole CPU where it does not."""
-        return {"resources": {name: 1}} if name in ray.cluster_resources() else {"num_cpus": 1}
+    def _slot(self, name: str, node: str | None) -> dict[str, Any]:
+        """One slot where the node declares them, a whole CPU where it does not."""
+        declared = self._nodes is None or node is None or self._nodes.declares(node, name)
+        return {"resources": {name: 1}} if declared else {"num_cpus": 1}
 
     def events(self, timeout_s: float) -> list[ClusterEvent]:
         """What happened in the next `timeout_s`; many events at a time cost the driver half as much as one by one."""
         events, self._next = self._next, []
-        references = [*self._starting, *self._sentinels, *self._stopping, *self._streams, *self._loads, *self._unplaced]
+        references = [
+            *(*self._starting, *self._sentinels, *self._stopping, *self._streams, *self._loads),
+            *(*self._unplaced, *self._looks),
+        ]
         if not references and not events:  # all that there was has died and rests
             time.sleep(timeout_s)
+            self.inventory = self._usable()
             return []
         ready: list[Any] = []
         if references:
             wait_s = 0 if events else timeout_s
             ready, _ = ray.wait(references, num_returns=len(references), timeout=wait_s, fetch_local=False)
+        self._looked([reference for reference in ready if reference in self._looks])
         for reference in ready:
             if reference in self._unplaced:
                 placed = self._unplaced.pop(reference)
-                if placed.name in self._evaluators:
+                if placed.name in self._evaluators and _succeeded(reference):
                     events.append(EvaluatorReady(evaluator=placed.name))
             elif reference in self._streams:
                 events += self._heard(reference)
@@ -434,15 +520,19 @@ class Cluster:
                 events += self._lost(reference)
             elif reference in self._stopping:
                 events.append(self._stopped(reference))
+        self.inventory = self._usable()
         return [*events, *self._without_place()]
 
     # Finding a place.
 
-    def _await_place(self, name: str, actor: Any, needs: Mapping[str, Any]) -> None:
+    def _await_place(self, name: str, actor: Any, needs: Mapping[str, Any], node: str | None) -> None:
         """Must come before the call that keeps the actor busy."""
+        if node is not None:
+            self._node_of[name] = node
         names = {"num_cpus": "CPU", "num_gpus": "GPU"}
         flat = {names.get(key, key): value for key, value in needs.items() if key != "resources"}
-        self._unplaced[actor.__ray_ready__.remote()] = _Unplaced(name=name, needs=flat | needs.get("resources", {}))
+        needed = flat | needs.get("resources", {})
+        self._unplaced[actor.__ray_ready__.remote()] = _Unplaced(name=name, node=node, needs=needed)
 
     def _has_place(self, name: str) -> bool:
         return all(unplaced.name != name for unplaced in self._unplaced.values())
@@ -453,13 +543,13 @@ class Cluster:
         late = [unplaced for unplaced in self._unplaced.values() if now > unplaced.next_look_s]
         if not late:
             return
-        nodes = [
-            node["Resources"] for node in ray.nodes() if node["Alive"] and self._only_node in (None, node["NodeID"])
-        ]
+        usable = {node.name for node in self.inventory}
+        resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["NodeID"] in usable}
         for unplaced in late:
             unplaced.next_look_s = now + PLACE_S
             name, needs = unplaced.name, " and ".join(f"{n:g} {what}" for what, n in unplaced.needs.items())
-            if any(all(node.get(what, 0) >= n for what, n in unplaced.needs.items()) for node in nodes):
+            possible = [node for name_of, node in resources.items() if unplaced.node in (None, name_of)]
+            if any(all(node.get(what, 0) >= n for what, n in unplaced.needs.items()) for node in possible):
                 if not unplaced.told:
                     log.warning(
                         "%s has waited %.0f s for Ray to start it: it needs %s on one node, which others on this "
@@ -470,14 +560,16 @@ class Cluster:
                     )
                 unplaced.told = True
                 continue
-            reason = f"no node of the cluster has {needs} (any more)"
+            reason = f"no node of the cluster has {needs} (any more)" if possible else "its node does not answer"
+            gone = not possible
             if name in self._servers:
                 self._forget(self._starting, name)
                 self._end_server(name)
-                yield ServerFailed(life=name, error=f"{name} did not start: {reason}", passing=True)
+                error = f"{name} did not start: {reason}"
+                yield ServerFailed(life=name, error=error, passing=True, infrastructure=gone)
             else:
                 self._end_evaluator(name)
-                yield EvaluatorLost(evaluator=name, reason=reason)
+                yield EvaluatorLost(evaluator=name, reason=reason, infrastructure=gone)
 
     def _heard(self, stream: Any) -> Iterator[ClusterEvent]:
         """All that an evaluator has said by now: one event a wait would be slower than a busy one speaks."""
@@ -487,11 +579,11 @@ class Cluster:
                 yield EvaluatorSaid(evaluator=name, event=ray.get(next(stream)))
             return
         except StopIteration:
-            reason = "its process ended; its log tells why"
+            reason, taken = "its process ended; its log tells why", False
         except RayError as error:
-            reason = self._of_ray(error)
+            reason, taken = self._of_ray(error), self._taken(name, error)
         self._end_evaluator(name)
-        yield EvaluatorLost(evaluator=name, reason=reason)
+        yield EvaluatorLost(evaluator=name, reason=reason, infrastructure=taken)
 
     def _load(self, stream: Any) -> Iterator[ClusterEvent]:
         try:
@@ -514,8 +606,10 @@ class Cluster:
             return ServerFailed(life=life, error=f"{life} did not start: {_named(error.cause)}")
         except RayError as error:
             # The process above the server has died, or its node; why is nobody's to know here.
+            taken = self._taken(life, error)
             self._end_server(life)
-            return ServerFailed(life=life, error=f"{life} did not start: {self._of_ray(error)}", passing=True)
+            reason = f"{life} did not start: {self._of_ray(error)}"
+            return ServerFailed(life=life, error=reason, passing=True, infrastructure=taken)
         if inspection.facts is None:
             self._end_server(life)
             return ServerFailed(
@@ -531,8 +625,9 @@ class Cluster:
         except RayError as error:
             # There is nobody left to ask for a stop. The supervisor ends the server when its owner is gone, and the
             # next server on these GPUs waits for their memory.
+            taken = self._taken(life, error)
             self._end_server(life)
-            yield ServerLost(life=life, reason=self._of_ray(error))
+            yield ServerLost(life=life, reason=self._of_ray(error), infrastructure=taken)
             yield ServerStopped(life=life)
             return
         self._stopping[self._servers[life].stop.remote()] = life
@@ -546,6 +641,13 @@ class Cluster:
         self._end_server(life)
         return ServerStopped(life=life)
 
+    def _taken(self, name: str, error: RayError) -> bool:
+        """Whether an actor was taken away, its node perhaps with it; not by what ran in it or by the memory it took."""
+        itself = isinstance(error, (RayTaskError, OutOfMemoryError)) or getattr(error, "actor_init_failed", False)
+        if not itself:
+            self._suspect(name)
+        return not itself
+
     def _of_ray(self, error: RayError) -> str:
         """A failure of Ray's own in words; it may have to be looked up in Ray's logs, which then stay."""
         if self._session is None:
@@ -556,11 +658,13 @@ class Cluster:
     def _end_server(self, life: str) -> None:
         self._forget_place(life)
         self._forget(self._loads, life)
+        self._node_of.pop(life, None)
         ray.kill(self._servers.pop(life))
 
     def _end_evaluator(self, name: str) -> None:
         self._forget_place(name)
         self._forget(self._streams, name)
+        self._node_of.pop(name, None)
         ray.kill(self._evaluators.pop(name))
 
     def _forget_place(self, name: str) -> None:
@@ -592,15 +696,16 @@ class Cluster:
                 _remove_session(self._session)
 
 
-def _node(name: str, resources: Mapping[str, float], config: RayConfig) -> Node:
-    """A node of a cluster that we joined; slots that it does not declare are taken as whole CPUs."""
-    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 1.0)
-    types = [key.removeprefix(GPU_TYPE) for key in resources if key.startswith(GPU_TYPE)]
-    cpu_servers = config.cpu_servers or int(resources.get(CPU_SERVER, max(1, cpus // 4)))
-    evaluators = config.evaluators or int(resources.get(EVALUATOR, max(1, min(2 * (gpus or cpu_servers), cpus // 2))))
-    return Node(
-        name=name, gpus=gpus, gpu_type=types[0] if types else "", cpu_servers=cpu_servers, evaluators=evaluators
-    )
+def _on(node: str | None) -> dict[str, Any]:
+    return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+def _succeeded(reference: Any) -> bool:
+    try:
+        ray.get(reference)
+    except RayError:  # whoever else waits for the actor is told why
+        return False
+    return True
 
 
 def _remove_session(folder: Path) -> None:

@@ -28,16 +28,20 @@ class Restarts:
     not_before_s: float = -math.inf
     """When the next start is due, on the clock of who calls."""
 
-    def lost(self, now_s: float, *, started_s: float = math.inf, healthy: bool = False) -> "Restarts":
+    def lost(
+        self, now_s: float, *, started_s: float = math.inf, healthy: bool = False, counts: bool = True
+    ) -> "Restarts":
         """After one more loss or passing start failure; after a `healthy` life it is the first in a row.
+
+        One that does not count, since the infrastructure took the life, makes the next start wait and no row longer.
 
         A life that was started before the rest after the last loss (`started_s`) adds none: replicas that one outage
         takes are lost once.
         """
         if started_s < self.not_before_s and not healthy:
             return self
-        losses = 1 if healthy else self.losses + 1
-        return Restarts(losses=losses, not_before_s=now_s + BACKOFF_S * 2 ** (losses - 1))
+        losses = (0 if healthy else self.losses) + counts
+        return Restarts(losses=losses, not_before_s=now_s + BACKOFF_S * 2 ** max(0, losses - 1))
 
     def rest_s(self, now_s: float) -> float:
         """How long the next start still has to wait, 0 when it is due."""

@@ -39,10 +39,12 @@ from sweep.running.cluster import (
     ServerStopped,
 )
 from sweep.running.costs import Costs, corrected_s, in_order, start_s
+from sweep.running.failures import Failures
 from sweep.running.inventory import Node, need, require, total_gpus
 from sweep.running.progress import Terminal
 from sweep.running.restarts import LOSSES_MOST, NEVER_LOST, Restarts, healthy
 from sweep.running.schedule import Action, LifeView, RetireServer, RunCell, ServerView, StartServer, View, schedule
+from sweep.running.seats import Seats
 from sweep.running.walltime import CELL_START_S, UNLIMITED, Walltime
 from sweep.serving.server import Endpoint
 
@@ -52,7 +54,8 @@ TICK_S = 0.1
 """Between two looks at what happened: how late an answer to an evaluator, a decision or a signal may be."""
 
 DEATHS_MOST = 3
-"""A check or a cell that so many evaluators died at is the cause of it; one or two may be the memory of a moment."""
+"""A check or a cell that so many evaluators died at, with no new answer between them, is the cause of it; one or two
+may be the memory of a moment."""
 
 KEEP_S = 2.0
 """At an end that was asked for, evaluators pass on what they have been answered for so long. It takes 0.1 s, and longer
@@ -80,7 +83,11 @@ class _CellState:
     state: str = "checking"
     """checking -> waiting -> running -> done or failed; back to waiting when its evaluator or turn is lost."""
     attempt: int = 0
+    """Of this many runs the last: what is heard of an earlier one comes too late."""
     losses: int = 0
+    """Evaluators that died at it since its last new answer."""
+    errors: Restarts = NEVER_LOST
+    """Attempts that ended with an error of the cell's own which may pass."""
     needs_server: bool | None = None
     """None until an evaluator has compared the cell's requests with the stored answers."""
     evaluator: str | None = None
@@ -163,15 +170,6 @@ class _ServerState:
     """Of its lives' time, while cells asked."""
 
 
-@dataclass(kw_only=True)
-class _Seat:
-    """Room for one evaluator."""
-
-    evaluator: str | None = None
-    """None while it rests."""
-    restarts: Restarts = NEVER_LOST
-
-
 @dataclass(frozen=True, kw_only=True)
 class Carried:
     """What a launch came to."""
@@ -201,7 +199,9 @@ def carry_out(
         stop_signals() as stop,
         Terminal(models=list(plan.models), cells=[cell.key for cell in plan.cells]) as terminal,
         _warnings_on(terminal),
-        closing(Cluster(config.ray, api_key=api_key, secrets=secrets, env=config.env)) as cluster,
+        closing(
+            Cluster(config.ray, api_key=api_key, secrets=secrets, env=config.env, servers=plan.owed_servers.values())
+        ) as cluster,
     ):
         listen(stop)  # Ray has put a handler of its own in place
         require(plan.owed_servers, cluster.inventory)
@@ -222,6 +222,8 @@ def carry_out(
                 tracker=tracker,
                 secrets=secrets,
                 records=records,
+                retries=config.retries,
+                max_failures=config.max_failures,
                 walltime=walltime,
             )
             number = runner.run(stop)
@@ -257,6 +259,10 @@ class Runner:
     """Masked in every message that a record keeps: a server may print what its environment holds."""
     records: dict[str, Record]
     """By cell key; begins with what was done before and grows as cells end."""
+    retries: int = 0
+    """Of a cell, after errors of its own that may pass."""
+    max_failures: int | None = None
+    """Of the sweep."""
     clock: Callable[[], float] = time.monotonic
     walltime: Walltime = UNLIMITED
     """On the same clock."""
@@ -268,7 +274,8 @@ class Runner:
     _facts: dict[str, Facts] = field(default_factory=dict)
     _token_ids: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     """Model -> what its tokenizer makes of preflight's texts."""
-    _seats: list[_Seat] = field(default_factory=list)
+    _failures: Failures = field(init=False)
+    _seats: Seats = field(default_factory=Seats)
     _evaluators: dict[str, str | None] = field(default_factory=dict)
     """Those that Ray has started, by name -> what they do: a cell's key, `check`, or None when idle."""
     _checks: deque[ev.CheckTask | ev.CheckModel] = field(default_factory=deque)
@@ -379,17 +386,22 @@ class Runner:
             self._checks.append(ev.CheckModel(model=self.plan.models[model]))
         log.info("%d cells owed, %d done, %d responses stored", len(owed), len(self.plan.done), self.store.count())
         log.info("responses go to %s", self.store.mode)
-        room = sum(node.evaluators for node in self.cluster.inventory)
-        self._seats = [_Seat() for _ in range(min(room, max(len(owed), 1)))]
+        self._failures = Failures(
+            most=self.max_failures,
+            most_by_model={name: model.model.max_failures for name, model in self.plan.models.items()},
+        )
         self._fill_seats()
 
     def _fill_seats(self) -> None:
-        for seat in self._seats:
-            if seat.evaluator is None and not seat.restarts.rest_s(self.clock()):
-                name = f"evaluator.{self._evaluators_started}"  # no model has a dot, so no server's log is called so
-                self._evaluators_started += 1
-                seat.evaluator = name
-                self.cluster.start_evaluator(name, self.store.directory.server_log(name))
+        for seat in self._seats.due(self.cluster.inventory, len(self._cells), self.clock()):
+            name = f"evaluator.{self._evaluators_started}"  # no model has a dot, so no server's log is called so
+            self._evaluators_started += 1
+            seat.evaluator = name
+            self.cluster.start_evaluator(name, self.store.directory.server_log(name), node=seat.node)
+
+    def _idle(self) -> list[str]:
+        """The evaluators that may get work."""
+        return self._seats.idle(self._evaluators, self.cluster.inventory)
 
     def _facts_identity(self, plan: ServerPlan) -> list[str]:
         """Facts of a server hold for the same models."""
@@ -420,8 +432,8 @@ class Runner:
                 server.stored_concurrency = server.concurrency
 
     def _dispatch_checks(self) -> None:
-        for name, work in self._evaluators.items():
-            if self._checks and work is None:
+        for name in self._idle():
+            if self._checks:
                 check = self._checks.popleft()
                 self._evaluators[name] = "check"
                 self._checking[name] = check
@@ -438,16 +450,16 @@ class Runner:
                 self._server_failed(event)
             case ServerLoad():
                 self._server_load(event)
-            case ServerLost(life=life, reason=reason):
-                self._server_lost(life, reason)
+            case ServerLost():
+                self._server_lost(event)
             case ServerStopped(life=life):
                 self._server_stopped(life)
             case EvaluatorReady(evaluator=name):
                 self._evaluators[name] = None
             case EvaluatorSaid(evaluator=name, event=said):
                 self._heard(name, said)
-            case EvaluatorLost(evaluator=name, reason=reason):
-                self._evaluator_lost(name, reason)
+            case EvaluatorLost():
+                self._evaluator_lost(event)
 
     def _server_ready(self, event: ServerReady) -> None:
         life = self._lives[event.life]
@@ -529,7 +541,8 @@ class Runner:
         name, server = life.server, self._servers[life.server]
         log.info("server %s failed: %s", event.life, error)  # the terminal tells it below
         if event.passing:
-            self._again(name, server.restarts.lost(self.clock(), started_s=life.started_at_s), error)
+            restarts = server.restarts.lost(self.clock(), started_s=life.started_at_s, counts=not event.infrastructure)
+            self._again(name, restarts, error)
         elif others := self._live(name):
             # The model goes on with the servers that it has.
             server.replicas = len(others)
@@ -537,9 +550,10 @@ class Runner:
         else:
             self._fail_server(name, error)
 
-    def _server_lost(self, name_of_life: str, reason: str) -> None:
+    def _server_lost(self, event: ServerLost) -> None:
+        name_of_life = event.life
         life = self._lives[name_of_life]
-        life.lost, reason = True, masked(reason, self.secrets)
+        life.lost, reason = True, masked(event.reason, self.secrets)
         log.info("server %s was lost: %s", name_of_life, reason)
         server, now = self._servers[life.server], self.clock()
         was_healthy = healthy(
@@ -548,7 +562,9 @@ class Runner:
             finished_cell=life.finished_cell,
         )
         log_path = self.store.directory.server_log(name_of_life)
-        restarts = server.restarts.lost(now, started_s=life.started_at_s, healthy=was_healthy)
+        restarts = server.restarts.lost(
+            now, started_s=life.started_at_s, healthy=was_healthy, counts=not event.infrastructure
+        )
         self._again(life.server, restarts, f"{name_of_life} {reason} (see {log_path})")
         self._share(life.server)
 
@@ -559,7 +575,9 @@ class Runner:
         others = self._live(name)
         if not restarts.exhausted:
             rest_s = restarts.rest_s(self.clock())
-            brief = f"{reason.splitlines()[0]}; next start in {rest_s:g} s, loss {restarts.losses} of {LOSSES_MOST}"
+            brief = f"{reason.splitlines()[0]}; next start in {rest_s:g} s"
+            if restarts.losses:
+                brief += f", loss {restarts.losses} of {LOSSES_MOST}"
             if others:
                 self.terminal.note(f"a server of {name} was lost: {brief}")
             else:
@@ -589,21 +607,27 @@ class Runner:
             if state.unfinished:
                 self._fail(state, error)
 
-    def _fail(self, state: _CellState, error: str) -> None:
+    def _fail(self, state: _CellState, error: str, *, counts: bool = True) -> None:
         cell = state.cell
         if state.evaluator is not None:
             self.cluster.send(state.evaluator, ev.CancelCell(reason="its model failed"))
-        self._finish(state, failure(cell, masked(error, self.secrets)), {})
+        error = masked(error, self.secrets)
+        self._finish(state, failure(cell, error), {})
+        for given_up in self._failures.add(cell.model.name, cell.key, error) if counts else ():
+            for other in self._cells.values():
+                if other.unfinished and given_up.model in (None, other.cell.model.name):
+                    self._fail(other, given_up.reason, counts=False)
 
-    def _evaluator_lost(self, name: str, reason: str) -> None:
+    def _evaluator_lost(self, event: EvaluatorLost) -> None:
+        name, reason = event.evaluator, event.reason
         work = self._evaluators.pop(name, None)
         log.warning("%s was lost: %s", name, reason)
         self._leave(work)
         reason = f"{reason} (see {self.store.directory.server_log(name)})"
         if (check := self._checking.pop(name, None)) is not None:
-            self._check_lost(check, reason)
+            self._check_lost(check, reason, counts=not event.infrastructure)
         elif work is not None and (state := self._cells[work]).evaluator == name:  # else it was cancelling the cell
-            state.losses += 1
+            state.losses += not event.infrastructure
             self._take_back(state)
             if state.losses >= DEATHS_MOST:
                 self._fail(state, f"its evaluator died {state.losses} times, last: {reason}")
@@ -616,12 +640,13 @@ class Runner:
         Where evaluators have been seen to work, one that dies at work is counted with its work alone: several deadly
         tasks must not cost the others their evaluators.
         """
-        seat = next(seat for seat in self._seats if seat.evaluator == name)
+        seat = self._seats.of(name)
+        assert seat is not None
         before = NEVER_LOST if at_work and self._evaluators_work else seat.restarts
         seat.evaluator, seat.restarts = None, before.lost(self.clock())
         if not seat.restarts.exhausted:
             return
-        self._seats.remove(seat)
+        self._seats.give_up(seat)
         what = "evaluators die one after the other" if self._evaluators_work else "no evaluator can work"
         error = f"{what}: {seat.restarts.losses} died in a row, last: {reason}"
         if self._seats:
@@ -631,10 +656,10 @@ class Runner:
             if state.unfinished:
                 self._fail(state, error)
 
-    def _check_lost(self, check: ev.CheckTask | ev.CheckModel, reason: str) -> None:
+    def _check_lost(self, check: ev.CheckTask | ev.CheckModel, reason: str, *, counts: bool) -> None:
         """Once more, since memory may have been short for a moment; a check that kills every evaluator has failed."""
         what = f"task {check.task.task}" if isinstance(check, ev.CheckTask) else f"model {check.model.name}"
-        self._check_losses[what] += 1
+        self._check_losses[what] += counts
         if (losses := self._check_losses[what]) < DEATHS_MOST:
             self._checks.append(check)
             return
@@ -646,16 +671,15 @@ class Runner:
 
     def _heard(self, name: str, said: ev.Event) -> None:
         self._evaluators_work = True
-        for seat in self._seats:
-            if seat.evaluator == name:
-                seat.restarts = NEVER_LOST
+        if (seat := self._seats.of(name)) is not None:
+            seat.restarts = NEVER_LOST
         match said:
             case ev.Checked():
                 self._evaluators[name] = None
                 del self._checking[name]
                 self._checked(said)
-            case ev.Answered():
-                pass  # stored with those of the others
+            case ev.Answered(cell=key):
+                self._cells[key].losses = 0  # the answers are stored with those of the others
             case _:
                 if name not in self._evaluators or self._evaluators[name] != said.cell:
                     return
@@ -687,14 +711,19 @@ class Runner:
                 if state.unfinished:
                     self._finish(state, record, files)
                 self._share(cell.model.server)
-            case ev.CellFailed(error=error):
+            case ev.CellFailed(error=error, passing=passing):
                 self._evaluators[name] = None
                 self._leave(cell.key)
                 if state.unfinished and error is None:
                     self._take_back(state)
                 elif state.unfinished and error is not None:
-                    state.evaluator = None  # idle again, there is nothing to cancel
-                    self._fail(state, error)
+                    state.errors = state.errors.lost(self.clock())
+                    if passing and state.errors.losses <= self.retries:
+                        log.warning("%s is run once more: %s", cell.key, masked(error, self.secrets))
+                        self._take_back(state)
+                    else:
+                        state.evaluator = None  # idle again, there is nothing to cancel
+                        self._fail(state, error)
                 self._share(cell.model.server)
 
     def _leave(self, cell: str | None) -> None:
@@ -797,7 +826,7 @@ class Runner:
     def _look(self) -> None:
         """Bring the view up to date: servers that were touched, and nodes."""
         self._view.now_s = self.clock()
-        self._view.idle_evaluators = 0 if self._checks else sum(work is None for work in self._evaluators.values())
+        self._view.idle_evaluators = 0 if self._checks else len(self._idle())
         if self._nodes != self.cluster.inventory:
             self._nodes = self.cluster.inventory
             self._view.put_nodes(self._nodes)
@@ -805,7 +834,12 @@ class Runner:
         for name in self._servers:
             if name in self._touched:
                 self._view.put(self._seen(name))
-        self._touched = {name for name in self._touched if self._resting(name)}
+        self._touched = {name for name in self._touched if self._pauses(name)}
+
+    def _pauses(self, server: str) -> bool:
+        """Whether time alone changes what may be done: it rests, or one of its cells does."""
+        now = self.clock()
+        return self._resting(server) or any(c.unfinished and c.errors.rest_s(now) for c in self._cells_of(server))
 
     def _seen(self, name: str) -> ServerView:
         server, now = self._servers[name], self.clock()
@@ -857,6 +891,8 @@ class Runner:
         return state.cell.model.server not in self._facts if state.needs_server is None else state.needs_server
 
     def _can_start(self, state: _CellState) -> bool:
+        if state.errors.rest_s(self.clock()):
+            return False
         return bool(self._live(state.cell.model.server)) or (
             state.needs_server is None and state.cell.model.server in self._facts
         )
@@ -885,7 +921,7 @@ class Runner:
                 state.attempt += 1
                 state.state, state.first_answers, state.rate = "running", (0.0, 0), 0.0
                 state.told = None
-                state.evaluator = next(name for name, work in self._evaluators.items() if work is None)
+                state.evaluator = self._idle()[0]
                 self._evaluators[state.evaluator] = key
                 server_name = state.cell.model.server
                 log.info("run %s on %s, attempt %d: %s", key, state.evaluator, state.attempt, reason)
@@ -912,8 +948,9 @@ class Runner:
                 pools[holder].append((life.endpoint, share))
             self._press(name)
         facts = self._facts.get(server) if self._ready(server) else None
+        lost = tuple(name for name, life in self._lives.items() if life.server == server and life.lost)
         for state in running:
-            news = ev.PoolChanged(shares=tuple(pools[state.cell.key]), facts=facts, serial=serial)
+            news = ev.PoolChanged(shares=tuple(pools[state.cell.key]), facts=facts, lost=lost, serial=serial)
             if state.told is None or (news.shares, news.facts) != (state.told.shares, state.told.facts):
                 state.told = news
                 self.cluster.send(str(state.evaluator), news)

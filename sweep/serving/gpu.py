@@ -122,6 +122,15 @@ def turn(ids: Sequence[str], stopping: threading.Event) -> Iterator[None]:
             name.close()
 
 
+def smallest_gb() -> float | None:
+    """Memory of this machine's smallest GPU in 10^9 bytes, as its name counts them; None where nobody tells."""
+    try:
+        sizes = [total for _, total in _rows("--query-gpu=index,memory.total", 2)]
+    except LookupError:
+        return None
+    return min(map(int, sizes)) * 2**20 / 1e9 if sizes and all(map(str.isdigit, sizes)) else None
+
+
 def _rows(query: str, columns: int) -> list[list[str]]:
     """nvidia-smi's answer. The last column but one may hold anything: it is where a process's name stands."""
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
