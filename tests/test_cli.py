@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from sweep import ROOT
-from sweep.cli import AGAIN, DONE, FAILED, INTERRUPTED, USAGE, WRONG, Arguments, main, parse
+from sweep.cli import ABANDONED, AGAIN, AT_WORK, DONE, FAILED, INTERRUPTED, USAGE, WRONG, Arguments, main, parse
 from sweep.errors import ConfigError
 from sweep.planning.plan import Cell, Plan, ServerPlan
 from sweep.record import Record, Score, Status
@@ -443,7 +443,8 @@ def test_the_exit_code_says_how_a_launch_ended_and_whether_it_is_worth_another(
 
 
 def test_help_and_readme_name_the_exit_codes_that_there_are() -> None:
-    codes = {str(code) for code in (DONE, FAILED, WRONG, AGAIN, INTERRUPTED, *(128 + number for number in SIGNALS))}
+    of_commands = (DONE, FAILED, WRONG, AT_WORK, ABANDONED, AGAIN, INTERRUPTED)
+    codes = {str(code) for code in (*of_commands, *(128 + number for number in SIGNALS))}
     said = USAGE.partition("exit codes")[2].partition("sweeps here")[0]
     assert set(re.findall(r"\b\d+\b", said)) == codes
     table = (ROOT / "README.md").read_text().partition("| exit code |")[2].partition("\n\n")[0]

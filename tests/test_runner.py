@@ -426,7 +426,7 @@ def test_a_cell_that_gets_on_between_its_evaluators_deaths_is_not_their_cause(lo
         for attempt in range(1, 2 * DEATHS_MOST):
             name, _ = cluster.running()["a/t"]
             answer = Response(key=bytes([attempt]), cell="a/t", method="echo", answer=b"1")
-            yield [said(name, ev.Answered(cell="a/t", attempt=attempt, responses=[answer]))]
+            yield [said(name, ev.Answered.of([answer], cell="a/t", attempt=attempt))]
             yield [EvaluatorLost(evaluator=name, reason="killed")]
             yield from cluster.after(BACKOFF_S)
         yield [done(*cluster.running()["a/t"])]
@@ -1135,7 +1135,7 @@ def test_a_number_of_the_users_is_the_limit_and_stays(loop: Loop) -> None:
 
 def one_answer(run: ev.RunCell) -> ev.Answered:
     answer = Response(key=b"k", cell=run.cell.key, method="echo", answer=b"1")
-    return ev.Answered(cell=run.cell.key, attempt=run.attempt, responses=[answer])
+    return ev.Answered.of([answer], cell=run.cell.key, attempt=run.attempt)
 
 
 def stored(loop: Loop) -> int:
