@@ -4,12 +4,14 @@ Slurm, KubeRay and the machines of `ray up` are not here. The Slurm script runs 
 Slurm's; Ray's own commands run for real in a process-id namespace, where their `ray stop` can end nobody else's Ray.
 """
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -307,6 +309,17 @@ class Sweep:
     def done(self) -> int:
         return sum(record.status is Status.DONE for record in read_records(self.directory).values())
 
+    @property
+    def stored(self) -> int:
+        """Responses that are durable now."""
+        if not self.directory.responses.exists():
+            return 0
+        with contextlib.closing(sqlite3.connect(f"file:{self.directory.responses}?mode=ro", uri=True)) as database:
+            try:
+                return int(database.execute("SELECT count(*) FROM responses").fetchone()[0])
+            except sqlite3.OperationalError:  # the table is being made
+                return 0
+
 
 def a_sweep(folder: Path, made: Made, **settings: Any) -> Sweep:
     path = folder / "sweep.yaml"
@@ -413,7 +426,8 @@ def stored():
     if not os.path.exists(database):
         return 0
     try:
-        return sqlite3.connect(f"file:{database}?mode=ro", uri=True).execute("SELECT count(*) FROM responses").fetchone()[0]
+        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+        return connection.execute("SELECT count(*) FROM responses").fetchone()[0]
     except sqlite3.OperationalError:  # the table is being made
         return 0
 
