@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sweep.errors import ResourceError, ServerError, ServerFault, SweepError
+from sweep.errors import ResourceError, ServerError, ServerFault, SweepError, boundary
 from sweep.evaluating.concurrency import LOOK_S, Controller, Load
 from sweep.evaluating.evaluator import EvaluatorProcess, Event
 from sweep.evaluating.preflight import Check, Expected, Facts, Inspection, inspect
@@ -309,11 +309,8 @@ class Cluster:
         """Events that are known already."""
         self._session: Path | None = None
         """Ray's folder of logs and sockets of a cluster that is ours alone, to be removed with it."""
-        try:
+        with boundary(ResourceError, f"connect to Ray ({ray_address(config)})"):  # a slow start is a plain Exception
             self.inventory = self._start_local(config) if starts_local(config) else self._connect(config)
-        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-            said = " ".join(str(error).split())
-            raise ResourceError(f"connect to Ray ({ray_address(config)}): {said}") from error
         # Servers are heard on loopback only when all that asks them is on their node, and a node may join later: a
         # sweep that begins on one node, which is all that its inventory counts, stays there.
         self._only_node: str | None = self.inventory[0].name if len(self.inventory) == 1 else None
