@@ -7,7 +7,8 @@
 # LMSWEEP_HOME is the checkout as the nodes see it; this one when unset. It is no --working-dir on purpose: Ray would run
 # the sweep in a temporary copy of it and delete that after the job, with the runs that are written there.
 #
-# Ends with 0 when the launch ended with 0 and with 1 otherwise; the job's last line tells the launch's own code.
+# Ends with 0 when the launch ended with 0 or was stopped by `ray job stop`, and with 1 otherwise; Ray's last message
+# tells the launch's own code.
 # `ray job stop` sends SIGTERM and waits, by what is set here, a minute instead of three seconds for its end.
 set -euo pipefail
 home=${LMSWEEP_HOME:-$(cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}

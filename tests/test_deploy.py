@@ -4,12 +4,14 @@ Slurm, KubeRay and the machines of `ray up` are not here. The Slurm script runs 
 Slurm's; Ray's own commands run for real in a process-id namespace, where their `ray stop` can end nobody else's Ray.
 """
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -307,6 +309,17 @@ class Sweep:
     def done(self) -> int:
         return sum(record.status is Status.DONE for record in read_records(self.directory).values())
 
+    @property
+    def stored(self) -> int:
+        """Responses that are durable now."""
+        if not self.directory.responses.exists():
+            return 0
+        with contextlib.closing(sqlite3.connect(f"file:{self.directory.responses}?mode=ro", uri=True)) as database:
+            try:
+                return int(database.execute("SELECT count(*) FROM responses").fetchone()[0])
+            except sqlite3.OperationalError:  # the table is being made
+                return 0
+
 
 def a_sweep(folder: Path, made: Made, **settings: Any) -> Sweep:
     path = folder / "sweep.yaml"
@@ -399,15 +412,24 @@ def test_a_slurm_job_that_is_warned_stops_its_sweep_and_comes_back(alone: Place,
 
 
 INSIDE = """
-import json, os, re, subprocess, sys, time
+import json, os, re, sqlite3, subprocess, sys, time
 
 assert os.getppid() == 1, "this must be a process-id namespace of its own"
-port, dashboard, root, conf, relative, log = sys.argv[1:]
+port, dashboard, root, conf, relative, database = sys.argv[1:]
 said = {}
 
 def ray(*arguments, **more):
     done = subprocess.run(["ray", *arguments], capture_output=True, text=True, **more)
     return done.returncode, done.stdout + done.stderr
+
+def stored():
+    if not os.path.exists(database):
+        return 0
+    try:
+        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+        return connection.execute("SELECT count(*) FROM responses").fetchone()[0]
+    except sqlite3.OperationalError:  # the table is being made
+        return 0
 
 def tell(name, outcome):
     said[name] = outcome
@@ -420,7 +442,7 @@ submit = [f"{root}/deploy/job-submit.sh", "ray.address=auto"]
 
 slow = subprocess.Popen([*submit, f"conf={conf}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 deadline = time.monotonic() + 120
-while not (os.path.exists(log) and len(open(log).readlines()) > 20) and time.monotonic() < deadline:
+while not stored() and time.monotonic() < deadline:
     time.sleep(0.1)
 _, jobs = ray("job", "list")
 stopped = ray("job", "stop", re.findall(r"raysubmit_\\w+", jobs)[0])
@@ -446,14 +468,13 @@ def test_jobs_of_a_cluster_end_with_their_launch_and_none_writes_into_a_copy_tha
     settings = yaml.safe_load(sweep.path.read_text())
     del settings["runs_dir"]
     relative.write_text(yaml.safe_dump(settings))
-    log = tmp_path / "requests.jsonl"
     alone.environment |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-of-this-test-0123456789abcdef",
         "STAND_IN_LATENCY_S": "0.2",
-        "STAND_IN_REQUESTS_LOG": str(log),
     }
-    arguments = [str(free_port()), str(free_port()), str(ROOT), str(sweep.path), str(relative), str(log)]
+    paths = [ROOT, sweep.path, relative, sweep.directory.responses]
+    arguments = [str(free_port()), str(free_port()), *map(str, paths)]
     output = tmp_path / "output.txt"
     with output.open("wb") as file:
         process = subprocess.Popen(
@@ -469,11 +490,14 @@ def test_jobs_of_a_cluster_end_with_their_launch_and_none_writes_into_a_copy_tha
         process.wait()
     said = json.loads(output.read_text().splitlines()[-1])
     assert said["start"][0] == 0, said
-    # SIGTERM and a minute's time, although Ray's own is three seconds.
+    # SIGTERM and a minute's time, although Ray's own is three seconds. Ray takes a job that was stopped for no failure.
+    assert said["stopped"][0] == 0
     assert "stopped by SIGTERM; the same command goes on" in said["stopped"][1], said["stopped"][1]
     assert said["done"][0] == 0, said["done"][1]
     assert "1 of 1 cells are done" in said["done"][1]
-    assert sweep.done == 1
+    (record,) = read_records(sweep.directory).values()
+    assert record.status is Status.DONE
+    assert record.counts.reused > 0
     code, words = said["copied"]
     assert code == 1
     assert re.search(r"error: runs_dir: .*/working_dir_files/.* would be lost with it", words), words

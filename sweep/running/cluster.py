@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sweep.errors import ResourceError, ServerError, ServerFault, SweepError
+from sweep.errors import ResourceError, ServerError, ServerFault, SweepError, boundary
 from sweep.evaluating.concurrency import LOOK_S, Controller, Load
 from sweep.evaluating.evaluator import EvaluatorProcess, Event
 from sweep.evaluating.preflight import Check, Expected, Facts, Inspection, inspect
@@ -353,11 +353,8 @@ class Cluster:
         """Events that are known already."""
         self._session: Path | None = None
         """Ray's folder of logs and sockets of a cluster that is ours alone, to be removed with it."""
-        try:
+        with boundary(ResourceError, f"connect to Ray ({ray_address(config)})"):  # a slow start is a plain Exception
             self.inventory = self._start_local(config) if starts_local(config) else self._connect(config)
-        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-            said = " ".join(str(error).split())
-            raise ResourceError(f"connect to Ray ({ray_address(config)}): {said}") from error
         if not any(node.evaluators for node in self.inventory):
             self.close()
             raise ResourceError(
