@@ -207,6 +207,7 @@ def owed(folder: Path) -> list[Figure]:
 
     ready: set[str] = set()
     told: dict[str, Mapping[str, float]] = {}
+    cpu_s: list[float] = []
 
     with closing(Store(RunDirectory(folder / "store"))) as store, cluster_of("owed", folder) as cluster:
 
@@ -214,7 +215,8 @@ def owed(folder: Path) -> list[Figure]:
             for event in events:
                 if isinstance(event, EvaluatorSaid) and isinstance(event.event, ev.CellProgress):
                     ready.add(event.evaluator)
-                    if len(ready) == EVALUATORS:
+                    if len(ready) == EVALUATORS and not cpu_s:
+                        cpu_s.append(time.process_time())
                         (folder / "go").touch()
                 if isinstance(event, EvaluatorSaid) and isinstance(event.event, ev.Checked):
                     told[event.evaluator] = json.loads(str(event.event.error))
@@ -222,6 +224,7 @@ def owed(folder: Path) -> list[Figure]:
 
         (folder / "go").unlink(missing_ok=True)
         drive(store, cluster, 9, seen=seen)
+    cpu_s.append(time.process_time())
     waits = [each["first_sent"] - min(one["begun"] for one in told.values()) for each in told.values()]
     largest = max(each["peak"] for each in told.values())
     peaks = {
@@ -236,7 +239,12 @@ def owed(folder: Path) -> list[Figure]:
             value=min(waits),
             bar=MOST_S,
             at_most=True,
-            seen={"median_s": statistics.median(waits), "last_s": max(waits)},
+            seen={
+                "median_s": statistics.median(waits),
+                "last_s": max(waits),
+                "driver_cpu_s": cpu_s[1] - cpu_s[0],
+                "evaluator_cpu_s": statistics.median(each["cpu_s"] for each in told.values()),
+            },
         ),
         Figure(
             row=f"GiB of the largest process: {name}",
@@ -316,7 +324,7 @@ def _send_owed(attempt: Any, folder: Path) -> Mapping[str, float]:
     attempt.progress(done=0, total=0, reused=0)
     while not (folder / "go").exists():
         time.sleep(0.01)
-    begun = time.monotonic()
+    begun, cpu_s = time.monotonic(), time.process_time()
 
     def cancel_when_sent() -> None:
         while client.traffic.first_sent is None:
@@ -330,7 +338,8 @@ def _send_owed(attempt: Any, folder: Path) -> Mapping[str, float]:
         assert client.traffic.first_sent is not None
         assert lm.counts.reused == CELL - 1
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"begun": begun, "first_sent": client.traffic.first_sent, "before": before, "peak": peak}
+        spent = {"begun": begun, "first_sent": client.traffic.first_sent, "cpu_s": time.process_time() - cpu_s}
+        return {**spent, "before": before, "peak": peak}
     raise AssertionError("there is no server, and nothing is owed")
 
 
