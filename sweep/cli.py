@@ -40,6 +40,7 @@ only=M/T        run the cells of model M and task T again (shell wildcards), fro
                 with plan, check and fetch: only what these cells need
 fresh=true      set the old run directory aside and begin anew
 samples=1       with plan: show one rendered prompt of each cell
+cluster=FILE    with plan: what it would take on the cluster that the file describes (conf/cluster/8xH100.yaml)
 
 exit code       0 all done, 1 some cells failed, a model cannot be served or something could not be fetched,
                 2 wrong input or missing GPUs, 129/130/143 stopped by SIGHUP (a closed terminal), Ctrl-C, SIGTERM
@@ -62,6 +63,8 @@ class Arguments:
     only: str | None = None
     fresh: bool = False
     samples: bool = False
+    cluster: str | None = None
+    """A file that describes one."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -80,7 +83,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         key, equals, value = argument.partition("=")
         if not equals:
             raise ConfigError(f"{argument!r} is not of the form key=value (--help shows what there is)")
-        if key in ("conf", "only", "fresh", "samples"):
+        if key in ("conf", "only", "fresh", "samples", "cluster"):
             options[key] = value
         else:
             overrides.append(argument)
@@ -94,6 +97,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError(f"fresh= belongs to a run; `{command}` neither reads results nor writes any")
     if command != "plan" and "samples" in options:
         raise ConfigError("samples= belongs to `plan`, which renders prompts without running anything")
+    if command != "plan" and "cluster" in options:
+        raise ConfigError("cluster= belongs to `plan`; a run takes the cluster that it finds (see ray.address)")
     return Arguments(
         command=command,
         words=(),
@@ -102,6 +107,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         only=options.get("only"),
         fresh=options.get("fresh") == "true",
         samples=options.get("samples") == "1",
+        cluster=options.get("cluster"),
     )
 
 
@@ -142,16 +148,20 @@ def _sweeps() -> list[str]:
 
 
 def _plan(arguments: Arguments) -> int:
-    from sweep.overview import describe, rendered
-    from sweep.planning.loading import load
+    from sweep.overview import describe, expected, rendered
+    from sweep.planning.loading import load, load_cluster
     from sweep.planning.plan import make_plan
     from sweep.results.store import RunDirectory, read_commits, read_records
+    from sweep.running.inventory import described
+    from sweep.running.machine import local_node
 
     config = load(str(arguments.conf), arguments.overrides)
+    nodes = described(load_cluster(arguments.cluster)) if arguments.cluster else (local_node(config.ray),)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     records, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
     plan = make_plan(config, records, only=arguments.only, ask_hub=False, commits=commits)
     print(describe(config, plan, directory))
+    print(f"\n{expected(plan, nodes, records.values(), where=arguments.cluster or 'this machine')}")
     _examine(plan, required=False, told=True)
     failed = 0
     for cell in plan.cells if arguments.samples else ():

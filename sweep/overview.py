@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 from sweep.fetch import missing_block
@@ -13,7 +15,11 @@ from sweep.planning.config import Device, SweepConfig, Task
 from sweep.planning.loading import secrets_of
 from sweep.planning.plan import Cell, Plan, ServerPlan, is_local, served_name
 from sweep.planning.tasks import catalog
+from sweep.record import Record
 from sweep.results.store import RunDirectory
+from sweep.running.costs import Costs
+from sweep.running.inventory import Node, shortages, total_gpus
+from sweep.running.simulate import Outcome, forecast
 from sweep.serving.engine import command, extras, notices, variables
 
 PORT = 20000
@@ -108,12 +114,12 @@ def _variables(server: ServerPlan) -> str:
 
 
 def _needs(server: ServerPlan) -> str:
-    replicas = "" if server.replicas == 1 else f", {server.replicas} replicas"
+    most = f", at most {server.replicas} at a time" if isinstance(server.replicas, int) else ""
     gpus = f"{server.gpus:g} GPU{'' if server.gpus == 1 else 's'}"
     if server.external:
         return f"no GPU of ours, concurrency {server.model.concurrency}"
     where = {"gpu": gpus, "cpu": "CPU", "auto": f"{gpus} where there are any, else CPU"}[server.model.device]
-    return f"{where}{replicas}, concurrency {server.model.concurrency}"
+    return f"{where}{most}, concurrency {server.model.concurrency}"
 
 
 def _settings(task: Task) -> str:
@@ -130,6 +136,88 @@ def _gated(task: Task) -> Iterator[str]:
     if datasets:
         token = "is set" if os.environ.get("HF_TOKEN") else "is not set"
         yield f"    gated, needs accepted terms and HF_TOKEN (which {token}): {', '.join(datasets)}"
+
+
+def expected(plan: Plan, nodes: Sequence[Node], records: Iterable[Record], *, where: str) -> str:
+    """When the owed cells would be done, on how many GPUs for how long, and which model sits where when."""
+    gpus, count = total_gpus(nodes), f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}"
+    there = f"{where} ({gpus:g} GPU{'' if gpus == 1 else 's'} on {count})"
+    if not plan.owed:
+        return f"expected on {there}: nothing is owed"
+    costs = Costs(records)
+    short = shortages(plan.owed_servers, nodes)
+    outcome = forecast(plan, nodes, costs)
+    lines = [f"expected on {there}"]
+    lines += [f"  cannot start there: {reason}" for reason in short]
+    if outcome.spans:
+        source = "from what earlier cells took, priors for the rest" if costs.measured else "from priors"
+        unmeasured = "" if costs.measured else ", nothing measured yet"
+        lines += [
+            f"  {clock(outcome.makespan_s)} in all, first result after {clock(outcome.first_result_s)}, "
+            f"{outcome.gpu_s / 3600:.1f} GPU-hours; an estimate {source}{unmeasured}",
+            *_timeline(outcome),
+        ]
+    return "\n".join(lines)
+
+
+COLUMNS = 60
+"""Of the timeline."""
+
+ROWS = 40
+
+MARKS = string.ascii_uppercase + string.ascii_lowercase + string.digits
+
+
+def _timeline(outcome: Outcome) -> Iterator[str]:
+    """A row for each GPU: which model's server held it when; GPUs with the same row stand together."""
+    names = list(dict.fromkeys(span.server for span in sorted(outcome.spans, key=lambda span: span.start_s)))
+    marks = {name: MARKS[number % len(MARKS)] for number, name in enumerate(names)}
+    rows: dict[tuple[str, int], list[str]] = {}
+    scale = COLUMNS / outcome.makespan_s
+    for span in outcome.spans:
+        for node, numbers in span.places:
+            for number in numbers:
+                row = rows.setdefault((node, number), [" "] * COLUMNS)
+                first, last = (min(COLUMNS - 1, int(time_s * scale)) for time_s in (span.start_s, span.end_s))
+                ready = COLUMNS if span.ready_s is None else int(span.ready_s * scale)
+                row[first : last + 1] = ["." if at < ready else marks[span.server] for at in range(first, last + 1)]
+    together: dict[str, list[tuple[str, int]]] = {}
+    for place, row in sorted(rows.items()):
+        together.setdefault("".join(row), []).append(place)
+    named = {row: _listed_gpus(places) for row, places in together.items()}
+    width = max(map(len, named.values()), default=0)
+    if named:
+        yield f"  {'':<{width}}  0:00{clock(outcome.makespan_s):>{COLUMNS - 4}}"
+    for line, places_shown in list(named.items())[:ROWS]:
+        yield f"  {places_shown:<{width}}  {line}".rstrip()
+    if len(named) > ROWS:
+        yield f"  and {len(named) - ROWS} more rows like these"
+    for name, mark in marks.items():
+        mine = [span for span in outcome.spans if span.server == name]
+        held_s = sum((span.end_s - span.start_s) * sum(len(gpus) for _, gpus in span.places) for span in mine)
+        start, end = clock(min(span.start_s for span in mine)), clock(max(span.end_s for span in mine))
+        lives = f"{len(mine)} server{'' if len(mine) == 1 else 's'}"
+        yield f"  {mark} {name}: {start} to {end}, {lives}, {held_s / 3600:.1f} GPU-hours"
+
+
+def _listed_gpus(places: Sequence[tuple[str, int]]) -> str:
+    """`h100 0-3 7`."""
+    by_node: dict[str, list[int]] = {}
+    for node, number in places:
+        by_node.setdefault(node, []).append(number)
+    shown = []
+    for node, numbers in by_node.items():
+        runs = [
+            [number for _, number in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+        ]
+        shown.append(" ".join([node, *(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)]))
+    return ", ".join(shown) if len(shown) <= 2 else f"{shown[0]} and {len(shown) - 1} nodes more"
+
+
+def clock(seconds: float) -> str:
+    """Hours and minutes."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02}"
 
 
 def rendered(cell: Cell) -> str:

@@ -28,7 +28,7 @@ def sweep(**changes: object) -> SweepConfig:
     known = {
         "name": "s",
         "models": {
-            "base": Model(path="org/base", revision=COMMIT, tensor_parallel=2, replicas="auto", concurrency=8),
+            "base": Model(path="org/base", revision=COMMIT, tensor_parallel=2, replicas=3, concurrency=8),
             "tiny-awq": Model(path="org/tiny", device=Device.AUTO, tasks=("gsm8k",)),
         },
         "tasks": {
@@ -62,7 +62,7 @@ def test_a_plan_is_cells_tasks_and_servers_with_their_commands() -> None:
         "  tiny-awq  o gsm8k  - gpqa",
         "",
         "servers",
-        "  base: 2 GPUs, auto replicas, concurrency 8",
+        "  base: 2 GPUs, at most 3 at a time, concurrency 8",
         "    python -m vllm.entrypoints.openai.api_server --model org/base --revision " + COMMIT + " "
         "--served-model-name base --host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm "
         "--disable-uvicorn-access-log --tensor-parallel-size 2 --distributed-executor-backend mp "

@@ -501,7 +501,7 @@ def test_adapters_of_one_base_share_a_server() -> None:
     plan = planned(sweep({"m": base, "m-y": replace(base, adapter="org/y"), "n": Model(path="org/n")}))
     assert list(plan.servers) == ["m", "n"]
     assert plan.servers["m"] == ServerPlan(
-        name="m", model=base, revision=None, adapters={"m": None, "m-y": "org/y"}, gpus=2.0, replicas=1
+        name="m", model=base, revision=None, adapters={"m": None, "m-y": "org/y"}, gpus=2.0, replicas="auto"
     )
     assert plan.models["m"].fingerprint != plan.models["m-y"].fingerprint
     assert [cell.model.server for cell in plan.cells] == ["m", "m", "n"]

@@ -71,8 +71,9 @@ class Model:
     gpu_memory_gb: float | None = None
     """Only GPUs with so much memory or more; unset means any. A node whose memory nobody knows is not ruled out: vLLM
     says what it lacks when it starts."""
-    replicas: int | Literal["auto"] = 1
-    """Servers of this model at the same time, or `auto`."""
+    replicas: int | Literal["auto"] = "auto"
+    """Servers of this model at the same time, at most. `auto`: as many as make it end earlier, on GPUs that no other
+    model waits for; one on the CPU, whose cores they would share."""
     concurrency: int | Literal["auto"] = "auto"
     """Requests in flight at one server, or `auto`."""
     max_model_len: int | None = None
@@ -172,6 +173,24 @@ class RayConfig:
     """CPU servers that may run at the same time on a node; unset means what it declares, or what its cores carry."""
     evaluators: int | None = None
     """Evaluators at the same time on a node; unset means what it declares, or what its cores carry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeGroup:
+    """Like nodes of a cluster that a file describes, for `plan cluster=FILE`."""
+
+    count: int = 1
+    gpus: int = 0
+    gpu_type: str = ""
+    """By Ray's name for it (`H100`)."""
+    gpu_memory_gb: float | None = None
+    """Of each GPU."""
+    cpu_servers: int | None = None
+    """CPU servers at the same time on each; unset means 1 where there are no GPUs."""
+    evaluators: int | None = None
+    """At the same time on each; unset means two for each server that it carries."""
+    weights: tuple[str, ...] = ()
+    """Models, as in their `path`, whose weights these nodes hold."""
 
 
 @dataclass(frozen=True, kw_only=True)

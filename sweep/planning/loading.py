@@ -38,7 +38,17 @@ from omegaconf.errors import OmegaConfBaseException
 from sweep import ROOT
 from sweep.errors import ConfigError, nearest, nearest_file
 from sweep.masking import MASK, SECRET_LEAST, is_secret, masked, passwords
-from sweep.planning.config import CellOverride, Device, Model, RayConfig, Seeds, SweepConfig, Task, WandbConfig
+from sweep.planning.config import (
+    CellOverride,
+    Device,
+    Model,
+    NodeGroup,
+    RayConfig,
+    Seeds,
+    SweepConfig,
+    Task,
+    WandbConfig,
+)
 
 
 def load(conf: str, overrides: Sequence[str] = (), *, conf_dir: Path | None = None) -> SweepConfig:
@@ -61,6 +71,28 @@ def load(conf: str, overrides: Sequence[str] = (), *, conf_dir: Path | None = No
         return _build(_typed(document, _FILE, (), final=True))
     except _Mistake as mistake:
         raise _located(mistake, sources, default=files[-1]) from None
+
+
+def load_cluster(path: str) -> dict[str, NodeGroup]:
+    """The nodes that a file describes, `nodes: {name: {gpus: 8, ...}}`, by name. Raises ConfigError in one line."""
+    where = Path(path).expanduser()
+    if not where.is_file():
+        raise ConfigError(f"command line: cluster: no file {str(where.absolute())!r}{nearest_file(where)}")
+    source = _read(where, {"nodes": _Named(get_type_hints(NodeGroup))})
+    try:
+        document = _typed(_resolve(source.data), {"nodes": _Named(get_type_hints(NodeGroup))}, (), final=True)
+        groups = {name: NodeGroup(**group) for name, group in document.get("nodes", {}).items()}
+        if not groups:
+            raise _Mistake("describes no nodes; give it some, as in `nodes: {h100: {count: 2, gpus: 8}}`", ("nodes",))
+        for name, group in groups.items():
+            mistake = _Draft({}, (("nodes", name),)).mistake
+            _check_amounts(group, ("count", "evaluators", "gpu_memory_gb"), mistake)
+            for key in ("gpus", "cpu_servers"):
+                if (getattr(group, key) or 0) < 0:
+                    raise mistake(key, f"wants 0 or more, got {getattr(group, key)}")
+    except _Mistake as mistake:
+        raise ConfigError(f"{source.label}: {'.'.join(mistake.keys[0])}: {mistake.text}") from None
+    return groups
 
 
 def dump(config: SweepConfig) -> str:

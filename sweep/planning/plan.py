@@ -349,7 +349,7 @@ def _plan_servers(models: Mapping[str, ModelPlan]) -> dict[str, ServerPlan]:
             adapters=adapters,
             adapter_revisions={name: commit for name in adapters if (commit := models[name].adapter_revision)},
             gpus=_gpus(model),
-            replicas=model.replicas,
+            replicas=1 if model.url is not None else model.replicas,
         )
     return servers
 

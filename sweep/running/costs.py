@@ -49,7 +49,10 @@ BILLIONS = 7.0
 """Where neither name nor folder tells."""
 
 TRUSTED_S = 120.0
-"""So much work is as telling of how fast a model is as the prior was."""
+"""So much work is as telling of how fast a model is as what was expected of it."""
+
+OFF_MOST = 10_000.0
+"""No expectation is further from the truth: what has hardly begun says little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +110,15 @@ class Costs:
         prior_s = weight * billions(server.model.path) / READ_PER_S
         prior_s *= CPU_SLOWER if on_cpu else 1 / max(1.0, server.gpus * server.model.nodes)
         took_s, asked = self._took.get(cell.model.name, (0.0, 0.0))
-        # What was measured counts the more, the longer it was.
-        return prior_s * (took_s + TRUSTED_S) / (asked / weight * prior_s + TRUSTED_S) if took_s else prior_s
+        return corrected_s(prior_s, done_s=asked / weight * prior_s, spent_s=took_s)
 
 
 def corrected_s(left_s: float, *, done_s: float, spent_s: float) -> float:
-    """What is left to do, when what has been done was expected to take `done_s` and took `spent_s`."""
-    return left_s * (spent_s + TRUSTED_S) / (done_s + TRUSTED_S)
+    """What is left to do, when what has been done was expected to take `done_s` and took `spent_s`: the longer that
+    was, the more it counts against what was expected."""
+    if not spent_s:
+        return left_s
+    return float(left_s * (spent_s / max(done_s, spent_s / OFF_MOST)) ** (spent_s / (spent_s + TRUSTED_S)))
 
 
 def start_s(server: ServerPlan, *, on_cpu: bool) -> float:

@@ -1,11 +1,12 @@
 """What a cluster has, node by node, and where a server may run. Pure data: no Ray."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 
 from sweep.errors import ResourceError
+from sweep.planning.config import NodeGroup
 from sweep.planning.plan import ServerPlan, on_cpu
 
 
@@ -61,6 +62,26 @@ def need(server: ServerPlan, nodes: Sequence[Node]) -> Need | None:
     )
 
 
+def described(groups: Mapping[str, NodeGroup]) -> tuple[Node, ...]:
+    """The nodes of a cluster that is described and not there."""
+    nodes = []
+    for name, group in groups.items():
+        cpu_servers = int(not group.gpus) if group.cpu_servers is None else group.cpu_servers
+        for number in range(group.count):
+            nodes.append(
+                Node(
+                    name=f"{name}-{number}" if group.count > 1 else name,
+                    gpus=group.gpus,
+                    gpu_type=group.gpu_type,
+                    gpu_memory_gb=group.gpu_memory_gb,
+                    cpu_servers=cpu_servers,
+                    evaluators=group.evaluators or 2 * max(1, group.gpus or cpu_servers),
+                    weights=frozenset(group.weights),
+                )
+            )
+    return tuple(nodes)
+
+
 def total_gpus(nodes: Iterable[Node]) -> float:
     return sum(node.gpus for node in nodes)
 
@@ -87,16 +108,20 @@ class Places:
         """For CPU servers."""
         self._held: dict[str, tuple[tuple[str, tuple[int, ...], float], ...]] = {}
         """By holder: node, its GPUs and how much of each; no GPU for a CPU slot."""
+        self._by_free: dict[int, set[str]] = {}
+        """Nodes by how many of their GPUs are wholly free: what fits is found without a look at what does not."""
+        for name, gpus in self._gpus.items():
+            self._by_free.setdefault(len(gpus), set()).add(name)
         self.total_gpus = sum(map(len, self._gpus.values()))
-        self.total_slots = sum(self._slots.values())
         self.free_gpus = float(self.total_gpus)
-        self.free_slots = self.total_slots
+        self.free_slots = sum(self._slots.values())
 
     def copy(self) -> "Places":
         other = Places()
         vars(other).update(vars(self))
         other._gpus = {name: [*gpus] for name, gpus in self._gpus.items()}
         other._slots, other._held = dict(self._slots), dict(self._held)
+        other._by_free = {free: set(names) for free, names in self._by_free.items()}
         return other
 
     def find(self, need: Need, *, closed: Collection[str] = ()) -> tuple[str, ...]:
@@ -105,33 +130,53 @@ class Places:
 
         Nodes that hold the weights come first, then the fullest: what is left elsewhere stays whole for large servers.
         """
-        suited = []
-        for name, node in self._nodes.items():
-            if name not in closed and (left := self._left(need, node)) >= 0 and fits(need, node):
-                suited.append((need.weights not in node.weights, left, name))
+        suited: list[tuple[bool, float, str]] = []
+        for left, names in self._fitting(need):
+            suited += [
+                (need.weights not in self._nodes[name].weights, left, name)
+                for name in names
+                if name not in closed and fits(need, self._nodes[name])
+            ]
+            if len(suited) >= need.nodes and not need.weights:
+                break
         return tuple(name for *_, name in nsmallest(need.nodes, suited)) if len(suited) >= need.nodes else ()
 
     def nearest(self, need: Need, *, closed: Collection[str] = ()) -> tuple[str, ...]:
         """The nodes that lack least of what the server needs, to be kept for it; none where it can never start."""
-        lacking = [
-            (-self._left(need, node), name)
-            for name, node in self._nodes.items()
-            if name not in closed and fits(need, node)
-        ]
-        return tuple(name for _, name in nsmallest(need.nodes, lacking)) if len(lacking) >= need.nodes else ()
+        if not need.gpus:
+            lacking = [name for name in self._nodes if name not in closed and fits(need, self._nodes[name])]
+            return tuple(lacking[: need.nodes]) if len(lacking) >= need.nodes else ()
+        found: list[str] = []
+        for _, names in sorted(self._by_free.items(), reverse=True):
+            found += sorted(name for name in names if name not in closed and fits(need, self._nodes[name]))
+            if len(found) >= need.nodes:
+                return tuple(found[: need.nodes])
+        return ()
+
+    def _fitting(self, need: Need) -> Iterator[tuple[float, Collection[str]]]:
+        """Nodes with room, by what would be left, the least first."""
+        if not need.gpus:
+            yield from ((slots - 1, (name,)) for name, slots in self._slots.items() if slots)
+            return
+        beside: set[str] = set()
+        if need.gpus < 1:
+            # A fraction goes beside others first, into the GPU that it fills best.
+            for name, gpus in self._gpus.items():
+                shared = [left - need.gpus for left in gpus if need.gpus <= left + ROUNDING and left < 1]
+                if shared:
+                    beside.add(name)
+                    yield min(shared), (name,)
+        for free, names in sorted(self._by_free.items()):
+            if free >= need.gpus and names:
+                yield free, names - beside
+
+    @property
+    def room(self) -> float:
+        """No server of more GPUs on a node fits anywhere; a fraction may not either."""
+        return max((free for free, names in self._by_free.items() if names), default=0) or min(1.0, self.free_gpus)
 
     def free_on(self, node: str) -> float:
         return sum(self._gpus[node])
-
-    def _left(self, need: Need, node: Node) -> float:
-        """What of the node would stay free, the less the better a fit; below 0 for what is lacking."""
-        if not need.gpus:
-            return self._slots[node.name] - 1
-        gpus = self._gpus[node.name]
-        if need.gpus >= 1:
-            return gpus.count(1.0) - need.gpus
-        shared = [left - need.gpus for left in gpus if need.gpus <= left + ROUNDING and left < 1]
-        return max(0.0, min(shared)) if shared else gpus.count(1.0) - need.gpus
 
     def take(self, holder: str, need: Need, nodes: Iterable[str]) -> None:
         """A node that is no longer there has nothing to hold."""
@@ -148,26 +193,33 @@ class Places:
             # Best fit here too: a fraction goes to the fullest GPU that has room for it.
             fitting = sorted((left, number) for number, left in enumerate(gpus) if share <= left + ROUNDING)
             numbers = tuple(number for _, number in fitting[: max(1, int(need.gpus))])
-            for number in numbers:
-                # Tenths do not add up to one.
-                gpus[number] = 0.0 if gpus[number] - share < ROUNDING else gpus[number] - share
-            self.free_gpus -= share * len(numbers)
+            self._change(name, numbers, -share)
             held.append((name, numbers, share))
         self._held[holder] = tuple(held)
 
     def give_back(self, holder: str) -> None:
         for name, numbers, share in self._held.pop(holder, ()):
-            if not numbers:
+            if numbers:
+                self._change(name, numbers, share)
+            else:
                 self._slots[name] += 1
                 self.free_slots += 1
-            for number in numbers:
-                left = self._gpus[name][number] + share
-                self._gpus[name][number] = 1.0 if left > 1 - ROUNDING else left
-            self.free_gpus += share * len(numbers)
 
     def held(self, holder: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
         """The holder's nodes and its GPUs there."""
         return tuple((name, numbers) for name, numbers, _ in self._held.get(holder, ()))
+
+    def _change(self, name: str, numbers: Iterable[int], by: float) -> None:
+        gpus = self._gpus[name]
+        before = gpus.count(1.0)
+        for number in numbers:
+            left = gpus[number] + by
+            self.free_gpus += by
+            # Tenths do not add up to one.
+            gpus[number] = 0.0 if left < ROUNDING else 1.0 if left > 1 - ROUNDING else left
+        if (after := gpus.count(1.0)) != before:
+            self._by_free[before].remove(name)
+            self._by_free.setdefault(after, set()).add(name)
 
 
 ROUNDING = 1e-6

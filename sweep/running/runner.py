@@ -774,7 +774,7 @@ class Runner:
         return ServerView(
             name=name,
             need=need(server.plan, self._nodes),
-            replicas=1 if server.plan.external else server.replicas,
+            replicas=server.replicas,
             lives=tuple(
                 LifeView(
                     name=life_name,

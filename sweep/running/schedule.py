@@ -19,13 +19,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
 
-from sweep.running.inventory import Need, Node, Places
+from sweep.running.inventory import ROUNDING, Need, Node, Places
 
 CELLS_PER_MODEL = 2
 """Two keep a server full: one sends while the other loads its data or scores."""
 
-WORTHWHILE = 0.1
-"""A replica must have so much of its start-up time left for work, or it is not worth its start."""
+
+DOUBT = 0.3
+"""So much more than expected a model's work may take. What starts slowly and then works fast is the surer of two models
+that would end together: with this, sweeps end earlier on many GPUs (docs/decisions.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class ServerView:
     wanted: bool
     """Some cell has requests without a stored answer, or may have."""
     running: int = 0
-    """Cells with an evaluator."""
+    """Cells with an evaluator that have not got all their answers."""
     waiting: tuple[str, ...] = ()
     """Cells that an evaluator may take now, in their order: they have a server, one is starting, or stored answers may
     suffice."""
@@ -229,7 +231,7 @@ def _in_order(some: Iterable[_Known]) -> list[_Known]:
 
 
 def _starts(view: View) -> Iterator[StartServer]:
-    if view.places.free_gpus > 0:
+    if view.places.free_gpus > ROUNDING:
         yield from _filled(view, view.gpus)
     if view.places.free_slots > 0:
         yield from _filled(view, view.slots)
@@ -257,22 +259,28 @@ def _filled(view: View, pool: _Pool) -> Iterator[StartServer]:
 
 
 def _replicas(view: View, pool: _Pool, filling: "_Filling") -> Iterator[StartServer]:
-    now_s = view.now_s
-    heap = [(-known.end_s, known.order, known.live, known) for known in pool.served.values()]
+    """One after the other to the model that would end last, should its work be more than expected."""
+
+    def entry(known: _Known, live: int, end_s: float) -> tuple[float, int, int, float, _Known]:
+        return -end_s - DOUBT * known.view.work_s / live, known.order, live, end_s, known
+
+    now_s, room = view.now_s, filling.room
+    candidates = [known for known in pool.served.values() if known.view.need and known.view.need.gpus <= room]
+    heap = [entry(known, known.live, known.end_s) for known in candidates]
     heapify(heap)
     while heap:
-        end_s, live, known = -heap[0][0], heap[0][2], heap[0][3]
-        server = known.view
-        left_s = end_s - now_s
+        _, _, live, end_s, known = heap[0]
+        server, left_s = known.view, end_s - now_s
         then_s = (left_s * live + server.start_s) / (live + 1)
-        pays = then_s - server.start_s >= WORTHWHILE * server.start_s
+        # It pays when it will still find something to do: when then_s > start_s, which is the same.
+        pays = left_s > server.start_s
         nodes = filling.place(known, until_s=now_s + then_s, keep=False) if pays and live < server.most else ()
         if not nodes:
             heappop(heap)
             continue
         reason = f"replica {live + 1}, {left_s:.0f} s left become {then_s:.0f} s with a start of {server.start_s:.0f} s"
         yield StartServer(server=server.name, nodes=nodes, reason=reason)
-        heapreplace(heap, (-(now_s + then_s), known.order, live + 1, known))
+        heapreplace(heap, entry(known, live + 1, now_s + then_s))
 
 
 @dataclass(kw_only=True)
@@ -292,6 +300,10 @@ class _Filling:
         self._places = view.places
         self._kept: dict[str, _Kept] = {}
         self._count = 0
+
+    @property
+    def room(self) -> float:
+        return self._places.room
 
     def place(self, known: _Known, *, until_s: float, keep: bool = True) -> tuple[str, ...]:
         """Where a server that is over at `until_s` goes.

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from time import perf_counter
 
-from sweep.running.costs import corrected_s, in_order
-from sweep.running.inventory import Need, Node
+from sweep.planning.plan import Plan, on_cpu
+from sweep.running.costs import Costs, corrected_s, in_order, start_s
+from sweep.running.inventory import Need, Node, fits, need, total_gpus
 from sweep.running.restarts import BACKOFF_S
 from sweep.running.schedule import (
     Action,
@@ -31,6 +32,10 @@ from sweep.running.schedule import (
 
 STOP_S = 2.0
 """From asking a server to stop until its GPUs are free: 0.5 to 1 s for the process, and a look at the memory."""
+
+LOOK_S, LOOK_SHARE = 5.0, 0.02
+"""From one word of how far all cells are to the next, at least and of the time so far: evaluators tell it twice a
+second, which no decision needs."""
 
 REDONE_S = 5.0
 """Of a server's work that is lost with it: the requests that it held."""
@@ -134,7 +139,7 @@ class _Server:
         self.looked_s = now_s
 
     def view(self, now_s: float) -> ServerView:
-        live, running = any(life.live for life in self.lives.values()), self.preparing + len(self.at_work) + self.ending
+        live, asking = any(life.live for life in self.lives.values()), self.preparing + len(self.at_work)
         at_work = [(cell.expected_s, max(0.0, mark - self.shared_s) / cell.true_s) for mark, _, cell in self.at_work]
         left_s = self.ahead_s + sum(expected_s * left for expected_s, left in at_work)
         done_s = self.done_s + sum(expected_s * (1 - left) for expected_s, left in at_work)
@@ -152,13 +157,48 @@ class _Server:
                 for life in self.lives.values()
             ),
             resting=now_s < self.rests_until_s,
-            unfinished_cells=len(self.waiting) + running,
-            wanted=bool(self.waiting or self.preparing or self.at_work),
-            running=running,
+            unfinished_cells=len(self.waiting) + asking + self.ending,
+            wanted=bool(self.waiting or asking),
+            running=asking,
             waiting=tuple(cell.key for cell in reversed(self.waiting[-8:])) if live else (),
             work_s=corrected_s(left_s, done_s=done_s, spent_s=self.spent_s),
             start_s=self.plan.start_s,
         )
+
+
+PREPARE_S, LAST_S = 5.0, 2.0
+"""Of a cell in a warm evaluator: its data and requests; the last answers and scores."""
+
+
+def forecast(plan: Plan, nodes: Sequence[Node], costs: Costs) -> Outcome:
+    """What the owed cells of a plan would take on these nodes, as far as is known; servers that someone else runs and
+    those that can never start there are left out."""
+    cells_by_server: dict[str, list[SimulatedCell]] = {}
+    on_cpus = {name: on_cpu(server, cluster_gpus=total_gpus(nodes)) for name, server in plan.owed_servers.items()}
+    for cell in plan.owed:
+        name = cell.model.server
+        expected_s = costs.expected_s(cell, plan.servers[name], on_cpu=on_cpus[name])
+        simulated = SimulatedCell(
+            key=cell.key, expected_s=expected_s, true_s=expected_s, prepare_s=PREPARE_S, last_s=LAST_S
+        )
+        cells_by_server.setdefault(name, []).append(simulated)
+    servers = []
+    for name, server in plan.owed_servers.items():
+        wanted = need(server, nodes)
+        if wanted is None or sum(fits(wanted, node) for node in nodes) < wanted.nodes:
+            continue
+        takes_s = start_s(server, on_cpu=on_cpus[name])
+        servers.append(
+            SimulatedServer(
+                name=name,
+                need=wanted,
+                replicas=server.replicas if isinstance(server.replicas, int) else None,
+                cells=tuple(cells_by_server[name]),
+                start_s=takes_s,
+                starts_s=lambda _, takes_s=takes_s: takes_s,  # type: ignore[misc]
+            )
+        )
+    return simulate(nodes, servers)
 
 
 def simulate(
@@ -183,7 +223,7 @@ class _Simulation:
         self._server_of: dict[str, _Server] = {}
         """By cell that waits, and by life."""
         self._serials = itertools.count()
-        self._events: list[tuple[float, int, Callable[[], _Server | None]]] = []
+        self._events: list[tuple[float, int, Callable[[], Sequence[_Server]]]] = []
         """Each says whom it has changed."""
         self._spans: list[Span] = []
         self._first_s = self._last_s = 0.0
@@ -196,6 +236,7 @@ class _Simulation:
             self._server_of.update((cell.key, server) for cell in plan.cells)
             self._unfinished += len(plan.cells)
             self._view.put(server.view(0.0))
+        self._at(LOOK_S, self._look)
 
     def run(self) -> Outcome:
         decisions, deciding_s = 0, 0.0
@@ -206,13 +247,11 @@ class _Simulation:
             deciding_s += perf_counter() - before_s
             decisions += 1
             touched = {server.plan.name: server for server in map(self._carry_out, actions)}
-            if not touched:
-                if not self._events:
-                    break
+            while not touched and self._events:
                 self._now_s, _, happens = heappop(self._events)
-                if (changed := happens()) is None:
-                    continue
-                touched = {changed.plan.name: changed}
+                touched = {server.plan.name: server for server in happens()}
+            if not touched:
+                break
             for server in touched.values():
                 self._plan_end(server)
                 self._view.put(server.view(self._now_s))
@@ -227,7 +266,12 @@ class _Simulation:
             deciding_s=deciding_s,
         )
 
-    def _at(self, time_s: float, happens: Callable[[], _Server | None]) -> None:
+    def _look(self) -> list[_Server]:
+        if self._events:  # else nothing will ever change
+            self._at(self._now_s + max(LOOK_S, LOOK_SHARE * self._now_s), self._look)
+        return [server for server in self._servers.values() if server.at_work and server.ready]
+
+    def _at(self, time_s: float, happens: Callable[[], Sequence[_Server]]) -> None:
         heappush(self._events, (time_s, next(self._serials), happens))
 
     def _carry_out(self, action: Action) -> _Server:
@@ -267,17 +311,17 @@ class _Simulation:
             self._at(self._now_s + dies_after_s, lambda: self._die(server, life))
         return server
 
-    def _ready(self, server: _Server, life: _Life) -> _Server | None:
+    def _ready(self, server: _Server, life: _Life) -> list[_Server]:
         if not life.live:
-            return None
+            return []
         server.move_on(self._now_s)
         life.ready_s = self._now_s
         server.ready += 1
-        return server
+        return [server]
 
-    def _die(self, server: _Server, life: _Life) -> _Server | None:
+    def _die(self, server: _Server, life: _Life) -> list[_Server]:
         if not life.live:
-            return None
+            return []
         if life.ready_s is not None and server.at_work:
             server.move_on(self._now_s)
             again_s = REDONE_S / len(server.at_work)
@@ -286,9 +330,9 @@ class _Simulation:
             ]
             heapify(server.at_work)
         server.rests_until_s = self._now_s + BACKOFF_S
-        self._at(server.rests_until_s, lambda: server)
+        self._at(server.rests_until_s, lambda: [server])
         self._stop(server, life)
-        return server
+        return [server]
 
     def _stop(self, server: _Server, life: _Life) -> None:
         server.move_on(self._now_s)
@@ -296,7 +340,7 @@ class _Simulation:
         server.ready -= life.ready_s is not None
         self._at(self._now_s + STOP_S, lambda: self._gone(server, life))
 
-    def _gone(self, server: _Server, life: _Life) -> _Server:
+    def _gone(self, server: _Server, life: _Life) -> list[_Server]:
         self._spans.append(
             Span(
                 server=server.plan.name,
@@ -307,16 +351,16 @@ class _Simulation:
             )
         )
         del server.lives[life.name], self._server_of[life.name]
-        return server
+        return [server]
 
     # Cells.
 
-    def _begin(self, server: _Server, cell: SimulatedCell) -> _Server:
+    def _begin(self, server: _Server, cell: SimulatedCell) -> list[_Server]:
         server.move_on(self._now_s)
         server.preparing -= 1
         server.ahead_s -= cell.expected_s
         heappush(server.at_work, (server.shared_s + cell.true_s, next(self._serials), cell))
-        return server
+        return [server]
 
     def _plan_end(self, server: _Server) -> None:
         """The next of its cells that has got all its work; what was foreseen before does not come."""
@@ -327,19 +371,19 @@ class _Simulation:
             left_s = max(0.0, server.at_work[0][0] - server.shared_s) * len(server.at_work) / server.ready
             self._at(self._now_s + left_s, lambda: self._worked(server, version))
 
-    def _worked(self, server: _Server, version: int) -> _Server | None:
+    def _worked(self, server: _Server, version: int) -> list[_Server]:
         if version != server.version:
-            return None
+            return []
         server.move_on(self._now_s)
         *_, cell = heappop(server.at_work)
         server.done_s += cell.expected_s
         server.ending += 1
         self._at(self._now_s + cell.last_s, lambda: self._record(server))
-        return server
+        return [server]
 
-    def _record(self, server: _Server) -> _Server:
+    def _record(self, server: _Server) -> list[_Server]:
         server.ending -= 1
         self._idle += 1
         self._unfinished -= 1
         self._first_s, self._last_s = self._first_s or self._now_s, self._now_s
-        return server
+        return [server]
