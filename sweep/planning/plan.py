@@ -373,6 +373,12 @@ def is_local(path: str) -> bool:
     return os.path.isabs(path)
 
 
+def decided(server: ServerPlan, *, cluster_gpus: float) -> ServerPlan:
+    """The server with `device: auto` decided by a cluster with so many GPUs. Once for a launch: nodes come and go."""
+    device = Device.CPU if on_cpu(server, cluster_gpus=cluster_gpus) else Device.GPU
+    return replace(server, model=replace(server.model, device=device))
+
+
 def on_cpu(server: ServerPlan, *, cluster_gpus: float) -> bool:
     """Whether this server runs on the CPU of a cluster with so many GPUs."""
     return server.model.device is Device.CPU or (server.model.device is Device.AUTO and not cluster_gpus)

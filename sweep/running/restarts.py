@@ -7,8 +7,8 @@ in a row; a life that was healthy begins a new row.
 import math
 from dataclasses import dataclass
 
-BACKOFF_S = 2.0
-"""Pause after the first loss in a row, doubled with each further one: 2, 4, 8 and 16 s. A single crash then costs next
+BACKOFF_S = 1.0
+"""Pause after the first loss in a row, doubled with each further one: 1, 2, 4 and 8 s. A single crash then costs next
 to nothing beside a start of half a minute to ten, and a hub or file system that is out for a minute or two is outlasted
 by the pauses and the starts between them."""
 

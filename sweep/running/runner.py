@@ -21,7 +21,7 @@ from sweep.evaluating.preflight import Check, Facts, expectation
 from sweep.evaluating.preflight import Outcome as Checked
 from sweep.masking import masked
 from sweep.planning.config import SweepConfig
-from sweep.planning.plan import Cell, Plan, ServerPlan, failure, on_cpu
+from sweep.planning.plan import Cell, Plan, ServerPlan, decided, failure, on_cpu
 from sweep.record import Record, Status
 from sweep.results.claim import Work
 from sweep.results.store import Store, masked_json, write_file
@@ -360,11 +360,13 @@ class Runner:
         owed = self.plan.owed
         self._cells = {cell.key: _CellState(cell=cell) for cell in owed}
         self._costs = Costs(self.records.values())
+        gpus = total_gpus(self.cluster.inventory)
         for name, plan in self.plan.owed_servers.items():
+            plan = decided(plan, cluster_gpus=gpus)
             self._servers[name] = _ServerState(
                 plan=plan,
                 replicas=plan.replicas if isinstance(plan.replicas, int) else None,
-                start_s=start_s(plan, on_cpu=on_cpu(plan, cluster_gpus=total_gpus(self.cluster.inventory))),
+                start_s=start_s(plan, on_cpu=on_cpu(plan, cluster_gpus=gpus)),
                 looked_s=self.clock(),
             )
             facts = self._stored_facts(plan)
