@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sweep.running.inventory import Need, Node
-from sweep.running.schedule import Action, StartServer, View, schedule
+from sweep.running.schedule import Action, StartServer, View, cells, retirements
 from sweep.running.simulate import SimulatedCell, SimulatedServer, simulate
 
 NOISE = 0.3
@@ -80,11 +80,11 @@ def model(
     while gpus * 2 <= largest and (billions > 30 * gpus or chance.random() < 0.1):
         gpus *= 2
     start_s = 40 + 2 * billions
-    cells = []
+    work = []
     for n, (cost_s, tail_s) in enumerate(zip(task_s, last_s, strict=True)):
         expected_s = cost_s * billions / 7 / gpus * chance.lognormvariate(0, 0.2)
         true_s = expected_s * math.exp(noise * chance.gauss(0, 1))
-        cells.append(
+        work.append(
             SimulatedCell(key=f"{name}/{n}", expected_s=expected_s, true_s=true_s, prepare_s=2.0, last_s=tail_s)
         )
     draws = chance.random()
@@ -100,7 +100,7 @@ def model(
         name=name,
         need=Need(gpus=gpus),
         replicas=None,
-        cells=tuple(cells),
+        cells=tuple(work),
         start_s=start_s,
         starts_s=starts_s,
         dies_after_s=dies_after_s,
@@ -143,7 +143,7 @@ def bound_s(sweep: Sweep) -> float:
 
 
 def others(view: View) -> list[Action]:
-    return [action for action in schedule(view) if not isinstance(action, StartServer)]
+    return [*retirements(view), *cells(view)]
 
 
 def placed(view: View, names: Iterable[str]) -> Iterator[StartServer]:

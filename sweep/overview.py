@@ -160,7 +160,7 @@ def expected(plan: Plan, nodes: Sequence[Node], records: Iterable[Record], *, wh
         lines += [
             f"  {clock(outcome.makespan_s)} in all, first result after {clock(outcome.first_result_s)}, "
             f"{outcome.gpu_s / 3600:.1f} GPU-hours; an estimate {source}{unmeasured}",
-            *_timeline(outcome),
+            *_timeline(outcome, plan),
         ]
     return "\n".join(lines)
 
@@ -173,9 +173,10 @@ ROWS = 40
 MARKS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 
 
-def _timeline(outcome: Outcome) -> Iterator[str]:
+def _timeline(outcome: Outcome, plan: Plan) -> Iterator[str]:
     """A row for each GPU: which model's server held it when; GPUs with the same row stand together."""
-    names = list(dict.fromkeys(span.server for span in sorted(outcome.spans, key=lambda span: span.start_s)))
+    started = {span.server for span in outcome.spans}
+    names = [name for name in plan.owed_servers if name in started]
     marks = {name: MARKS[number % len(MARKS)] for number, name in enumerate(names)}
     rows: dict[tuple[str, int], list[str]] = {}
     scale = COLUMNS / outcome.makespan_s

@@ -92,7 +92,7 @@ def test_a_model_s_own_records_correct_its_rate_the_more_the_longer_they_took() 
     prior = Costs([record("other")]).expected_s(cell(), server(), on_cpu=False)
     assert expected(prior) == pytest.approx(prior)
     assert prior < expected(10) < 10
-    assert expected(100_000) == pytest.approx(100_000, rel=0.05)
+    assert expected(10_000) == pytest.approx(10_000, rel=0.15)
 
 
 @pytest.mark.parametrize("changes", [{"status": Status.FAILED}, {"counts": Counts(requests=5, reused=5)}])

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sweep import ROOT
 from sweep.errors import ConfigError
 from sweep.masking import is_secret, secret_variables
-from sweep.planning.config import CellOverride, Device, Overflow, Seeds, SweepConfig
-from sweep.planning.loading import dump, load, secrets_of
+from sweep.planning.config import CellOverride, Device, NodeGroup, Overflow, Seeds, SweepConfig
+from sweep.planning.loading import dump, load, load_cluster, secrets_of
 
 SMALL = """
 models:
@@ -841,3 +842,43 @@ def test_importing_the_config_loads_nothing_heavy():
     code = f"import sys, sweep.planning.loading; print(*{heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SHIPPED.parent)
     assert found.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nodes: {a: {gpu: 8}}", "c.yaml: nodes.a.gpu: unknown key; did you mean 'gpus'?"),
+        ("nodes: {a: {gpus: many}}", "c.yaml: nodes.a.gpus: wants an integer, got 'many'"),
+        ("nodes: {a: {gpus: -1}}", "c.yaml: nodes.a.gpus: wants 0 or more, got -1"),
+        ("nodes: {a: {gpus: 8, count: 0}}", "c.yaml: nodes.a.count: wants 1 or more, got 0"),
+        ("nodes: {a: {gpus: 8, gpu_memory_gb: 0}}", "c.yaml: nodes.a.gpu_memory_gb: wants more than 0 GB, got 0.0"),
+        ("node: {a: {gpus: 8}}", "c.yaml: node: unknown key; did you mean 'nodes'?"),
+        ("nodes: {}", "c.yaml: nodes: describes no nodes; give it some, as in `nodes: {h100: {count: 2, gpus: 8}}`"),
+        ("nodes: [", "c.yaml: line 2: bad YAML"),
+    ],
+)
+def test_a_mistake_in_a_described_cluster_is_one_line(text, message):
+    Path("c.yaml").write_text(f"{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_cluster("c.yaml")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_cluster_is_eight_gpus_on_one_node():
+    assert load_cluster(str(ROOT / "conf/cluster/8xH100.yaml")) == {
+        "h100": NodeGroup(gpus=8, gpu_type="H100", gpu_memory_gb=80, evaluators=16)
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["models.qwen.nodes=0"], "models.qwen.nodes: wants 1 or more, got 0"),
+        (["models.qwen.nodes=2", "models.qwen.device=cpu"], "models.qwen.nodes: splits a model over GPUs of several"),
+        (["models.qwen.nodes=2", "models.qwen.gpus=0.5"], "models.qwen.nodes: takes whole GPUs of each node"),
+        (["models.qwen.gpu_memory_gb=0"], "models.qwen.gpu_memory_gb: wants more than 0 GB, got 0.0"),
+    ],
+)
+def test_what_a_model_asks_of_its_nodes_is_checked(overrides, where):
+    assert where in refused(SMALL, *overrides)

@@ -1,15 +1,19 @@
 """What `plan` prints and plan.json holds."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from sweep.errors import ConfigError
-from sweep.overview import describe, document, rendered
+from sweep.overview import describe, document, expected, rendered
 from sweep.planning.config import CellOverride, Device, Model, SweepConfig, Task
 from sweep.planning.plan import Plan, make_plan
+from sweep.record import Counts, Record, Status
 from sweep.results.store import RunDirectory
+from sweep.running.inventory import Node
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -185,3 +189,49 @@ metric_list: [{{metric: exact_match}}]
     assert "  prompt\n  | Q: two?\n  | A: dos\n  | \n  | Q: one?\n  | A:\n" in shown
     assert r"  stop       '\n'" in shown
     assert '"max_tokens": 7' in shown
+
+
+H100 = [Node(name="h100", gpus=4, evaluators=8)]
+
+
+def forecast(config: SweepConfig, nodes: Sequence[Node], *records: Record) -> list[str]:
+    return expected(planned(config), nodes, records, where="c.yaml").splitlines()
+
+
+def test_a_plan_tells_how_long_it_takes_where_and_that_this_rests_on_priors() -> None:
+    models = {"big": Model(path="org/big-70B", tensor_parallel=2), "small": Model(path="org/small-1B", replicas=1)}
+    shown = forecast(sweep(models=models, tasks={"gsm8k": Task(task="gsm8k")}), H100)
+    assert shown[0] == "expected on c.yaml (4 GPUs on 1 node)"
+    assert re.fullmatch(
+        r"  0:\d\d in all, first result after 0:\d\d, 0\.\d GPU-hours; "
+        r"an estimate from priors, nothing measured yet",
+        shown[1],
+    )
+    assert re.fullmatch(r" +0:00 +0:\d\d", shown[2])
+    rows = [line for line in shown if line.startswith("  h100")]
+    assert re.match(r"  h100 0-[13]  \.+A+", rows[0])
+    assert any(re.search(r"\.+B+$", row) for row in rows)
+    assert re.fullmatch(r"  A big: 0:00 to 0:\d\d, \d servers?, 0\.\d GPU-hours", shown[-2])
+    assert re.fullmatch(r"  B small: 0:00 to 0:\d\d, 1 server, 0\.0 GPU-hours", shown[-1])
+
+
+def test_a_plan_rests_on_what_was_measured_once_something_was() -> None:
+    counts = Counts(requests=100, asked=100, prompt_tokens=10_000, generated_tokens=10_000)
+    record = Record(model="m", task="t", fingerprint="", status=Status.DONE, counts=counts, request_s=60.0)
+    shown = forecast(sweep(tasks={"gsm8k": Task(task="gsm8k")}), H100, record)
+    assert shown[1].endswith("; an estimate from what earlier cells took, priors for the rest")
+
+
+def test_a_plan_names_what_can_never_start_there() -> None:
+    shown = forecast(sweep(models={"huge": Model(path="org/huge", tensor_parallel=8)}), H100)
+    assert shown == [
+        "expected on c.yaml (4 GPUs on 1 node)",
+        "  cannot start there: huge needs 8 GPUs on one node; the largest node has 4",
+    ]
+
+
+def test_a_model_over_several_nodes_is_planned_on_each_of_them() -> None:
+    nodes = [Node(name=name, gpus=8, evaluators=8) for name in ("a", "b")]
+    models = {"huge": Model(path="org/huge-400B", tensor_parallel=8, nodes=2)}
+    shown = forecast(sweep(models=models, tasks={"gsm8k": Task(task="gsm8k")}), nodes)
+    assert re.fullmatch(r"  a 0-7, b 0-7  \.+A+", shown[3])

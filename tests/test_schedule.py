@@ -363,7 +363,7 @@ class World:
                 self.waiting[key] = False
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     # So little of everything that servers, losses and evaluators get into each other's way.
     st.lists(

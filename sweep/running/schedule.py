@@ -25,6 +25,9 @@ CELLS_PER_MODEL = 2
 """Two keep a server full: one sends while the other loads its data or scores."""
 
 
+FILLED = 0.5
+"""Of the time that GPUs will be free before the end; expectations are not exact enough for all of it."""
+
 DOUBT = 0.3
 """So much more than expected a model's work may take. What starts slowly and then works fast is the surer of two models
 that would end together: with this, sweeps end earlier on many GPUs (docs/decisions.md)."""
@@ -85,6 +88,7 @@ class ServerView:
         # CPU servers of a node share its cores: a second one makes the model no faster.
         return float("inf") if self.need is not None and self.need.gpus else 1
 
+    @property
     def width(self) -> float:
         """GPUs, or CPU slots, of one life."""
         return (self.need.gpus or 1) * self.need.nodes if self.need is not None else 0.0
@@ -216,10 +220,10 @@ def _known(server: ServerView, order: int, now_s: float) -> _Known:
 
 def schedule(view: View) -> list[Action]:
     """What to do now, each with its reason. Retirements come first; their GPUs count as free once they are."""
-    return [*_retirements(view), *_starts(view), *_cells(view)]
+    return [*retirements(view), *_starts(view), *cells(view)]
 
 
-def _retirements(view: View) -> Iterator[RetireServer]:
+def retirements(view: View) -> Iterator[RetireServer]:
     for known in _in_order(view.idle.values()):
         for life in known.view.lives:
             if life.live:
@@ -248,25 +252,60 @@ def _filled(view: View, pool: _Pool) -> Iterator[StartServer]:
         nodes = filling.place(known, until_s=_alone_s(view, known.view))
         if nodes and not known.view.resting:
             yield StartServer(server=known.view.name, nodes=nodes, reason=f"its cells wait for it, {_owed(known.view)}")
+    served = [(known, known.live, known.end_s) for known in pool.served.values()]
+    later = []
+    turns = _Turns(view, pool)
     # The largest of those without a server, then of those with one that which ends last.
     for known in sorted(
-        pool.first.values(),
-        key=lambda known: (-known.view.width(), -known.view.work_s - known.view.start_s, known.order),
+        pool.first.values(), key=lambda known: (-known.view.width, -known.view.work_s - known.view.start_s, known.order)
     ):
-        if nodes := filling.place(known, until_s=_alone_s(view, known.view)):
+        end_s = _alone_s(view, known.view)
+        if turns.can_wait(known.view, end_s):
+            later.append(known)
+        elif nodes := filling.place(known, until_s=end_s):
             yield StartServer(server=known.view.name, nodes=nodes, reason=f"first server, {_owed(known.view)}")
-    yield from _replicas(view, pool, filling)
+            served.append((known, 1, end_s))
+    yield from _replicas(view, served, filling)
+    for known in later:
+        if nodes := filling.place(known, until_s=_alone_s(view, known.view), keep=False):
+            yield StartServer(server=known.view.name, nodes=nodes, reason=f"first server, {_owed(known.view)}")
 
 
-def _replicas(view: View, pool: _Pool, filling: "_Filling") -> Iterator[StartServer]:
+class _Turns:
+    """Which models may wait for their turn on GPUs that others leave before the sweep ends."""
+
+    def __init__(self, view: View, pool: _Pool) -> None:
+        self._now_s = view.now_s
+        work = sum(known.view.width * (known.view.start_s + known.view.work_s) for known in pool.first.values())
+        work += sum(k.view.width * k.live * max(0.0, k.end_s - view.now_s) for k in pool.served.values())
+        self._horizon_s = view.now_s + work / max(1, view.places.total_gpus)
+        """When all would be done, were nothing idle."""
+        self._left = sum(
+            k.view.width * k.live * max(0.0, self._horizon_s - max(view.now_s, k.end_s)) for k in pool.served.values()
+        )
+        """GPU-seconds between the end of what runs and the horizon."""
+
+    def can_wait(self, server: ServerView, end_s: float) -> bool:
+        takes_s = end_s - self._now_s
+        if 2 * takes_s < self._horizon_s - self._now_s and server.width * takes_s < FILLED * self._left:
+            self._left -= server.width * takes_s
+            return True
+        self._left += server.width * max(0.0, self._horizon_s - end_s)
+        return False
+
+
+def _replicas(view: View, served: Iterable[tuple[_Known, int, float]], filling: "_Filling") -> Iterator[StartServer]:
     """One after the other to the model that would end last, should its work be more than expected."""
 
     def entry(known: _Known, live: int, end_s: float) -> tuple[float, int, int, float, _Known]:
         return -end_s - DOUBT * known.view.work_s / live, known.order, live, end_s, known
 
     now_s, room = view.now_s, filling.room
-    candidates = [known for known in pool.served.values() if known.view.need and known.view.need.gpus <= room]
-    heap = [entry(known, known.live, known.end_s) for known in candidates]
+    heap = [
+        entry(known, live, end_s)
+        for known, live, end_s in served
+        if known.view.need and known.view.need.gpus <= room and live < known.view.most
+    ]
     heapify(heap)
     while heap:
         _, _, live, end_s, known = heap[0]
@@ -349,7 +388,7 @@ def _owed(server: ServerView) -> str:
     return f"{server.unfinished_cells} cells owed, {server.work_s:.0f} s of work"
 
 
-def _cells(view: View) -> Iterator[RunCell]:
+def cells(view: View) -> Iterator[RunCell]:
     """Cells for the idle evaluators, each for the server with the fewest running so far, then in plan order."""
     idle = view.idle_evaluators
     if not idle:
