@@ -290,7 +290,9 @@ def at_scale() -> Claim:
         "servers_started": len(outcome.spans),
         "makespan_over_bound": outcome.makespan_s / bound_s(sweep),
     }
-    return Claim(row="1,000 models x 60 tasks on 4,096 GPUs simulated, seconds of one core", value=took_s, bar=120.0, more=more)
+    return Claim(
+        row="1,000 models x 60 tasks on 4,096 GPUs simulated, seconds of one core", value=took_s, bar=120.0, more=more
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
