@@ -25,6 +25,6 @@ lint: setup ## ruff and mypy
 	$(python) -m mypy
 
 bench: setup ## every claim about speed, measured here against stock lm-eval and vLLM (needs real data)
-	@failed=; for what in store tokenize memory scoring generation; do \
+	@failed=; for what in schedule store tokenize memory scoring generation; do \
 		$(python) -m bench.$$what || failed="$$failed $$what"; \
 	done; if [ -n "$$failed" ]; then echo "below their bars:$$failed"; exit 1; fi

@@ -281,16 +281,18 @@ def against_rivals(seeds: Sequence[int]) -> Iterator[Claim]:
 
 def at_scale() -> Claim:
     sweep = large()
-    start = time.perf_counter()
+    start = time.process_time()
     outcome = simulate(sweep.nodes, sweep.servers)
-    took_s = time.perf_counter() - start
+    took_s = time.process_time() - start
     more = {
         "decisions": outcome.decisions,
         "ms_a_decision": 1000 * outcome.deciding_s / outcome.decisions,
         "servers_started": len(outcome.spans),
         "makespan_over_bound": outcome.makespan_s / bound_s(sweep),
     }
-    return Claim(row="1,000 models x 60 tasks on 4,096 GPUs simulated, seconds", value=took_s, bar=120.0, more=more)
+    return Claim(
+        row="1,000 models x 60 tasks on 4,096 GPUs simulated, seconds of one core", value=took_s, bar=120.0, more=more
+    )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -151,6 +151,25 @@ def test_spare_gpus_go_to_replicas_once_every_wanted_server_has_one(seen: View, 
     assert decided(seen) == expected
 
 
+@pytest.mark.parametrize(
+    ("replicas", "small", "expected"),
+    [
+        (None, {"work_s": 100.0}, ["start big"]),
+        (1, {"work_s": 100.0}, ["start small"]),
+        (None, {"work_s": 3000.0}, ["start small"]),
+    ],
+    ids=["its turn comes before the end", "nobody else has a use for the GPU", "it would end last"],
+)
+def test_a_small_model_waits_for_a_gpu_that_another_leaves(
+    replicas: int | None, small: dict[str, float], expected: list[str]
+) -> None:
+    big = server("big", lives=1, work_s=9000.0, replicas=replicas)
+    assert (
+        decided(view(big, server("next", lives=1, work_s=500.0, replicas=2), server("small", **small), gpus=3))
+        == expected
+    )  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("left_s", "starts"), [(0, 0), (100, 0), (101, 1), (1000, 1)])
 def test_a_replica_starts_when_it_has_time_to_do_more_than_its_start_costs(left_s: float, starts: int) -> None:
     seen = view(server("a", replicas=2, lives=1, work_s=left_s, start_s=100.0), gpus=2)

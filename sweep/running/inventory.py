@@ -114,7 +114,7 @@ class Places:
             self._by_free.setdefault(len(gpus), set()).add(name)
         self.total_gpus = sum(map(len, self._gpus.values()))
         self.free_gpus = float(self.total_gpus)
-        self.free_slots = sum(self._slots.values())
+        self.total_slots = self.free_slots = sum(self._slots.values())
 
     def copy(self) -> "Places":
         other = Places()

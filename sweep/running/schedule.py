@@ -278,7 +278,9 @@ class _Turns:
         self._now_s = view.now_s
         work = sum(known.view.width * (known.view.start_s + known.view.work_s) for known in pool.first.values())
         work += sum(k.view.width * k.live * max(0.0, k.end_s - view.now_s) for k in pool.served.values())
-        self._horizon_s = view.now_s + work / max(1, view.places.total_gpus)
+        self._horizon_s = view.now_s + work / max(
+            1, view.places.total_gpus if pool is view.gpus else view.places.total_slots
+        )
         """When all would be done, were nothing idle."""
         self._left = sum(
             k.view.width * k.live * max(0.0, self._horizon_s - max(view.now_s, k.end_s)) for k in pool.served.values()
