@@ -397,8 +397,8 @@ class Cluster:
         return self._nodes.usable(now)
 
     def _looked(self, references: Iterable[Any]) -> None:
-        assert self._nodes is not None
         for reference in references:
+            assert self._nodes is not None
             name = self._looks.pop(reference)
             try:
                 looked = ray.get(reference)
@@ -427,6 +427,10 @@ class Cluster:
 
         `nodes` are names of the inventory, where the server is to run; without any Ray finds a place.
         """
+        if len(nodes) > 1:
+            error = f"{life} did not start: servers of several nodes (`nodes: {len(nodes)}`) are not started yet"
+            self._next.append(ServerFailed(life=life, error=error))
+            return
         node = next(iter(nodes), None)
         needs = self._needs(plan, node)
         # Servers are heard on loopback only when all that asks them is on their node, for good.
