@@ -107,7 +107,12 @@ class _CellState:
     @property
     def asks(self) -> bool:
         """Its evaluator is at work on it and has requests that are not answered yet."""
-        return self.state == "running" and self.progress is not None and self.progress.done < self.progress.total
+        return self.state == "running" and self.progress is not None and not self.answered
+
+    @property
+    def answered(self) -> bool:
+        """Nothing is left but to score it."""
+        return self.progress is not None and self.progress.done >= self.progress.total > 0
 
     def share(self, *, reused: bool) -> float:
         """How much of its requests is answered, with those that were stored before or without."""
@@ -867,7 +872,7 @@ class Runner:
             resting=self._resting(name),
             unfinished_cells=len(unfinished),
             wanted=any(map(self._wants_server, unfinished)),
-            running=sum(state.state == "running" for state in unfinished),
+            running=sum(state.state == "running" and not state.answered for state in unfinished),
             waiting=tuple(s.cell.key for s in unfinished if s.state == "waiting" and self._can_start(s)),
             work_s=corrected_s(
                 sum(state.expected_s * (1 - state.share(reused=True)) for state in unfinished),

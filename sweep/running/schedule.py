@@ -275,6 +275,8 @@ class _Turns:
     """Which models may wait for their turn on GPUs that others leave before the sweep ends."""
 
     def __init__(self, view: View, pool: _Pool) -> None:
+        if not pool.first:
+            return
         self._now_s = view.now_s
         work = sum(known.view.width * (known.view.start_s + known.view.work_s) for known in pool.first.values())
         work += sum(k.view.width * k.live * max(0.0, k.end_s - view.now_s) for k in pool.served.values())

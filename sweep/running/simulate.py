@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from time import process_time
+from time import perf_counter
 
 from sweep.planning.plan import Plan, on_cpu
 from sweep.running.costs import Costs, corrected_s, in_order, start_s
@@ -89,7 +89,7 @@ class Outcome:
     """GPUs held, times the seconds."""
     decisions: int
     deciding_s: float
-    """Of a core of this machine, all decisions together."""
+    """By the clock of this machine, all decisions together."""
 
 
 @dataclass(kw_only=True)
@@ -242,9 +242,9 @@ class _Simulation:
         decisions, deciding_s = 0, 0.0
         while True:
             self._view.now_s, self._view.idle_evaluators = self._now_s, self._idle
-            before_s = process_time()
+            before_s = perf_counter()
             actions = list(self._decide(self._view))
-            deciding_s += process_time() - before_s
+            deciding_s += perf_counter() - before_s
             decisions += 1
             touched = {server.plan.name: server for server in map(self._carry_out, actions)}
             while not touched and self._events:
