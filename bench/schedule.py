@@ -14,7 +14,6 @@ The bound is the least T for which both hold, with the sweep's true costs and no
 
 import argparse
 import itertools
-import json
 import math
 import random
 import statistics
@@ -23,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.rows import Figure
 from sweep.running.inventory import Need, Node
 from sweep.running.schedule import Action, StartServer, View, cells, retirements
 from sweep.running.simulate import SimulatedCell, SimulatedServer, simulate
@@ -224,42 +224,32 @@ def large(models: int = 1_000, tasks: int = 60, nodes: int = 512) -> Sweep:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """One line of the table."""
-
-    row: str
-    value: float
-    bar: float
-    least: bool = False
-    """The bar is the least value that holds, else the most."""
-    more: Mapping[str, float]
-
-    @property
-    def holds(self) -> bool:
-        return self.value >= self.bar if self.least else self.value <= self.bar
-
-    def line(self) -> str:
-        measured = {"value": round(self.value, 4), "bar": self.bar, "holds": self.holds}
-        return json.dumps({"row": self.row, **measured, **{name: round(value, 4) for name, value in self.more.items()}})
-
-
-def against_bound(seeds: Sequence[int]) -> Iterator[Claim]:
+def against_bound(seeds: Sequence[int]) -> Iterator[Figure]:
     for name, noise, bar in (("misestimated by 30 %", NOISE, 1.08), ("exact costs", 0.0, 1.05)):
         ratios = []
         for seed in seeds:
             sweep = drawn(seed, noise=noise)
             ratios.append(simulate(sweep.nodes, sweep.servers).makespan_s / bound_s(sweep))
         spread = {"seeds": len(seeds), "worst": max(ratios), "worst_seed": seeds[ratios.index(max(ratios))]}
-        yield Claim(row=f"makespan over bound, median, {name}", value=statistics.median(ratios), bar=bar, more=spread)
+        yield Figure(
+            row=f"makespan over bound, median, {name}",
+            value=statistics.median(ratios),
+            bar=bar,
+            at_most=True,
+            seen=spread,
+        )
         if noise:
             tenth = statistics.quantiles(ratios, n=10)[-1]
-            yield Claim(
-                row=f"makespan over bound, worst, {name}", value=max(ratios), bar=1.3, more={"one_in_ten_above": tenth}
+            yield Figure(
+                row=f"makespan over bound, worst, {name}",
+                value=max(ratios),
+                bar=1.3,
+                at_most=True,
+                seen={"one_in_ten_above": tenth},
             )
 
 
-def against_rivals(seeds: Sequence[int]) -> Iterator[Claim]:
+def against_rivals(seeds: Sequence[int]) -> Iterator[Figure]:
     sweeps = [drawn(seed) for seed in seeds]
     ours = [simulate(sweep.nodes, sweep.servers) for sweep in sweeps]
     for name, decide in RIVALS.items():
@@ -268,7 +258,7 @@ def against_rivals(seeds: Sequence[int]) -> Iterator[Claim]:
         median = statistics.median(ratios)
         if decide is first_come:
             more = {"least": min(ratios), "most": max(ratios)}
-            yield Claim(row=f"{name}: its makespan over ours, median", value=median, bar=1.5, least=True, more=more)
+            yield Figure(row=f"{name}: its makespan over ours, median", value=median, bar=1.5, at_most=False, seen=more)
             continue
         more = {
             "median": median,
@@ -276,10 +266,10 @@ def against_rivals(seeds: Sequence[int]) -> Iterator[Claim]:
             "seed": seeds[ratios.index(min(ratios))],
             "gpu_hours_median": statistics.median(t.gpu_s / o.gpu_s for t, o in zip(theirs, ours, strict=True)),
         }
-        yield Claim(row=f"{name}: its makespan over ours, least", value=min(ratios), bar=1.0, least=True, more=more)
+        yield Figure(row=f"{name}: its makespan over ours, least", value=min(ratios), bar=1.0, at_most=False, seen=more)
 
 
-def at_scale() -> Claim:
+def at_scale() -> Figure:
     sweep = large()
     start = time.process_time()
     outcome = simulate(sweep.nodes, sweep.servers)
@@ -290,8 +280,12 @@ def at_scale() -> Claim:
         "servers_started": len(outcome.spans),
         "makespan_over_bound": outcome.makespan_s / bound_s(sweep),
     }
-    return Claim(
-        row="1,000 models x 60 tasks on 4,096 GPUs simulated, seconds of one core", value=took_s, bar=120.0, more=more
+    return Figure(
+        row="1,000 models x 60 tasks on 4,096 GPUs simulated, seconds of one core",
+        value=took_s,
+        bar=120.0,
+        at_most=True,
+        seen=more,
     )
 
 

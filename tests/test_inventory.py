@@ -51,6 +51,15 @@ def test_what_fits_on_one_node_passes(servers: dict[str, ServerPlan], there: lis
     require(servers, there)
 
 
+def test_a_server_across_nodes_is_planned_and_refused_at_a_launch() -> None:
+    (plain,) = plans(("a", Device.GPU, 8)).values()
+    servers = {"a": replace(plain, model=replace(plain.model, nodes=2))}
+    there = [node("x", 8), node("y", 8)]
+    assert shortages(servers, there) == []
+    with pytest.raises(ResourceError, match=r"models\.a\.nodes: .* not started yet; serve a yourself"):
+        require(servers, there)
+
+
 def test_everything_that_can_never_fit_is_named_at_once() -> None:
     servers = plans(("a", Device.GPU, 1), ("b", Device.GPU, 4), ("c", Device.AUTO, 8), ("d", Device.CPU, 1))
     with pytest.raises(ResourceError) as caught:
