@@ -352,7 +352,7 @@ class Chaos:
         match kind:
             case "driver":
                 self.launch.process.kill()
-                self.launch.process.wait()
+                self.launch.end()
                 self.launch = self.field.bench.start()
             case "node":
                 self.field.kill_node(self.random.choice(victims))
@@ -450,7 +450,7 @@ def test_four_kills_on_real_vllm_lose_no_answer_and_change_no_metric(made: Made,
         stored = answers(bench)
         if kind == "driver":
             launch.process.kill()
-            launch.process.wait()
+            launch.end()
             bench.nothing_is_left()
             launch = bench.start()
         else:
