@@ -115,8 +115,8 @@ class Field:
 
     def asked(self) -> list[tuple[int, str, tuple[int, ...]]]:
         """Server process, model and prompt of every request of a cell that has reached a server, in order."""
-        lines = self.bench.requests.read_text().splitlines() if self.bench.requests.exists() else []
-        requests = [msgspec.json.decode(line) for line in lines]
+        text = self.bench.requests.read_text() if self.bench.requests.exists() else ""
+        requests = [msgspec.json.decode(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         return [
             (request["pid"], request["model"], tuple(request["body"]["prompt"]))
             for request in requests
