@@ -115,8 +115,8 @@ class Field:
 
     def asked(self) -> list[tuple[int, str, tuple[int, ...]]]:
         """Server process, model and prompt of every request of a cell that has reached a server, in order."""
-        lines = self.bench.requests.read_text().splitlines() if self.bench.requests.exists() else []
-        requests = [msgspec.json.decode(line) for line in lines]
+        text = self.bench.requests.read_text() if self.bench.requests.exists() else ""
+        requests = [msgspec.json.decode(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         return [
             (request["pid"], request["model"], tuple(request["body"]["prompt"]))
             for request in requests
@@ -352,7 +352,7 @@ class Chaos:
         match kind:
             case "driver":
                 self.launch.process.kill()
-                self.launch.process.wait()
+                self.launch.end()
                 self.launch = self.field.bench.start()
             case "node":
                 self.field.kill_node(self.random.choice(victims))
@@ -450,7 +450,7 @@ def test_four_kills_on_real_vllm_lose_no_answer_and_change_no_metric(made: Made,
         stored = answers(bench)
         if kind == "driver":
             launch.process.kill()
-            launch.process.wait()
+            launch.end()
             bench.nothing_is_left()
             launch = bench.start()
         else:
