@@ -169,11 +169,12 @@ class View:
         if server.need is None:
             _keep(self.external, known, due and not known.live and not server.resting)
             return
-        pool = self.gpus if server.need.gpus else self.slots
         back = bool(server.resting or server.running)
-        _keep(pool.back, known, due and not known.live and back)
-        _keep(pool.first, known, due and not known.live and not back)
-        _keep(pool.served, known, due and 0 < known.live < server.most and not server.resting)
+        for pool in (self.gpus, self.slots):  # what it needs may have changed with the nodes
+            mine = due and pool is (self.gpus if server.need.gpus else self.slots)
+            _keep(pool.back, known, mine and not known.live and back)
+            _keep(pool.first, known, mine and not known.live and not back)
+            _keep(pool.served, known, mine and 0 < known.live < server.most and not server.resting)
 
     def put_nodes(self, nodes: Iterable[Node]) -> None:
         """The cluster as it is now. What lives on a node that is gone holds nothing of the others."""
