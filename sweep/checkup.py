@@ -17,7 +17,7 @@ from sweep.evaluating import evaluator as ev
 from sweep.evaluating.preflight import Check, Outcome, expectation
 from sweep.masking import masked
 from sweep.planning.config import SweepConfig
-from sweep.planning.plan import Plan, ServerPlan
+from sweep.planning.plan import Plan, ServerPlan, decided
 from sweep.results.store import RunDirectory
 from sweep.running.cluster import (
     Cluster,
@@ -29,7 +29,7 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.inventory import need, require
+from sweep.running.inventory import need, require, total_gpus
 from sweep.running.runner import TICK_S, listen, stop_signals
 from sweep.running.schedule import LifeView, RetireServer, ServerView, StartServer, View, schedule
 
@@ -134,7 +134,10 @@ class Checkup:
 
     def run(self, stop: Sequence[int] = ()) -> int:
         """0 when every server has been asked; else the first number in `stop`, a signal that ended it."""
-        self._servers = {name: _Server(plan=plan) for name, plan in self.plan.owed_servers.items()}
+        gpus = total_gpus(self.cluster.inventory)
+        self._servers = {
+            name: _Server(plan=decided(plan, cluster_gpus=gpus)) for name, plan in self.plan.owed_servers.items()
+        }
         self._load_tokenizers()
         while any(server.life is not None or not server.asked for server in self._servers.values()):
             for event in self.cluster.events(TICK_S):

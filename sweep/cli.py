@@ -5,6 +5,7 @@ Nothing heavy is imported before it is known to be needed: help and mistakes ans
 
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -60,6 +61,9 @@ COMMANDS = ("run", "plan", "check", "fetch", "status", "tasks")
 
 DONE, FAILED, WRONG, AGAIN, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes. 75 is EX_TEMPFAIL of sysexits.h: a failure that passes when it is tried again."""
+
+WARNED_S = 300.0
+"""A batch system that sends SIGTERM so soon before a job's end warns of that end (deploy/slurm.sbatch: two minutes)."""
 
 AT_WORK, ABANDONED = 3, 4
 """Of `status`, while cells are owed."""
@@ -313,7 +317,7 @@ def _run(arguments: Arguments) -> int:
             write_file(directory.plan, masked_json(json.dumps(planned, indent=1).encode(), hidden))
         for record in plan.refused.values():
             store.write_record(record, {})
-        carried = None
+        carried, ends_at_s = None, math.inf
         if plan.owed:
             with _logged_to(directory.driver_log, hidden):
                 from sweep.running.runner import carry_out
@@ -329,15 +333,16 @@ def _run(arguments: Arguments) -> int:
         return code
     print(_said_of_wandb(carried.wandb))
     again = "the same command without fresh=true" if arguments.fresh else "the same command"
+    warned = carried.signal == signal.SIGTERM and time.time() > ends_at_s - WARNED_S
+    if (carried.out_of_time or warned) and not carried.got_on:
+        print("the walltime is too short: it was over before anything was answered; give it a longer one")
+        return FAILED
     if carried.signal:
         print(f"stopped by {signal.Signals(carried.signal).name}; {again} goes on where it stopped")
         return 128 + carried.signal
-    if carried.out_of_time and carried.got_on:
+    if carried.out_of_time:
         print(f"the walltime is over; {again} goes on where it stopped")
         return AGAIN
-    if carried.out_of_time:
-        print("the walltime is too short: it was over before anything was answered; give it a longer one")
-        return FAILED
     return code
 
 

@@ -345,6 +345,7 @@ def test_what_is_in_flight_at_a_lost_endpoint_is_asked_elsewhere_at_once(stand_i
     def lose() -> None:
         until(lambda: pool.needs()[silent.endpoint.server].wanted and len(silent.bodies()) >= 4)
         pool.update([(other.endpoint, 8)], lost=[silent.endpoint.server])
+        pool.update([(other.endpoint, 8)])  # the next news of shares know nothing of it any more
 
     with later(lose):
         assert run(pool, asked(20)) == Counter(range(20))

@@ -77,8 +77,9 @@ H100, A100 = {"gpu_type": "H100", "gpu_memory_gb": 80.0}, {"gpu_type": "A100-40G
     ("model", "there", "reason"),
     [
         ({"gpu_type": "h100"}, [node("a", 8, **H100)], None),
-        ({"gpu_type": "H200"}, [node("a", 8, **H100), node("b", 8, **H100), node("c", 4)],
-         "m needs 4 GPUs of type H200 on one node; the cluster has 2 nodes of 8 H100 (80 GB), 1 node of 4 GPUs"),
+        ({"gpu_type": "H200"}, [node("a", 8, **H100), node("b", 8, **H100), node("c", 2)],
+         "m needs 4 GPUs of type H200 on one node; the cluster has 2 nodes of 8 H100 (80 GB), 1 node of 2 GPUs"),
+        ({"gpu_type": "H200"}, [node("a", 8)], None),
         ({"gpu_memory_gb": 60.0}, [node("a", 8, **A100)],
          "m needs 4 GPUs with 60 GB on one node; the cluster has 1 node of 8 A100-40G (40 GB)"),
         ({"gpu_memory_gb": 60.0}, [node("a", 8)], None),

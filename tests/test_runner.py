@@ -82,6 +82,8 @@ class ScriptedCluster:
         self.evaluators: list[str] = []
         self.node_of: dict[str, str] = {}
         """Evaluator -> where it was to start."""
+        self.nodes_of: dict[str, tuple[str, ...]] = {}
+        """The same of a life."""
         self.sent: dict[str, list[Any]] = {}
         """Evaluator -> its messages that the test has not taken yet."""
         self.started: list[str] = []
@@ -94,6 +96,8 @@ class ScriptedCluster:
         self.pressed: dict[str, tuple[int, int]] = {}
         self.now = 1000.0
         """The runner's clock."""
+        self.creeps_s = 0.0
+        """What passes between two looks at it."""
         self._script = script(self)
         self._settling = False
         self._placed: list[ClusterEvent] = []
@@ -108,6 +112,7 @@ class ScriptedCluster:
         self, plan: ServerPlan, life: str, log_path: Path, expected: Mapping[str, Expected], *, nodes: Sequence[str]
     ) -> None:
         self.started.append(life)
+        self.nodes_of[life] = tuple(nodes)
         self.expected[life] = expected
 
     def stop_server(self, life: str) -> None:
@@ -132,6 +137,10 @@ class ScriptedCluster:
             return next(self._script)
         except StopIteration:
             raise AssertionError(f"the script is over and cells are not: {self.sent}, {self.started}") from None
+
+    def clock(self) -> float:
+        self.now += self.creeps_s
+        return self.now
 
     # For scripts.
 
@@ -268,7 +277,7 @@ class Loop:
                 tracker=nobody,
                 secrets=(),
                 records=records,
-                clock=lambda: cluster.now,
+                clock=cluster.clock,
                 walltime=walltime,
                 **limits,
             )
@@ -811,6 +820,49 @@ def test_the_place_of_a_resting_server_is_kept_while_its_cells_hold_the_evaluato
     assert statuses(records) == {"a/t": "done", "b/t": "done"}
 
 
+@pytest.mark.parametrize("hundredths", range(1, 12))
+def test_a_rest_that_ends_between_two_looks_at_the_clock_is_not_missed(loop: Loop, hundredths: int) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        name, run = cluster.running()["a/t"]
+        yield [asks(name, run)]
+        cluster.creeps_s = hundredths / 100
+        yield [ServerLost(life="a-0", reason="killed"), ServerStopped(life="a-0")]
+        for _ in range(200):
+            if "a-1" in cluster.started:
+                break
+            yield []
+        yield [cluster.ready("a-1")]
+        yield [done(name, run)]
+
+    assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
+
+
+def test_a_server_whose_place_left_with_its_node_keeps_no_evaluator_from_others(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        (head,) = cluster.inventory
+        nodes = {name: Node(name=name, cpu_servers=1) for name in ("n1", "n2")}
+        cluster.inventory = (replace(head, cpu_servers=0), *nodes.values())
+        yield from cluster.checks_pass()
+        assert sorted(cluster.started) == ["a-0", "b-0"]
+        yield [cluster.ready("a-0"), cluster.ready("b-0")]
+        name, run = cluster.running()["a/t"]
+        yield [asks(name, run)]
+        del nodes[cluster.nodes_of["a-0"][0]]
+        cluster.inventory = (cluster.inventory[0], *nodes.values())
+        yield [ServerLost(life="a-0", reason="node lost", infrastructure=True), ServerStopped(life="a-0")]
+        yield from cluster.after(LONGEST_REST_S)
+        assert cluster.taken(ev.CancelCell) == [(name, ev.CancelCell(reason="its server has no place"))]
+        yield [cancelled(name, run)]
+        yield [done(*cluster.running()["b/t"])]
+        yield [ServerStopped(life="b-0")]
+        yield [cluster.ready("a-1")]
+        yield [done(*cluster.running()["a/t"])]
+
+    assert statuses(loop(a_plan(["a", "b"], ["t"]), script)) == {"a/t": "done", "b/t": "done"}
+
+
 def test_a_cell_that_first_asks_while_its_server_rests_waits_for_it(loop: Loop) -> None:
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()
@@ -846,6 +898,21 @@ def test_evaluators_that_die_without_a_word_end_the_launch_with_the_reason(loop:
         f"no evaluator can work: {LOSSES_MOST} died in a row, last: no module (see {loop.folder}/logs/{last}.log)"
     }
     assert len(records) == 2 * len(tasks)
+
+
+def test_evaluators_that_the_infrastructure_takes_before_a_word_cost_nobody_a_seat(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        for _ in range(LOSSES_MOST):
+            name = cluster.evaluators[-1]
+            cluster.sent[name].clear()  # which it has not heard
+            yield [EvaluatorLost(evaluator=name, reason="no worker", infrastructure=True)]
+            yield from cluster.after(LONGEST_REST_S)
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        yield [done(*cluster.running()["a/t"])]
+
+    assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
 
 
 def test_idle_evaluators_that_come_to_die_one_after_the_other_end_the_launch_too(loop: Loop) -> None:
@@ -1210,6 +1277,25 @@ def test_a_server_is_started_while_its_start_leaves_as_much_time_for_work(loop: 
     expected_s = start_s(plan.servers["a"], on_cpu=True)
     assert statuses(loop(plan, script, walltime=at(2 * expected_s))) == {"a/t": "done"}
     assert loop.ended == (0, False)
+
+
+def test_a_start_that_does_not_pay_leaves_its_place_to_one_that_does(loop: Loop) -> None:
+    plan = a_plan(["large", "small"], ["t"])
+    sizes = {"large": "org/x-70B", "small": "org/x-1B"}
+    servers = {name: replace(s, model=replace(s.model, path=sizes[name])) for name, s in plan.servers.items()}
+    large_s, small_s = (start_s(servers[name], on_cpu=True) for name in sizes)
+    assert 2 * small_s < large_s
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield []
+        assert cluster.started == ["small-0"]
+        yield [cluster.ready("small-0")]
+        yield [done(*cluster.running()["small/t"])]
+        yield [ServerStopped(life="small-0")]
+
+    assert statuses(loop(replace(plan, servers=servers), script, walltime=at(large_s))) == {"small/t": "done"}
+    assert loop.ended == (0, True)
 
 
 def test_a_walltime_in_which_nothing_pays_ends_at_once(loop: Loop) -> None:

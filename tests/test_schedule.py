@@ -422,3 +422,21 @@ def test_every_sweep_ends_with_all_cells_done_and_never_holds_more_than_there_is
             return
         world.step(chance, losses=step < 10)  # later ones would free what a deadlock holds
     pytest.fail(f"still {world.waiting} waiting, {world.running} running, {world.lives} alive")
+
+
+def test_servers_that_start_get_the_evaluators_that_ready_ones_leave() -> None:
+    starting = [server(name, lives=1, waiting=(f"{name}/s", f"{name}/t"), wanted=True) for name in ("m0", "m1")]
+    ready = [
+        replace(
+            server(name, waiting=(f"{name}/s", f"{name}/t")),
+            lives=(LifeView(name=f"{name}-0", nodes=("n0",), ready=True),),
+        )
+        for name in ("m2", "m3")
+    ]
+
+    def begun(evaluators: int) -> list[str]:
+        seen = view(*starting, *ready, gpus=4, idle_evaluators=evaluators)
+        return [action.cell for action in schedule(seen) if isinstance(action, RunCell)]
+
+    assert begun(2) == ["m2/s", "m3/s"]
+    assert begun(5) == ["m2/s", "m3/s", "m2/t", "m3/t", "m0/s"]

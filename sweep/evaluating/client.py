@@ -126,7 +126,7 @@ class Pool:
                 self._slots[endpoint.server].limit = limit
             for name, slot in old.items():
                 if slot.in_flight and name not in self._slots:
-                    slot.limit, slot.lost = 0, name in lost
+                    slot.limit, slot.lost = 0, slot.lost or name in lost
                     self._slots[name] = slot
             self._wake()
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from sweep.errors import ConfigError, boundary, nearest, nearest_file
-from sweep.masking import is_proxy
+from sweep.masking import is_proxy, is_secret
 from sweep.planning.config import Device, Model, Seeds, SweepConfig, Task
 from sweep.planning.hub import Part, Source, at, resolve_revision
 from sweep.planning.tasks import Catalog, catalog
@@ -56,6 +56,8 @@ SPEED_ONLY_ENVIRONMENT = frozenset(
         "CUDA_VISIBLE_DEVICES",
         "CURL_CA_BUNDLE",
         "DO_NOT_TRACK",
+        "HF_DATASETS_OFFLINE",
+        "HF_EVALUATE_OFFLINE",
         "HF_DATASETS_CACHE",
         "HF_ENDPOINT",
         "HF_HOME",
@@ -421,7 +423,10 @@ def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None
             "trust_remote_code": model.trust_remote_code,
             "generation_config": meant(model.generation_config),
             "server": {k: meant(v) for k, v in model.server.items() if k not in SPEED_ONLY_OPTIONS},
-            "env": {k: v for k, v in model.env.items() if not (k in SPEED_ONLY_ENVIRONMENT or is_proxy(k))},
+            # A key or a token opens doors, behind which is the same for everyone; it may change from day to day.
+            "env": {
+                k: v for k, v in model.env.items() if not (k in SPEED_ONLY_ENVIRONMENT or is_proxy(k) or is_secret(k))
+            },
             # Another engine in vLLM's place (see server.py) answers differently.
             "engine": engine,
             **program,

@@ -286,8 +286,10 @@ _EvaluatorActor: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _look(sources: Mapping[str, Sequence[Source]], *, first: bool) -> Looked:
-    """What a node has. `sources` are parts of the hub's repositories by the path of the model that needs them."""
+def _look(sources: Mapping[str, Sequence[Source]], variables: Mapping[str, str], *, first: bool) -> Looked:
+    """What a node has. `sources` are parts of the hub's repositories by the path of the model that needs them; they are
+    looked for where `variables` put the hub's cache."""
+    os.environ.update(variables)
     folder = cache()
     while not folder.exists():
         folder = folder.parent
@@ -393,7 +395,7 @@ class Cluster:
             self._next_list_s = now + LIST_S
             self._nodes.listed(ray.nodes())
         for name, first in self._nodes.due(now).items():
-            self._looks[_look.options(**_on(name)).remote(self._weights, first=first)] = name
+            self._looks[_look.options(**_on(name)).remote(self._weights, self._variables, first=first)] = name
         return self._nodes.usable(now)
 
     def _looked(self, references: Iterable[Any]) -> None:
@@ -402,6 +404,9 @@ class Cluster:
             name = self._looks.pop(reference)
             try:
                 looked = ray.get(reference)
+            except RayTaskError as error:
+                log.info("node %s answers, but not what it holds: %s", name, _named(error.cause))
+                looked = Looked()
             except RayError as error:
                 log.info("node %s does not answer: %s", name, _named(error))
                 looked = None

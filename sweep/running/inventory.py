@@ -90,8 +90,8 @@ def fits(need: Need, node: Node) -> bool:
     """Whether the node, were it empty, could carry (one node's part of) the server."""
     if not need.gpus:
         return node.cpu_servers > 0
-    typed = need.gpu_type is None or need.gpu_type.lower() == node.gpu_type.lower()
-    # Memory that nobody knows is not held against a node: vLLM says at its start what it lacks.
+    # What nobody knows is not held against a node: vLLM says at its start what it lacks.
+    typed = need.gpu_type is None or node.gpu_type.lower() in ("", need.gpu_type.lower())
     large = need.gpu_memory_gb is None or node.gpu_memory_gb is None or node.gpu_memory_gb >= need.gpu_memory_gb
     return node.gpus >= need.gpus and typed and large
 

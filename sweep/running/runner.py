@@ -97,6 +97,8 @@ class _CellState:
     """When the first answers came, and how many; for the rate."""
     told: ev.PoolChanged | None = None
     """What its evaluator was told last of its pool."""
+    taken_back: bool = False
+    """Its evaluator has been told to give it back."""
     expected_s: float = 0.0
     """Of one server of its model alone."""
 
@@ -299,6 +301,8 @@ class Runner:
     """As the view has them."""
     _touched: set[str] = field(default_factory=set)
     """Servers of which the view does not know the latest."""
+    _late: set[str] = field(default_factory=set)
+    """Servers for which nothing pays any more before the walltime's end."""
 
     def run(self, stop: Sequence[int] = ()) -> int:
         """0 when every cell is finished or has failed, or when it is `out_of_time`; else the first number in `stop`, a
@@ -310,19 +314,20 @@ class Runner:
         while any(c.unfinished for c in self._cells.values()):
             self._hear()
             if stop or self.walltime.over(self.clock()):
-                self.out_of_time = not stop
+                self.out_of_time = not stop and any(c.unfinished for c in self._cells.values())
                 break
             self._fill_seats()
             self._dispatch_checks()
             self._look()
-            actions = schedule(self._view)
-            paying = [action for action in actions if self._pays(action)]
-            for action in paying:
-                self._carry_out(action)
-            if len(paying) < len(actions) and not self._at_work():
-                log.info("what is still owed does not pay before the end: %s", actions)
+            for action in schedule(self._view):
+                if self._pays(action):
+                    self._carry_out(action)
+                else:
+                    self._put_off(action)
+            if self._late and not self._at_work():
                 self.out_of_time = True
                 break
+            self._free_evaluators()
             self._track()
             self._tell()
         if stop or self.out_of_time:
@@ -340,9 +345,38 @@ class Runner:
                 return self.walltime.pays(CELL_START_S, self.clock())
         return True
 
+    def _put_off(self, action: Action) -> None:
+        """Leave a server whose start, or cells, do not pay any more to the next launch; others may have its place."""
+        server = action.server if isinstance(action, StartServer) else self._server_of(action)
+        if server not in self._late:
+            log.info("this does not pay before the end: %s", action)
+            self._late.add(server)
+            self._touched.add(server)
+
+    def _server_of(self, action: RunCell | RetireServer) -> str:
+        if isinstance(action, RunCell):
+            return self._cells[action.cell].cell.model.server
+        return self._lives[action.life].server
+
     def _at_work(self) -> bool:
-        states = {state.state for state in self._cells.values()}
-        return "running" in states or "checking" in states or any(self._live(name) for name in self._servers)
+        """Whether anything runs, or may still be started."""
+        return any(
+            c.state in ("running", "checking") or self._expected_back(server) or server not in self._late
+            for c in self._cells.values()
+            if c.unfinished
+            for server in [c.cell.model.server]
+        )
+
+    def _free_evaluators(self) -> None:
+        """Have cells give back evaluators with which they wait for a server that has lost its place: other servers may
+        be waiting for cells, and that one for the end of theirs."""
+        for key in self._evaluators.values():
+            state = self._cells.get(key or "")
+            if state is None or state.state != "running" or state.taken_back or not state.needs_server:
+                continue
+            if not (state.answered or self._expected_back(state.cell.model.server)):
+                state.taken_back = True
+                self.cluster.send(str(state.evaluator), ev.CancelCell(reason="its server has no place"))
 
     def _hear(self) -> None:
         events = self.cluster.events(TICK_S)
@@ -639,9 +673,9 @@ class Runner:
             if state.losses >= DEATHS_MOST:
                 self._fail(state, f"its evaluator died {state.losses} times, last: {reason}")
             self._share(state.cell.model.server)
-        self._leave_seat(name, reason, at_work=work is not None)
+        self._leave_seat(name, reason, at_work=work is not None, counts=not event.infrastructure)
 
-    def _leave_seat(self, name: str, reason: str, *, at_work: bool) -> None:
+    def _leave_seat(self, name: str, reason: str, *, at_work: bool, counts: bool) -> None:
         """Its next evaluator starts after a rest; seats whose evaluators die by themselves are given up.
 
         Where evaluators have been seen to work, one that dies at work is counted with its work alone: several deadly
@@ -650,7 +684,7 @@ class Runner:
         seat = self._seats.of(name)
         assert seat is not None
         before = NEVER_LOST if at_work and self._evaluators_work else seat.restarts
-        seat.evaluator, seat.restarts = None, before.lost(self.clock())
+        seat.evaluator, seat.restarts = None, before.lost(self.clock(), counts=counts)
         if not seat.restarts.exhausted:
             return
         self._seats.give_up(seat)
@@ -838,10 +872,12 @@ class Runner:
             self._nodes = self.cluster.inventory
             self._view.put_nodes(self._nodes)
             self._touched.update(self._servers)  # what a server needs may follow from what there is
+        # Asked before they are put: a pause that ends meanwhile is seen at the next look.
+        pausing = {name for name in self._touched if self._pauses(name)}
         for name in self._servers:
             if name in self._touched:
                 self._view.put(self._seen(name))
-        self._touched = {name for name in self._touched if self._pauses(name)}
+        self._touched = pausing
 
     def _pauses(self, server: str) -> bool:
         """Whether time alone changes what may be done: it rests, or one of its cells does."""
@@ -864,6 +900,7 @@ class Runner:
                     name=life_name,
                     nodes=life.nodes,
                     ready_at_s=life.ready_at_s if life.endpoint else life.started_at_s + server.start_s,
+                    ready=life.endpoint is not None,
                     live=not (life.retiring or life.lost),
                 )
                 for life_name, life in self._lives.items()
@@ -871,7 +908,7 @@ class Runner:
             ),
             resting=self._resting(name),
             unfinished_cells=len(unfinished),
-            wanted=any(map(self._wants_server, unfinished)),
+            wanted=name not in self._late and any(map(self._wants_server, unfinished)),
             running=sum(state.state == "running" and not state.answered for state in unfinished),
             waiting=tuple(s.cell.key for s in unfinished if s.state == "waiting" and self._can_start(s)),
             work_s=corrected_s(
@@ -927,7 +964,7 @@ class Runner:
                 self._touched.add(state.cell.model.server)
                 state.attempt += 1
                 state.state, state.first_answers, state.rate = "running", (0.0, 0), 0.0
-                state.told = None
+                state.told, state.taken_back = None, False
                 state.evaluator = self._idle()[0]
                 self._evaluators[state.evaluator] = key
                 server_name = state.cell.model.server

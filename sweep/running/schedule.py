@@ -42,6 +42,7 @@ class LifeView:
     """Empty for an external one."""
     ready_at_s: float = 0.0
     """On the view's clock; while it starts, when that is expected."""
+    ready: bool = False
     live: bool = True
     """It starts or is ready; else it retires or was lost and still holds what it had."""
 
@@ -74,6 +75,11 @@ class ServerView:
     @property
     def live(self) -> int:
         return sum(life.live for life in self.lives)
+
+    @property
+    def ready(self) -> bool:
+        """Whether one of its lives can answer."""
+        return any(life.live and life.ready for life in self.lives)
 
     @property
     def load(self) -> float:
@@ -394,16 +400,17 @@ def _owed(server: ServerView) -> str:
 
 
 def cells(view: View) -> Iterator[RunCell]:
-    """Cells for the idle evaluators, each for the server with the fewest running so far, then in plan order."""
+    """Cells for the idle evaluators, each for the server with the fewest running so far, then in plan order; those of
+    servers that still start get what the ready ones leave."""
     idle = view.idle_evaluators
     if not idle:
         return
-    heap = [(known.view.load, known.order, 0, known.view) for known in view.open.values()]
+    heap = [(not known.view.ready, known.view.load, known.order, 0, known.view) for known in view.open.values()]
     heapify(heap)
     while heap and idle:
-        load, order, taken, server = heappop(heap)
+        starts, load, order, taken, server = heappop(heap)
         yield RunCell(cell=server.waiting[taken], reason=f"{server.name} runs {load:g} cells a server")
         idle -= 1
         load += 1 / max(1, server.live)
         if taken + 1 < len(server.waiting) and load < CELLS_PER_MODEL:
-            heappush(heap, (load, order, taken + 1, server))
+            heappush(heap, (starts, load, order, taken + 1, server))

@@ -152,6 +152,7 @@ class _Server:
                     name=life.name,
                     nodes=life.nodes,
                     ready_at_s=life.expected_ready_s if life.ready_s is None else life.ready_s,
+                    ready=life.ready_s is not None,
                     live=life.live,
                 )
                 for life in self.lives.values()
