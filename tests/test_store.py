@@ -1,5 +1,7 @@
 """The run directory: what is durable, who may write, what a reader sees."""
 
+import errno
+import fcntl
 import os
 import re
 import signal
@@ -153,6 +155,24 @@ def test_on_a_file_system_that_machines_share_nothing_is_mapped_and_nobody_else_
     with closing(sqlite3.connect(directory.responses, timeout=0)) as other:
         assert other.execute("SELECT count(*) FROM responses").fetchone() == (1,)
     again.close()
+
+
+def test_a_file_system_without_locks_is_worked_on_without_sqlites_either(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    store = Store(directory)
+    assert store.mode.endswith("shared by machines: wal, exclusive, without locks")
+    store.put([response(1)])
+    # Whoever asks for a lock gets one: ours took none.
+    with closing(sqlite3.connect(directory.responses, timeout=0)) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN IMMEDIATE")
+    assert store.answers([response(1).key]).keys() == {response(1).key}
+    store.close()
 
 
 def test_answers_on_a_shared_file_system_survive_a_kill_too(directory: RunDirectory) -> None:

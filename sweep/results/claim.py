@@ -112,6 +112,15 @@ def _locked(file: TextIO, root: Path) -> bool:
     return True
 
 
+def _has_locks(file: TextIO) -> bool:
+    """Of a file that is ours: where there are locks, this one is taken once more."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def _outlive(last: Heartbeat, path: Path) -> None:
     """Return when `last` has not beaten for STALE_S; raises StoreError when it does, or when another begins."""
     log.warning("%s was in use by %s, which did not leave in order: watching for %g s", path.parent, last, STALE_S)
@@ -143,6 +152,8 @@ class Claim:
     def __init__(self, lock: Path, heartbeat: Path) -> None:
         """Raises StoreError while another driver lives. Writes no heartbeat before `begin`."""
         self._lock = take(lock, heartbeat)
+        self.locks = _has_locks(self._lock)
+        """Whether the file system has any."""
         self._path = heartbeat
         self.work = Work()
         """What the next beat tells; replaced by whoever knows better."""

@@ -278,12 +278,17 @@ class Store:
             _require_ours(directory)
             directory.root.mkdir(parents=True, exist_ok=True)
             self._claim = undone.enter_context(closing(Claim(directory.lock, directory.heartbeat)))
-            kind = file_system(directory.root)
+            kind, locks = file_system(directory.root), self._claim.locks
+            # SQLite cannot do without locks unless it is told to; the heartbeat keeps others out.
+            database = f"{directory.responses.absolute().as_uri()}{'' if locks else '?vfs=unix-none'}"
             self._db = undone.enter_context(
-                closing(sqlite3.connect(directory.responses, timeout=BUSY_S, isolation_level=None))
+                closing(sqlite3.connect(database, uri=True, timeout=BUSY_S, isolation_level=None))
             )
-            journal = self._prepare(exclusive=kind not in LOCAL)
-            self.mode = f"{kind}: {journal}" if kind in LOCAL else f"{kind}, shared by machines: {journal}, exclusive"
+            alone = kind in LOCAL and locks
+            journal = self._prepare(exclusive=not alone)
+            self.mode = f"{kind}: {journal}" if alone else f"{kind}, shared by machines: {journal}, exclusive"
+            if not locks:
+                self.mode += ", without locks"
             """The file system and how SQLite works on it, for the log."""
             self._claim.begin()
             undone.pop_all()
