@@ -471,7 +471,7 @@ def test_jobs_of_a_cluster_end_with_their_launch_and_none_writes_into_a_copy_tha
     alone.environment |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-of-this-test-0123456789abcdef",
-        "STAND_IN_LATENCY_S": "0.2",
+        "STAND_IN_LATENCY_S": "1.5",  # 30 s in all: Ray takes seconds to list its jobs, and to stop one
     }
     paths = [ROOT, sweep.path, relative, sweep.directory.responses]
     arguments = [str(free_port()), str(free_port()), *map(str, paths)]
