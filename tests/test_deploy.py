@@ -458,7 +458,7 @@ tell("copied", ray("job", "submit", "--working-dir", root, "--", *command))
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3 * LAUNCH_S)
 def test_jobs_of_a_cluster_end_with_their_launch_and_none_writes_into_a_copy_that_ray_deletes(
     alone: Place, made: Made, tmp_path: Path
