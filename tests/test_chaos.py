@@ -50,7 +50,7 @@ NODE_BOUND_S = 20.0
 
 SIXTY = {"server": 17, "server actor": 13, "evaluator": 17, "node": 7, "driver": 6}
 FEW = {"server": 4, "server actor": 3, "evaluator": 3, "node": 1, "driver": 1}
-"""Of each kind, for every time: sixty take five to ten minutes on two cores, nearly all of it the starts of processes."""
+"""Of each kind, for every time: sixty take minutes on two cores, nearly all of it the starts of processes."""
 SEED = 20_261_126
 PATIENCE_S = 10.0
 """For a sweep that comes up again, which takes some seconds; after that it is a victim too."""
