@@ -403,13 +403,15 @@ def model_of(server: psutil.Process) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("kills", "requests"), [(FEW, 40), pytest.param(SIXTY, 120, marks=pytest.mark.long)], ids=["few", "sixty"]
+    ("kills", "requests", "latency_s"),
+    [(FEW, 80, 0.6), pytest.param(SIXTY, 150, 0.4, marks=pytest.mark.long)],
+    ids=["few", "sixty"],
 )
 def test_random_kills_change_no_record_and_lose_no_answer(
-    fields: OpenField, tmp_path: Path, kills: dict[str, int], requests: int
+    fields: OpenField, tmp_path: Path, kills: dict[str, int], requests: int, latency_s: float
 ) -> None:
     begun = time.monotonic()
-    field = fields(3, models=3, cells=8, requests=requests, latency_s=1.0, evaluators=1)
+    field = fields(3, models=3, cells=8, requests=requests, latency_s=latency_s, evaluators=1)
     chaos = Chaos(field=field, launch=field.bench.start(), random=random.Random(SEED))
     kinds = [kind for kind, count in kills.items() for _ in range(count)]
     chaos.random.shuffle(kinds)
