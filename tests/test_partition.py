@@ -30,7 +30,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_cut_network_takes_is_done_again_elsewhere_and_what_comes_back_is_not_heard(folder: Path) -> None:
     if not shutil.which("unshare") or not shutil.which("ip") or subprocess.run([*APART, "true"]).returncode:
         pytest.skip("needs root, `ip` and `unshare`: machines of their own are made of network namespaces")
