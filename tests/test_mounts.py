@@ -29,7 +29,7 @@ a line that is no mount
     ("path", "kind"),
     [
         ("/", "ext4"),
-        ("/root/runs/s", "ext4"),
+        ("/srv/runs/s", "ext4"),
         ("/home", "nfs4"),
         ("/home/me/runs/s", "nfs4"),
         ("/home/me/scratch/runs", "lustre"),

@@ -43,7 +43,7 @@ from sweep.running.failures import Failures
 from sweep.running.inventory import Node, need, require, total_gpus
 from sweep.running.progress import Terminal
 from sweep.running.restarts import LOSSES_MOST, NEVER_LOST, Restarts, healthy
-from sweep.running.schedule import Action, LifeView, RetireServer, RunCell, ServerView, StartServer, View, schedule
+from sweep.running.schedule import LifeView, RetireServer, RunCell, ServerView, StartServer, View, schedule
 from sweep.running.seats import Seats
 from sweep.running.walltime import CELL_START_S, UNLIMITED, Walltime
 from sweep.serving.server import Endpoint
@@ -320,7 +320,7 @@ class Runner:
             self._dispatch_checks()
             self._look()
             for action in schedule(self._view):
-                if self._pays(action):
+                if isinstance(action, RetireServer) or self._pays(action):
                     self._carry_out(action)
                 else:
                     self._put_off(action)
@@ -335,28 +335,20 @@ class Runner:
         self._keep_concurrency()
         return stop[0] if stop else 0
 
-    def _pays(self, action: Action) -> bool:
+    def _pays(self, action: StartServer | RunCell) -> bool:
         """Whether there is time enough left for it."""
-        match action:
-            case StartServer(server=name):
-                server = self._servers[name]
-                return self.walltime.pays(CELL_START_S if server.plan.external else server.start_s, self.clock())
-            case RunCell():
-                return self.walltime.pays(CELL_START_S, self.clock())
-        return True
+        takes_s = CELL_START_S
+        if isinstance(action, StartServer) and not self._servers[action.server].plan.external:
+            takes_s = self._servers[action.server].start_s
+        return self.walltime.pays(takes_s, self.clock())
 
-    def _put_off(self, action: Action) -> None:
+    def _put_off(self, action: StartServer | RunCell) -> None:
         """Leave a server whose start, or cells, do not pay any more to the next launch; others may have its place."""
-        server = action.server if isinstance(action, StartServer) else self._server_of(action)
+        server = action.server if isinstance(action, StartServer) else self._cells[action.cell].cell.model.server
         if server not in self._late:
             log.info("this does not pay before the end: %s", action)
             self._late.add(server)
             self._touched.add(server)
-
-    def _server_of(self, action: RunCell | RetireServer) -> str:
-        if isinstance(action, RunCell):
-            return self._cells[action.cell].cell.model.server
-        return self._lives[action.life].server
 
     def _at_work(self) -> bool:
         """Whether anything runs, or may still be started."""
