@@ -27,6 +27,8 @@ ORDER = [
     "claim",
     "mounts",
     "store",
+    "timeline",
+    "reading",
     "mirror",
     "tracking",
     "report",

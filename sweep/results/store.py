@@ -10,7 +10,8 @@
       servers/<model>.json      what preflight saw of a model's server; enough to score stored answers without one
       servers/<model>.concurrency.json   how many sequences its servers had in flight at last; the next run begins there
       logs/             one file per server life, and the driver's own
-      report.md, results.csv, wandb/
+      timeline.jsonl    what the driver did when (timeline.py)
+      report.md, results.csv, report.html, wandb/
 
 A response is durable when `Store.put` returns: one transaction, `synchronous=FULL`. Files are written under a temporary
 name and renamed, so a reader never sees half of one.
@@ -105,6 +106,8 @@ class RunDirectory:
         self.wandb = root / "wandb"
         self.report = root / "report.md"
         self.csv = root / "results.csv"
+        self.page = root / "report.html"
+        self.timeline = root / "timeline.jsonl"
         self.lock = root / "lock"
         self.heartbeat = root / "heartbeat.json"
 

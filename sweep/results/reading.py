@@ -1,0 +1,125 @@
+"""A run directory read back: what the page, comparisons, W&B's reports and exports are made of.
+
+Files only, never the database: it works beside a driver, after one died, and from another machine. It knows nothing of
+lm-eval beyond the layout of its sample files.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from sweep.errors import StoreError, boundary
+from sweep.record import Record, Status
+from sweep.results.store import RunDirectory, read_cells, read_records
+from sweep.results.timeline import Timeline, read_timeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One document of one (sub)task, through one filter: a line of lm-eval's `samples_*.jsonl`."""
+
+    subtask: str
+    """lm-eval's name of the task that the document belongs to."""
+    filter: str
+    doc_id: int
+    """Its position in the data set; two data sets of one size share them, so nothing is paired by it."""
+    doc_hash: str
+    prompt_hash: str
+    """Of the first request's context."""
+    target_hash: str
+    doc: Mapping[str, Any]
+    target: Any
+    arguments: Mapping[str, Mapping[str, Any]]
+    """By request: `arg_0` the context, `arg_1` the continuation or the generation's settings."""
+    resps: tuple[Any, ...]
+    """By request, as the model gave them: texts, or `[log-likelihood, is greedy]`, of which lm-eval makes texts."""
+    filtered_resps: tuple[Any, ...]
+    metrics: Mapping[str, Any]
+    """As the task gave them for this document: a number, or what an aggregation of its own needs (`[ll, bytes]`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep as its run directory tells it."""
+
+    directory: RunDirectory
+    name: str
+    config: Mapping[str, Any]
+    """As resolved for the last launch, secrets masked; empty when it is missing."""
+    models: tuple[str, ...]
+    """In the order of the config; those that only old records know come last."""
+    tasks: tuple[str, ...]
+    records: tuple[Record, ...]
+    """By task and then model, in the order above. Of cells that are no longer planned, or were computed under other
+    settings than the last launch asked for, there is none."""
+    left_out: int
+    """Records of such cells."""
+    owed: int
+    """Cells without a record."""
+    timeline: Timeline = field(default_factory=Timeline)
+
+    def record(self, model: str, task: str) -> Record | None:
+        return next((r for r in self.records if (r.model, r.task) == (model, task)), None)
+
+    def samples(self, record: Record) -> Iterator[Sample]:
+        """The samples of a finished cell, file by file in lm-eval's order. Raises StoreError."""
+        for name in sorted(record.files):
+            path = self.directory.root / name
+            if path.name.startswith("samples_"):
+                yield from _samples(path)
+
+
+def read_sweep(root: Path) -> Sweep:
+    """The sweep in a run directory. Raises StoreError where there is none or a file of it cannot be read."""
+    directory = RunDirectory(root)
+    if not directory.plan.exists():
+        raise StoreError(
+            f"{root} is no run directory: it has no plan.json; the run directory of a sweep is <runs_dir>/<name>"
+        )
+    config: dict[str, Any] = {}
+    if directory.config.exists():
+        with boundary(StoreError, f"read {directory.config}"):
+            config = yaml.safe_load(directory.config.read_bytes())
+    fingerprints = read_cells(directory)
+    known = read_records(directory)
+    kept = {
+        cell: record for cell, record in known.items() if fingerprints.get(f"{cell[0]}/{cell[1]}") == record.fingerprint
+    }
+    planned = [tuple(key.split("/", 1)) for key in fingerprints]
+    models = tuple(dict.fromkeys([*config.get("models", ()), *(model for model, _ in planned)]))
+    tasks = tuple(dict.fromkeys([*config.get("tasks", ()), *(task for _, task in planned)]))
+    return Sweep(
+        directory=directory,
+        name=str(config.get("name", root.name)),
+        config=config,
+        models=models,
+        tasks=tasks,
+        records=tuple(kept[model, task] for task in tasks for model in models if (model, task) in kept),
+        left_out=len(known) - len(kept),
+        owed=sum(not (record := kept.get((m, t))) or record.status is not Status.DONE for m, t in planned),
+        timeline=read_timeline(directory.timeline),
+    )
+
+
+def _samples(path: Path) -> Iterator[Sample]:
+    with boundary(StoreError, f"read {path}"), path.open("rb") as lines:
+        for line in lines:
+            row = msgspec.json.decode(line)
+            yield Sample(
+                subtask=path.stem.removeprefix("samples_").rpartition("_")[0],
+                filter=row["filter"],
+                doc_id=row["doc_id"],
+                doc_hash=row["doc_hash"],
+                prompt_hash=row["prompt_hash"],
+                target_hash=row["target_hash"],
+                doc=row["doc"] if isinstance(row["doc"], dict) else {"doc": row["doc"]},
+                target=row["target"],
+                arguments=row["arguments"],
+                resps=tuple(row["resps"]),
+                filtered_resps=tuple(row["filtered_resps"]),
+                metrics={name: row[name] for name in row["metrics"]},
+            )

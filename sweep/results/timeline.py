@@ -1,0 +1,151 @@
+"""timeline.jsonl: what the driver did when, a line an event; for people, never for a decision.
+
+Events are appended as they happen, so the file of a driver that was killed ends where it ended, perhaps with half a
+line, which is left out. Launches follow one another in the file.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from sweep.errors import StoreError, boundary
+
+log = logging.getLogger(__name__)
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line."""
+
+    time: float
+    """Unix, seconds, by the driver's clock."""
+    what: str
+    """`launch`, `server` or `cell`."""
+    name: str
+    """A server's life (`qwen-0`), a cell (`model/task`); of a launch the host."""
+    state: str
+    """launch: `began`, `ended`. server: `starting`, `ready`, `stopping`, `lost`, `gone`. cell: `running`,
+    `waiting` (its turn was taken back), `done`, `failed`."""
+    server: str = ""
+    """Of a server's life: the entry whose models it serves."""
+    on: str = ""
+    """A server's node, a cell's evaluator."""
+    gpus: float = 0.0
+    """That a server holds, on all its nodes together."""
+    reason: str = ""
+
+
+class TimelineWriter:
+    """Appends events. A disk that refuses them costs the picture and is said once."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._refused = False
+
+    def add(
+        self, what: str, name: str, state: str, *, server: str = "", on: str = "", gpus: float = 0.0, reason: str = ""
+    ) -> None:
+        event = Event(
+            time=self._clock(), what=what, name=name, state=state, server=server, on=on, gpus=gpus, reason=reason
+        )
+        try:
+            with self._path.open("ab") as file:
+                file.write(msgspec.json.encode(event) + b"\n")
+        except OSError as error:
+            if not self._refused:
+                log.warning("the timeline goes on without %s: %s", self._path, error)
+            self._refused = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One server life, or one attempt at a cell."""
+
+    name: str
+    server: str
+    on: str
+    gpus: float
+    start: float
+    """Unix, seconds."""
+    ready: float | None
+    """Of a server that became ready."""
+    end: float
+    """Where the file ends, for one that had not ended."""
+    state: str
+    """The last one."""
+    reason: str
+    """Of its last event."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    servers: tuple[Span, ...] = ()
+    cells: tuple[Span, ...] = ()
+    launches: tuple[Span, ...] = ()
+    """From `began` to `ended`, or to the last event before the next one."""
+
+    @property
+    def gpu_s(self) -> float:
+        """GPU-seconds that servers held."""
+        return sum((span.end - span.start) * span.gpus for span in self.servers)
+
+
+_ENDS = {"launch": ("ended",), "server": ("gone",), "cell": ("waiting", "done", "failed")}
+_BEGINS = {"launch": "began", "server": "starting", "cell": "running"}
+
+
+def read_timeline(path: Path) -> Timeline:
+    """The file as spans; empty where there is none. Raises StoreError."""
+    if not path.exists():
+        return Timeline()
+    with boundary(StoreError, f"read {path}"):
+        lines = path.read_bytes().splitlines(keepends=True)
+        events = [msgspec.json.decode(line, type=Event) for line in lines if line.endswith(b"\n")]
+    return spans(events)
+
+
+def spans(events: Iterable[Event]) -> Timeline:
+    """What begins with a new launch ends whatever the one before had left open, at its last event."""
+    done: dict[str, list[Span]] = {what: [] for what in _BEGINS}
+    open_by_name: dict[tuple[str, str], list[Event]] = {}
+    last = 0.0
+
+    def close(key: tuple[str, str], end: float) -> None:
+        of_it = open_by_name.pop(key)
+        first, latest = of_it[0], of_it[-1]
+        done[key[0]].append(
+            Span(
+                name=first.name,
+                server=first.server,
+                on=first.on or latest.on,
+                gpus=first.gpus,
+                start=first.time,
+                ready=next((event.time for event in of_it if event.state == "ready"), None),
+                end=end,
+                state=latest.state,
+                reason=latest.reason,
+            )
+        )
+
+    for event in events:
+        key = (event.what, event.name)
+        if event.what == "launch" and event.state == "began":
+            for left in list(open_by_name):
+                close(left, last)
+        if event.state == _BEGINS[event.what]:
+            if key in open_by_name:
+                close(key, event.time)
+            open_by_name[key] = [event]
+        elif key in open_by_name:
+            open_by_name[key].append(event)
+        last = event.time
+        if event.state in _ENDS[event.what] and key in open_by_name:
+            close(key, event.time)
+    for left in list(open_by_name):
+        close(left, last)
+    by_start = {what: tuple(sorted(found, key=lambda span: (span.start, span.name))) for what, found in done.items()}
+    return Timeline(servers=by_start["server"], cells=by_start["cell"], launches=by_start["launch"])
