@@ -44,6 +44,7 @@ from sweep.planning.plan import Cell, ModelPlan, Plan, ServerPlan
 from sweep.record import Counts, Record, Status
 from sweep.results.claim import Work
 from sweep.results.store import Response, RunDirectory, Store, read_records, response_key
+from sweep.results.timeline import TimelineWriter, read_timeline
 from sweep.running.cluster import (
     ClusterEvent,
     EvaluatorLost,
@@ -275,6 +276,7 @@ class Loop:
                 cluster=cluster,
                 terminal=terminal,
                 tracker=nobody,
+                timeline=TimelineWriter(store.directory.timeline, clock=cluster.clock),
                 secrets=(),
                 records=records,
                 clock=cluster.clock,
@@ -320,6 +322,42 @@ def test_a_server_starts_when_all_checks_have_passed_and_is_stopped_when_its_cel
         yield [done(*cluster.running()["b/t"])]
 
     assert statuses(loop(a_plan(["a", "b"], ["t"]), script)) == {"a/t": "done", "b/t": "done"}
+
+
+def test_the_timeline_tells_what_was_where_when_and_how_it_ended(loop: Loop) -> None:
+    began = 1000.0
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        cluster.inventory = (Node(name="n", gpus=4, cpu_servers=1, evaluators=1),)
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        yield from cluster.after(10)
+        yield [cluster.ready("a-0"), asks(name, run)]
+        yield from cluster.after(5)
+        yield [EvaluatorLost(evaluator=name, reason="killed"), ServerLost(life="a-0", reason="crashed\nlog")]
+        yield from cluster.after(BACKOFF_S)
+        yield [ServerStopped(life="a-0"), ServerFailed(life="b-0", error="no such model\nlog")]
+        yield [cluster.ready("a-1")]
+        yield from cluster.after(7)
+        yield [done(*cluster.running()["a/t"])]
+
+    plan = a_plan(["a", "b"], ["t"], replicas=1)
+    of_a = replace(plan.servers["a"].model, device=Device.GPU, tensor_parallel=2)
+    loop(replace(plan, servers={**plan.servers, "a": replace(plan.servers["a"], model=of_a, gpus=2)}), script)
+
+    timeline = read_timeline(RunDirectory(loop.folder).timeline)
+    back = began + 15 + BACKOFF_S
+    assert [(s.name, s.server, s.on, s.gpus, s.start, s.ready, s.end, s.state) for s in timeline.servers] == [
+        ("a-0", "a", "n", 2, began, began + 10, back, "gone"),
+        ("b-0", "b", "n", 0, began, None, back, "gone"),
+        ("a-1", "a", "n", 2, back, back, back + 7, "stopping"),
+    ]
+    reasons = ["", "no such model", "all cells of its models are finished"]
+    assert [server.reason for server in timeline.servers] == reasons
+    assert [(s.name, s.on, s.start, s.end, s.state) for s in timeline.cells] == [
+        ("a/t", "evaluator.0", began, began + 15, "waiting"),
+        ("a/t", "evaluator.1", back, back + 7, "done"),
+    ]
 
 
 def test_a_failed_check_costs_its_own_cells_before_any_server_is_started(loop: Loop) -> None:

@@ -1,10 +1,11 @@
 """timeline.jsonl: what the driver did when, a line an event; for people, never for a decision.
 
 Events are appended as they happen, so the file of a driver that was killed ends where it ended, perhaps with half a
-line, which is left out. Launches follow one another in the file.
+line, which is left out, and cut off by the next launch. Launches follow one another in the file.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class TimelineWriter:
         self._path = path
         self._clock = clock
         self._refused = False
+        self._begun = False
 
     def add(
         self, what: str, name: str, state: str, *, server: str = "", on: str = "", gpus: float = 0.0, reason: str = ""
@@ -53,6 +55,9 @@ class TimelineWriter:
             time=self._clock(), what=what, name=name, state=state, server=server, on=on, gpus=gpus, reason=reason
         )
         try:
+            if not self._begun and self._path.exists():
+                os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
+            self._begun = True
             with self._path.open("ab") as file:
                 file.write(msgspec.json.encode(event) + b"\n")
         except OSError as error:

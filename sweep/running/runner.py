@@ -25,6 +25,7 @@ from sweep.planning.plan import Cell, Plan, ServerPlan, decided, failure, on_cpu
 from sweep.record import Record, Status
 from sweep.results.claim import Work
 from sweep.results.store import Store, masked_json, write_file
+from sweep.results.timeline import TimelineWriter
 from sweep.results.tracking import Outcome, Tracker
 from sweep.running.cluster import (
     Cluster,
@@ -201,6 +202,8 @@ def carry_out(
     Raises ResourceError when the cluster cannot carry the plan.
     """
     records, stored = dict(plan.done), store.count()
+    timeline, host = TimelineWriter(store.directory.timeline), os.uname().nodename
+    timeline.add("launch", host, "began")
     walltime = Walltime(end_s=time.monotonic() + ends_at_s - time.time())
     with (
         stop_signals() as stop,
@@ -227,6 +230,7 @@ def carry_out(
                 cluster=cluster,
                 terminal=terminal,
                 tracker=tracker,
+                timeline=timeline,
                 secrets=secrets,
                 records=records,
                 retries=config.retries,
@@ -236,6 +240,7 @@ def carry_out(
             number = runner.run(stop)
         finally:
             cluster.close()  # no GPU is held while W&B takes its time
+            timeline.add("launch", host, "ended")
             left_s = walltime.end_s - TABLES_S - time.monotonic()
             outcome = tracker.close(max(0.0, min(CLOSE_WANDB_S, left_s)))
     got_on = store.count() > stored or len(records) > len(plan.done)
@@ -262,6 +267,7 @@ class Runner:
     cluster: Cluster
     terminal: Terminal
     tracker: Tracker
+    timeline: TimelineWriter
     secrets: Sequence[str]
     """Masked in every message that a record keeps: a server may print what its environment holds."""
     records: dict[str, Record]
@@ -503,6 +509,7 @@ class Runner:
             self.terminal.note(f"replica {event.life} is stopped, it cannot do what {others[0]} does: {event.facts}")
             self._servers[life.server].replicas = len(others)
             life.retiring = True
+            self.timeline.add("server", event.life, "stopping", reason="it cannot do what the others do")
             self.cluster.stop_server(event.life)
             return
         life.endpoint, life.ready_at_s = event.endpoint, self.clock()
@@ -521,6 +528,7 @@ class Runner:
                 ),
             )
         log.info("server %s is ready at %s: %s", event.life, event.endpoint.url, event.facts)
+        self.timeline.add("server", event.life, "ready")
         self._show_server(life.server, "ready", _in_one_line(event.facts))
         self._note_checks(event.life, event.facts.checks)
         life.load = self._tune(event.life)
@@ -573,6 +581,7 @@ class Runner:
         life, error = self._lives.pop(event.life), masked(event.error, self.secrets)
         name, server = life.server, self._servers[life.server]
         log.info("server %s failed: %s", event.life, error)  # the terminal tells it below
+        self.timeline.add("server", event.life, "gone", reason=_first_line(error))
         if event.passing:
             restarts = server.restarts.lost(self.clock(), started_s=life.started_at_s, counts=not event.infrastructure)
             self._again(name, restarts, error)
@@ -588,6 +597,7 @@ class Runner:
         life = self._lives[name_of_life]
         life.lost, reason = True, masked(event.reason, self.secrets)
         log.info("server %s was lost: %s", name_of_life, reason)
+        self.timeline.add("server", name_of_life, "lost", reason=_first_line(reason))
         server, now = self._servers[life.server], self.clock()
         was_healthy = healthy(
             ready_s=now - life.ready_at_s,
@@ -630,6 +640,7 @@ class Runner:
     def _server_stopped(self, name_of_life: str) -> None:
         life = self._lives.pop(name_of_life)
         log.info("nothing is left of server %s", name_of_life)
+        self.timeline.add("server", name_of_life, "gone")
         if life.retiring and not self._live(life.server):
             self._show_server(life.server, "stopped")
 
@@ -767,6 +778,7 @@ class Runner:
     def _take_back(self, state: _CellState) -> None:
         self._touched.add(state.cell.model.server)
         state.state, state.evaluator = "waiting", None
+        self.timeline.add("cell", state.cell.key, "waiting")
         self.terminal.cell(state.cell.key, state="waiting")
 
     def _checked(self, said: ev.Checked) -> None:
@@ -809,6 +821,7 @@ class Runner:
             for life in self._ready(state.cell.model.server):
                 self._lives[life].finished_cell = True
         self.records[state.cell.key] = record
+        self.timeline.add("cell", state.cell.key, state.state, reason=_first_line(record.error))
         self._costs.learn(record)
         self._touched.add(state.cell.model.server)
         self._expect(state.cell.model.server)
@@ -941,13 +954,18 @@ class Runner:
                 life = f"{name}-{server.started}"
                 server.started += 1
                 self._lives[life] = _Life(server=name, nodes=nodes, started_at_s=self.clock())
-                log.info("start server %s%s: %s", life, f" on {', '.join(nodes)}" if nodes else "", reason)
+                where = ", ".join(nodes)
+                log.info("start server %s%s: %s", life, f" on {where}" if where else "", reason)
+                takes = need(server.plan, self._nodes)
+                gpus = takes.gpus * takes.nodes if takes is not None else 0.0
+                self.timeline.add("server", life, "starting", server=name, on=where, gpus=gpus, reason=reason)
                 self._show_server(name, "starting")
                 expected = expectation(server.plan, self.plan.models, self._token_ids)
                 log_path = self.store.directory.server_log(life)
                 self.cluster.start_server(server.plan, life, log_path, expected, nodes=nodes)
             case RetireServer(life=life, reason=reason):
                 log.info("stop server %s: %s", life, reason)
+                self.timeline.add("server", life, "stopping", reason=reason)
                 self._touched.add(self._lives[life].server)
                 self._lives[life].retiring = True
                 self.cluster.stop_server(life)
@@ -961,6 +979,7 @@ class Runner:
                 self._evaluators[state.evaluator] = key
                 server_name = state.cell.model.server
                 log.info("run %s on %s, attempt %d: %s", key, state.evaluator, state.attempt, reason)
+                self.timeline.add("cell", key, "running", on=state.evaluator, reason=reason)
                 self.terminal.cell(key, state="loading")
                 facts = self._facts.get(server_name)
                 ahead = max(ev.BATCH_RESPONSES, ev.AHEAD_MOST // len(self._evaluators))
@@ -1069,6 +1088,10 @@ def keep_answers(events: Sequence[ClusterEvent], store: Store, cluster: Cluster)
         stored[evaluator] += answered.number
     for evaluator, number in stored.items():
         cluster.send(evaluator, ev.Stored(responses=number))
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0]
 
 
 def _in_one_line(facts: Facts) -> str:
