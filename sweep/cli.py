@@ -1,4 +1,5 @@
-"""Arguments -> one of the commands run, plan, check, fetch, status, tasks. Prints, and decides the exit code.
+"""Arguments -> one of the commands run, plan, check, fetch, status, report, export, tasks. Prints, and decides the exit
+code.
 
 Nothing heavy is imported before it is known to be needed: help and mistakes answer at once.
 """
@@ -36,6 +37,11 @@ lmsweep: many language models, many lm-eval tasks, one command
   python launch.py check conf=NAME [key=value ...]  start each server, ask what it can do, stop it: a table, no scores
   python launch.py fetch conf=NAME [key=value ...]  bring weights, tokenizers, data into HF_HOME; needs no GPU
   python launch.py status conf=NAME [key=value ...] what is done, running, owed, failed; from any machine
+  python launch.py report conf=NAME [publish=true]  make report.html, report.md and results.csv anew from the files;
+                                                    publish=true: and W&B's runs, with what W&B did not get
+  python launch.py report DIR DIR [to=FILE]         the second sweep against the first, by model and task, document by
+                                                    document; DIR is a run directory (runs/NAME)
+  python launch.py export conf=NAME [to=DIR]        scores, samples and responses as Parquet, in runs/NAME/export or DIR
   python launch.py tasks [WORD ...]                 search lm-eval's tasks, groups and tags
 
 conf=NAME       conf/NAME.yaml, or a path to a YAML file
@@ -57,7 +63,7 @@ exit codes      0    every cell is done
 sweeps here     {sweeps}
 """
 
-COMMANDS = ("run", "plan", "check", "fetch", "status", "tasks")
+COMMANDS = ("run", "plan", "check", "fetch", "status", "report", "export", "tasks")
 
 DONE, FAILED, WRONG, AGAIN, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes. 75 is EX_TEMPFAIL of sysexits.h: a failure that passes when it is tried again."""
@@ -73,7 +79,7 @@ AT_WORK, ABANDONED = 3, 4
 class Arguments:
     command: str
     words: tuple[str, ...]
-    """Of `tasks`."""
+    """Of `tasks`; of `report` and `export` the run directories, where there is no conf."""
     conf: str | None = None
     overrides: tuple[str, ...] = ()
     """Dot-list entries for the config."""
@@ -82,6 +88,9 @@ class Arguments:
     samples: bool = False
     cluster: str | None = None
     """A file that describes one."""
+    publish: bool = False
+    to: str | None = None
+    """Where to write: a folder, of `report` a file."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -96,22 +105,31 @@ def parse(arguments: Sequence[str]) -> Arguments:
         return Arguments(command=command, words=tuple(rest))
     options: dict[str, str] = {}
     overrides = []
-    for argument in rest:
+    words = [argument for argument in rest if "=" not in argument] if command in ("report", "export") else []
+    for argument in [argument for argument in rest if argument not in words]:
         key, equals, value = argument.partition("=")
         if not equals:
             raise ConfigError(f"{argument!r} is not of the form key=value (--help shows what there is)")
-        if key in ("conf", "only", "fresh", "samples", "cluster"):
+        if key in ("conf", "only", "fresh", "samples", "cluster") or (command in ("report", "export") and key in _KEPT):
             options[key] = value
         else:
             overrides.append(argument)
-    if "conf" not in options:
+    if words:
+        _require_directories(command, words, [*options.keys() - {"to"}, *overrides])
+    elif "conf" not in options:
         raise ConfigError(f"which sweep? conf=NAME is missing; there are {', '.join(_sweeps()) or 'none here'}")
     if options.get("fresh", "false") not in ("true", "false"):
         raise ConfigError(f"fresh={options['fresh']}: true or false")
     if options.get("samples", "0") not in ("0", "1"):
         raise ConfigError(f"samples={options['samples']}: 1 shows the first prompt of each cell, 0 none")
-    if command == "status" and (wrong := options.keys() - {"conf"}):
-        raise ConfigError(f"{min(wrong)}= has no meaning for `status`, which tells of the whole run directory")
+    if command in ("status", "report", "export") and (wrong := options.keys() - {"conf", *_KEPT}):
+        raise ConfigError(f"{min(wrong)}= has no meaning for `{command}`, which tells of the whole run directory")
+    if options.get("publish", "false") not in ("true", "false"):
+        raise ConfigError(f"publish={options['publish']}: true or false")
+    if command == "report" and "to" in options and len(words) < 2:
+        raise ConfigError("to= of `report` belongs to two run directories; the page of one sweep lies in its own")
+    if command == "export" and "publish" in options:
+        raise ConfigError("publish= belongs to `report`")
     if command in ("check", "fetch") and "fresh" in options:
         raise ConfigError(f"fresh= belongs to a run; `{command}` neither reads results nor writes any")
     if command != "plan" and "samples" in options:
@@ -120,14 +138,31 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError("cluster= belongs to `plan`; a run takes the cluster that it finds (see ray.address)")
     return Arguments(
         command=command,
-        words=(),
-        conf=options["conf"],
+        words=tuple(words),
+        conf=options.get("conf"),
         overrides=tuple(overrides),
         only=options.get("only"),
         fresh=options.get("fresh") == "true",
         samples=options.get("samples") == "1",
         cluster=options.get("cluster"),
+        publish=options.get("publish") == "true",
+        to=options.get("to"),
     )
+
+
+_KEPT = ("publish", "to")
+"""Options of the commands that tell what is kept."""
+
+
+def _require_directories(command: str, words: Sequence[str], others: Sequence[str]) -> None:
+    """Raises ConfigError unless `words` are run directories, and all that is said."""
+    if others:
+        raise ConfigError(f"{min(others)} has no meaning beside a run directory ({words[0]})")
+    if len(words) > (2 if command == "report" else 1):
+        raise ConfigError(f"`{command}` takes {'two run directories' if command == 'report' else 'one run directory'}")
+    for word in words:
+        if not Path(word).is_dir():
+            raise ConfigError(f"no folder {word!r}: a run directory, or conf=NAME, is wanted")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -159,6 +194,7 @@ def _carry_out(arguments: Sequence[str]) -> int:
         print(tasks_command(parsed.words))
         return DONE
     commands = {"plan": _plan, "check": _check, "fetch": _fetch, "status": _status, "run": _run}
+    commands |= {"report": _report, "export": _export}
     return commands[parsed.command](parsed)
 
 
@@ -253,6 +289,25 @@ def _status(arguments: Arguments) -> int:
     if stands.finished:
         return FAILED if stands.errors else DONE
     return AT_WORK if stands.alive else ABANDONED
+
+
+def _kept(arguments: Arguments) -> list[Path]:
+    """The run directories that are meant."""
+    from sweep.planning.loading import load
+
+    if arguments.words:
+        return [Path(word) for word in arguments.words]
+    config = load(str(arguments.conf), arguments.overrides)
+    return [Path(config.runs_dir) / config.name]
+
+
+def _export(arguments: Arguments) -> int:
+    from sweep.results.export import export
+    from sweep.results.reading import read_sweep
+
+    (root,) = _kept(arguments)
+    export(read_sweep(root), Path(arguments.to) if arguments.to else root / "export", say=print)
+    return DONE
 
 
 def _examine(plan: "Plan", *, required: bool, told: bool = False) -> None:

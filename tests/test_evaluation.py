@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from datasets import load_dataset
 from doubles import (
     KEY,
     Memory,
@@ -29,6 +31,7 @@ from doubles import (
 )
 from fixture_model import BOS, make_fixture_tokenizer
 from lm_eval.evaluator import simple_evaluate
+from lm_eval.loggers import EvaluationTracker, WandbLogger
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -452,6 +455,87 @@ def test_the_files_are_lm_evals_own(cell: Any, run: Any) -> None:
         assert {"doc_id", "doc", "target", "arguments", "resps", "doc_hash", "prompt_hash", "target_hash"} <= set(
             sample
         )
+
+
+def test_every_number_of_a_record_is_in_the_table_that_lm_eval_makes_of_the_file(cell: Any, run: Any) -> None:
+    done = run(cell("family", limit=4))
+    results = results_of(done)
+    tables = make_table(results), make_table(results, "groups")
+    for score in done.record.scores:
+        row = rf"\|.*{score.task} *\|.*\|{score.metric} +\|↑ +\|{score.value:.4f}\|± +\|{score.stderr:.4f}\|"
+        below_its_name = row.replace(rf".*{score.task} *\|", "")
+        assert re.search(row, tables[0]) or re.search(below_its_name, tables[0]), score
+    assert re.search(r"^\|family +\|.*\|acc", tables[1], flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("task", ["family", "writing", "story"])
+def test_lm_evals_wandb_logger_takes_the_files(
+    task: str, cell: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: dict[str, Any] = {}
+    artifacts: list[str] = []
+    nobody = SimpleNamespace(
+        log=lambda values, step=None: logged.update(values),
+        log_artifact=lambda artifact: artifacts.append(artifact.name),
+        config=SimpleNamespace(update=lambda values, allow_val_change=False: logged.update(values)),
+        summary={},
+    )
+    monkeypatch.setattr("wandb.run", nobody)
+    done = run(cell(task, limit=4))
+    logger = WandbLogger()
+    logger.post_init(results_of(done))
+    logger.log_eval_result()
+    for score in done.record.scores:
+        assert logged[f"{score.task}/{score.metric}"] == score.value
+    table = logged["evaluation/eval_results"]
+    assert {row[0] for row in table.data} == {s.task for s in done.record.scores if s.task != "family"}
+    names = [score.task for score in done.record.scores if score.task != "family"]
+    logger.log_eval_samples({name: [_in_memory(sample) for sample in samples_of(done, name)] for name in names})
+    assert artifacts == ["results", *dict.fromkeys(names)]
+    for name in dict.fromkeys(names):
+        frame = logged[f"{name}_eval_results"]
+        assert list(frame["id"]) == [0, 1, 2, 3][: len(frame)]
+        assert all(frame["data"])
+
+
+def _in_memory(sample: dict[str, Any]) -> dict[str, Any]:
+    """A line of a file in the form that lm-eval hands its loggers: arguments by position, numbers as numbers."""
+    resps = [[_read(answer) for answer in answers] for answers in sample["resps"]]
+    return sample | {
+        "arguments": [tuple(arguments.values()) for arguments in sample["arguments"].values()],
+        "resps": resps,
+        "filtered_resps": [_read(answer) for answer in sample["filtered_resps"]],
+    }
+
+
+def _read(answer: Any) -> Any:
+    return (float(answer[0]), answer[1] == "True") if isinstance(answer, list) else answer
+
+
+def test_lm_evals_logger_for_the_hub_describes_a_folder_of_our_files(
+    cell: Any, run: Any, chatty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tokenizer with a BOS: the `[null, "None"]` that lm-eval itself writes for others is more than Arrow reads."""
+    done = run(cell("family", limit=4), tokenizer=AutoTokenizer.from_pretrained(chatty))
+    for name, content in done.files.items():
+        path = tmp_path / "org" / "m" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    files = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.json*"))]
+    cards: list[str] = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda repo_id, filename, repo_type: str(tmp_path / filename))
+    monkeypatch.setattr("huggingface_hub.DatasetCard.push_to_hub", lambda card, *_, **__: cards.append(str(card)))
+    tracker = EvaluationTracker(output_path=str(tmp_path))
+    tracker.api = SimpleNamespace(list_repo_files=lambda repo_id, repo_type: files)
+    tracker.recreate_metadata_card()
+    (card,) = cards
+    configs = [line.split(": ")[1] for line in card.splitlines() if line.startswith("- config_name")]
+    assert sorted(configs) == ["org__m__letters", "org__m__phrases", "org__m__results"]
+    assert card.count("split: latest") == 3
+    assert '"family"' in card
+    (letters,) = tmp_path.rglob("samples_letters_*")
+    loaded = load_dataset("json", data_files=str(letters), split="train")
+    assert [row["doc_hash"] for row in loaded] == [sample["doc_hash"] for sample in samples_of(done, "letters")]
 
 
 def test_repeats_with_seeds_of_their_own_are_said(cell: Any, run: Any, log: RequestsLog) -> None:

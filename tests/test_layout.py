@@ -32,6 +32,7 @@ ORDER = [
     "mirror",
     "tracking",
     "report",
+    "export",
     # serving
     "supervisor",
     "vllm_plugin",
@@ -82,12 +83,13 @@ OWNERS = {
     "omegaconf": {"loading"},
     "ray": {"cluster"},
     "wandb": {"mirror"},
+    "pyarrow": {"export"},
     "lm_eval": {"lm", "evaluation"},  # tasks.py finds its folder without importing it
     "vllm": {"forced_decoding", "vllm_parser"},  # in vLLM's own process, and a script
 }
 """The only modules that may import a foreign library, at whatever depth of their code."""
 
-HEAVY = ["torch", "vllm", "ray", "lm_eval", "transformers", "datasets", "wandb"]
+HEAVY = ["torch", "vllm", "ray", "lm_eval", "transformers", "datasets", "wandb", "pyarrow"]
 
 PATHS = {path.stem: path for path in (ROOT / "sweep").rglob("*.py") if path.stem != "__init__"}
 MODULES = sorted(PATHS)

@@ -62,14 +62,20 @@ def markdown(records: Sequence[Record], models: Sequence[str], *, subtasks: bool
 
 
 def csv_text(records: Sequence[Record], models: Sequence[str]) -> str:
-    """A line for each number, in full precision, and one for each cell that has none, with `COLUMNS` as its header."""
+    """`rows` with `COLUMNS` as the header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
+    writer.writerows(rows(records, models))
+    return text.getvalue()
+
+
+def rows(records: Sequence[Record], models: Sequence[str]) -> Iterator[dict[str, object]]:
+    """`COLUMNS` of each number, in full precision, and of each cell that has none."""
     for by_model in _by_task(records, models).values():
         for record in by_model.values():
             counts = record.counts
-            cell = {
+            cell: dict[str, object] = {
                 "model": record.model,
                 "task": record.task,
                 "status": record.status.value,
@@ -81,10 +87,9 @@ def csv_text(records: Sequence[Record], models: Sequence[str]) -> str:
                 "empty": counts.empty,
                 "length_stopped": counts.length_stopped,
             }
-            writer.writerows(cell | _columns_of(score) for score in record.scores)
+            yield from (cell | _columns_of(score) for score in record.scores)
             if not record.scores:
-                writer.writerow(cell)
-    return text.getvalue()
+                yield cell
 
 
 def failures(records: Sequence[Record]) -> str:

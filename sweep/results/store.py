@@ -266,6 +266,42 @@ def _cure(error: BaseException, directory: RunDirectory) -> str:
     return ""
 
 
+def _format_of(db: sqlite3.Connection, directory: RunDirectory) -> int:
+    """SCHEMA, or 0 of an empty file. Raises StoreError for any other."""
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if version not in (0, SCHEMA):
+        raise StoreError(
+            f"{directory.responses} has format {version}, this lmsweep writes {SCHEMA}: "
+            "use the version that wrote it, another name=, or fresh=true to set it aside"
+        )
+    if tables and application != APPLICATION:
+        raise StoreError(f"{directory.responses} is a database of another program: choose another name= or runs_dir=")
+    return int(version)
+
+
+@contextmanager
+def stored_responses(directory: RunDirectory) -> Iterator[Iterator[Response]]:
+    """Every stored response in the order of arrival, one at a time; no driver can begin meanwhile.
+
+    Raises StoreError, also where a driver is at work: on file systems that machines share it has the file to itself.
+    """
+    with (
+        _disk(f"read {directory.responses}", directory),
+        take(directory.lock, directory.heartbeat),
+        closing(sqlite3.connect(f"{directory.responses.absolute().as_uri()}?mode=rw", uri=True)) as db,
+    ):
+        if file_system(directory.root) not in LOCAL:
+            db.execute("PRAGMA locking_mode=EXCLUSIVE")  # as in the store: no index in memory that machines share
+        db.execute("PRAGMA query_only=ON")
+        every = "SELECT key, cell, method, answer FROM responses ORDER BY rowid"
+        yield (
+            Response(key=key, cell=cell, method=method, answer=answer)
+            for key, cell, method, answer in (db.execute(every) if _format_of(db, directory) else ())
+        )
+
+
 class Store:
     """The open run directory. One at a time: a second driver on the same directory is refused.
 
@@ -303,18 +339,7 @@ class Store:
         if exclusive:
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")  # before the first access, or it is too late
         # Before anything that writes: a file of another version stays as it is.
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        (application,) = self._db.execute("PRAGMA application_id").fetchone()
-        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if version not in (0, SCHEMA):
-            raise StoreError(
-                f"{self.directory.responses} has format {version}, this lmsweep writes {SCHEMA}: "
-                "use the version that wrote it, another name=, or fresh=true to set it aside"
-            )
-        if tables and application != APPLICATION:
-            raise StoreError(
-                f"{self.directory.responses} is a database of another program: choose another name= or runs_dir="
-            )
+        version = _format_of(self._db, self.directory)
         if unclean:
             # The last driver was killed, perhaps with its machine; it costs a second for a million responses.
             (said,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
