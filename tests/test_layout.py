@@ -29,6 +29,8 @@ ORDER = [
     "store",
     "timeline",
     "reading",
+    "compare",
+    "references",
     "mirror",
     "tracking",
     "report",
@@ -85,11 +87,12 @@ OWNERS = {
     "wandb": {"mirror"},
     "pyarrow": {"export"},
     "lm_eval": {"lm", "evaluation"},  # tasks.py finds its folder without importing it
+    "scipy": {"compare"},
     "vllm": {"forced_decoding", "vllm_parser"},  # in vLLM's own process, and a script
 }
 """The only modules that may import a foreign library, at whatever depth of their code."""
 
-HEAVY = ["torch", "vllm", "ray", "lm_eval", "transformers", "datasets", "wandb", "pyarrow"]
+HEAVY = ["scipy", "torch", "vllm", "ray", "lm_eval", "transformers", "datasets", "wandb", "pyarrow"]
 
 PATHS = {path.stem: path for path in (ROOT / "sweep").rglob("*.py") if path.stem != "__init__"}
 MODULES = sorted(PATHS)
