@@ -15,19 +15,22 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweep import ROOT
-from sweep.errors import ConfigError, ResourceError, StoreError, SweepError, boundary, nearest
+from sweep.errors import ConfigError, ReportError, ResourceError, StoreError, SweepError, boundary, nearest
 
 if TYPE_CHECKING:
     from sweep.planning.config import SweepConfig
     from sweep.planning.plan import Plan
     from sweep.record import Record
+    from sweep.results.reading import Sweep
     from sweep.results.store import RunDirectory
     from sweep.results.tracking import Outcome
+
+log = logging.getLogger(__name__)
 
 USAGE = """\
 lmsweep: many language models, many lm-eval tasks, one command
@@ -193,8 +196,15 @@ def _carry_out(arguments: Sequence[str]) -> int:
 
         print(tasks_command(parsed.words))
         return DONE
-    commands = {"plan": _plan, "check": _check, "fetch": _fetch, "status": _status, "run": _run}
-    commands |= {"report": _report, "export": _export}
+    commands = {
+        "plan": _plan,
+        "check": _check,
+        "fetch": _fetch,
+        "status": _status,
+        "report": _report,
+        "export": _export,
+        "run": _run,
+    }
     return commands[parsed.command](parsed)
 
 
@@ -301,6 +311,38 @@ def _kept(arguments: Arguments) -> list[Path]:
     return [Path(config.runs_dir) / config.name]
 
 
+def _report(arguments: Arguments) -> int:
+    from sweep.reporting import between, write_page, write_tables
+    from sweep.results.reading import read_sweep
+    from sweep.results.store import write_file
+    from sweep.results.summary import headline
+
+    roots = _kept(arguments)
+    if len(roots) == 2:
+        text = between(*map(read_sweep, roots))
+        print(text)
+        if arguments.to is not None:
+            with boundary(StoreError, f"write {arguments.to}"):
+                write_file(Path(arguments.to), text)
+        return DONE
+    sweep = read_sweep(roots[0])
+    write_tables(sweep)
+    findings = write_page(sweep)
+    directory = sweep.directory
+    print(f"page     {directory.page}\ntables   {directory.report}, {directory.csv}")
+    print("\n".join(headline(sweep, findings.comparisons)))
+    if not arguments.publish:
+        return DONE
+    from sweep.planning.loading import secrets_of
+    from sweep.results.publish import publish
+    from sweep.results.summary import compared
+
+    config = _loaded(arguments)
+    outcome = publish(sweep, config, secrets=secrets_of(config), texts={"Paired comparisons": compared(findings)})
+    print(_said_of_wandb(outcome))
+    return DONE if outcome.mode == "online" and not outcome.errors else FAILED
+
+
 def _export(arguments: Arguments) -> int:
     from sweep.results.export import export
     from sweep.results.reading import read_sweep
@@ -383,7 +425,8 @@ def _run(arguments: Arguments) -> int:
         store.close()
     records = read_records(directory)
     ended = {**plan.refused, **(carried.records if carried else {})}
-    code = _conclude(config, whole, ended, directory, records)
+    stopped = carried is not None and bool(carried.signal or carried.out_of_time)
+    code = _conclude(config, whole, ended, directory, records, stopped=stopped)
     if carried is None:
         return code
     print(_said_of_wandb(carried.wandb))
@@ -417,11 +460,16 @@ def _conclude(
     ended: "Mapping[str, Record]",
     directory: "RunDirectory",
     records: "Mapping[tuple[str, str], Record]",
+    *,
+    stopped: bool = False,
 ) -> int:
-    """Write and print the tables of the `whole` sweep; the exit code, which is about the cells that have `ended`."""
+    """Write and print the tables of the `whole` sweep, and its page unless it was `stopped`; the exit code, which is
+    about the cells that have `ended`."""
+    from sweep.planning.loading import secrets_of
     from sweep.record import Status
-    from sweep.results.report import csv_text, failures, markdown
-    from sweep.results.store import write_file
+    from sweep.reporting import write_tables
+    from sweep.results.reading import read_sweep
+    from sweep.results.report import failures, markdown
 
     # In the order of the config, whatever order the cells ended in. Results of other settings may be there too: of a
     # launch with another limit, say, when this one was stopped before it came to the cell.
@@ -429,17 +477,43 @@ def _conclude(
     shown = [record for cell, record in found if record.fingerprint == cell.fingerprint]
     if others := len(found) - len(shown):
         print(f"\n{others} cells are left out of the tables: what they have was computed under other settings")
-    with boundary(StoreError, f"write the tables to {directory.root}"):
-        write_file(directory.report, markdown(shown, list(config.models)))
-        write_file(directory.csv, csv_text(shown, list(config.models)))
-    print(f"\n{markdown(shown, list(config.models), subtasks=False)}")
     done = sum(record.status is Status.DONE for record in shown)
+    sweep = replace(
+        read_sweep(directory.root),
+        models=tuple(config.models),
+        tasks=tuple(dict.fromkeys(cell.task_name for cell in whole.cells)),
+        records=tuple(shown),
+        owed=len(whole.cells) - done,
+    )
+    write_tables(sweep)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(f"\n{markdown(shown, list(config.models), subtasks=False, width=width)}")
     print(f"{done} of {len(whole.cells)} cells are done")
     print(f"tables   {directory.report}, {directory.csv}\nsamples  {directory.results}")
+    if stopped:
+        print("page     `report` makes it of what is there")  # whoever has stopped a sweep does not wait for it
+    else:
+        _show(sweep, secrets_of(config))
     failed = [record for record in ended.values() if record.status is Status.FAILED]
     if failed:
         print(f"\n{failures(failed)}")
     return FAILED if failed else DONE
+
+
+def _show(sweep: "Sweep", hidden: Sequence[str]) -> None:
+    """Make the page and say where it is and what it says; a sweep is finished without it, too."""
+    from sweep.reporting import write_page
+    from sweep.results.summary import headline
+
+    try:
+        with boundary(ReportError, "make the page"):
+            said = headline(sweep, write_page(sweep).comparisons)
+    except SweepError as error:
+        with _logged_to(sweep.directory.driver_log, hidden):
+            log.exception("there is no new page")
+        print(f"page     none: {error} (more in {sweep.directory.driver_log}; `report` tries again)")
+        return
+    print("\n".join([f"page     {sweep.directory.page}", *said]))
 
 
 def _said_of_wandb(outcome: "Outcome") -> str:

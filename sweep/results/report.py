@@ -7,7 +7,7 @@ ranked or rounded beyond lm-eval's four decimals here. The order of tasks is tha
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from sweep.record import Record, Score, Status
 
@@ -27,18 +27,26 @@ COLUMNS = (
     *("asked", "reused", "truncated", "empty", "length_stopped"),
 )
 
-_ARROWS = {True: "↑", False: "↓", None: ""}
+ARROWS = {True: "↑", False: "↓", None: ""}
+_KEYS = ("Tasks", "Version", "Filter", "n-shot", "Metric", "")
+"""Of a row; the models follow."""
+_LEFT = {"Tasks", "Filter", "Metric", ""}
+_NARROWEST = 8
+"""To which a column is cut so that the table fits a narrow terminal."""
 _LISTED = 3
 """Differences that a note names before it counts the rest: a group of 57 subtasks differs 57 times for one reason."""
 
 
-def markdown(records: Sequence[Record], models: Sequence[str], *, subtasks: bool = True) -> str:
+def markdown(
+    records: Sequence[Record], models: Sequence[str], *, subtasks: bool = True, width: int | None = None
+) -> str:
     """The table of `make_table` in lm-eval with a column for each model, then what failed and what could bend a number.
 
     Models share a row only where the task ran with the same settings; otherwise the task has a block of rows for each
     setting, marked `[1]`, `[2]`, and a note says how they differ. `subtasks=False` leaves out the subtasks of groups.
+    With a `width` the table is made to fit it: without versions and shots first, then by some models at a time.
     """
-    table = [("Tasks", "Version", "Filter", "n-shot", "Metric", "", *models)]
+    table = [(*_KEYS, *models)]
     notes: list[str] = []
     by_task = _by_task(records, models)
     for task, by_model in by_task.items():
@@ -52,13 +60,61 @@ def markdown(records: Sequence[Record], models: Sequence[str], *, subtasks: bool
 
     kept = [record for by_model in by_task.values() for record in by_model.values()]
     reasons = _folded((record, [reason(record)]) for record in kept if record.status is Status.FAILED)
-    parts = [_aligned(table)]
+    parts = _fitted(table, width)
     if not subtasks and any(score.depth for record in kept for score in record.scores):
         parts.append("Subtasks of groups are left out.\n")
-    parts.append(_section("Settings differ between models", notes))
-    parts.append(_section("Failed", reasons))
-    parts.append(_section("What could bend these numbers", _folded((record, caveats(record)) for record in kept)))
+    parts.append(section("Settings differ between models", notes))
+    parts.append(section("Failed", reasons))
+    parts.append(section("What could bend these numbers", _folded((record, caveats(record)) for record in kept)))
     return "\n".join(part for part in parts if part)
+
+
+def _fitted(table: Sequence[Sequence[str]], width: int | None) -> list[str]:
+    """The table, or several that are no wider, and what they leave out."""
+    whole = aligned(table)
+    if width is None or _width(whole) <= width:
+        return [whole]
+    header, *body = table
+    same = {0, *(i for i in range(1, 6) if header[i] in _LEFT and len({row[i] for row in body}) > 1)}
+    keys = [i for i in range(6) if i in same]
+    dropped = [header[i] for i in (1, 2, 3) if i not in keys]
+    parts, left = [], list(range(6, len(header)))
+    while True:
+        some = left[:1]
+        while len(some) < len(left) and _width(aligned(_columns(table, [*keys, *left[: len(some) + 1]]))) <= width:
+            some = left[: len(some) + 1]
+        parts.append(aligned(_cut(_columns(table, [*keys, *some]), len(keys), width)))
+        left = left[len(some) :]
+        if not left:
+            return [*parts, f"{', '.join(dropped)}: see report.md.\n"] if dropped else parts
+
+
+def _columns(table: Sequence[Sequence[str]], chosen: Sequence[int]) -> list[list[str]]:
+    return [[row[i] for i in chosen] for row in table]
+
+
+def _cut(table: list[list[str]], keys: int, width: int) -> list[list[str]]:
+    """With the widest of the first columns cut, one character after the other, until the table fits."""
+    excess = _width(aligned(table)) - width
+    widths = [max(len(row[i]) for row in table) for i in range(keys)]
+    for _ in range(max(0, excess)):
+        widest = max(range(keys), key=lambda i: widths[i])
+        widths[widest] = max(_NARROWEST, widths[widest] - 1)
+    return [
+        [cell if i >= keys or len(cell) <= widths[i] else f"{cell[: widths[i] - 1]}…" for i, cell in enumerate(row)]
+        for row in table
+    ]
+
+
+def _width(table: str) -> int:
+    return max(map(len, table.splitlines()))
+
+
+def duration(seconds: float) -> str:
+    """`0:35`, `12:03` or `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def csv_text(records: Sequence[Record], models: Sequence[str]) -> str:
@@ -205,7 +261,7 @@ def _rows(
             if score.depth and not subtasks:
                 continue
             shots = "" if score.num_fewshot is None else str(score.num_fewshot)
-            metric = (score.version, score.filter, shots, score.metric, _ARROWS[score.higher_is_better])
+            metric = (score.version, score.filter, shots, score.metric, ARROWS[score.higher_is_better])
             figures.setdefault((score.depth, score.task), {}).setdefault(metric, {})[model] = figure(score)
 
     rows: list[tuple[str, ...]] = []
@@ -242,32 +298,42 @@ def _columns_of(score: Score) -> dict[str, object]:
     }
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> str:
+def aligned(table: Sequence[Sequence[str]], *, left: Collection[int] | None = None) -> str:
     """A Markdown table whose columns also line up as plain text; what is a number stands on the right."""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in table]
     widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(escaped[0]))]
-    right = {1, 3, *range(6, len(widths))}  # version, n-shot and the models
+    if left is None:
+        left = {column for column, name in enumerate(table[0][: len(_KEYS)]) if name in _LEFT}
 
     def line(row: Sequence[str]) -> str:
         padded = (
-            cell.rjust(width) if column in right else cell.ljust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         return f"|{'|'.join(padded)}|\n"
 
-    rule = [f"{'-' * (width - 1)}:" if column in right else "-" * width for column, width in enumerate(widths)]
+    rule = ["-" * width if column in left else f"{'-' * (width - 1)}:" for column, width in enumerate(widths)]
     header, *body = escaped
     return "".join(map(line, (header, rule, *body)))
 
 
-def _section(title: str, points: Sequence[str]) -> str:
+def section(title: str, points: Sequence[str]) -> str:
     return f"**{title}**\n\n" + "".join(f"- {point}\n" for point in points) if points else ""
 
 
 def _folded(said: Iterable[tuple[Record, Sequence[str]]]) -> list[str]:
     """`a/gsm8k, b/gsm8k: text`, the cells of which the same is said together."""
-    cells_by_text: dict[str, list[str]] = {}
+    return [f"{', '.join(f'{r.model}/{r.task}' for r in records)}: {text}" for text, records in by_text(said)]
+
+
+def some(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return f"{', '.join(names[:_LISTED])} and {more} more" if more > 0 else ", ".join(names)
+
+
+def by_text(said: Iterable[tuple[Record, Sequence[str]]]) -> list[tuple[str, list[Record]]]:
+    records_by_text: dict[str, list[Record]] = {}
     for record, texts in said:
         for text in texts:
-            cells_by_text.setdefault(text, []).append(f"{record.model}/{record.task}")
-    return [f"{', '.join(cells)}: {text}" for text, cells in cells_by_text.items()]
+            records_by_text.setdefault(text, []).append(record)
+    return list(records_by_text.items())

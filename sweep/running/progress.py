@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from sweep.record import Record, Status
-from sweep.results.report import caveats, figure, reason
+from sweep.results.report import caveats, duration, figure, reason
 
 PROGRESS_EVERY_S = 15.0
 """Between two plain lines about one thing in one state: the log of a night stays readable."""
@@ -191,7 +191,7 @@ class _View:
             f"{self.done_cells} of {self.total_cells} cells done",
             f"{len(self.failed)} failed" if self.failed else "",
         )
-        return f"{counts}  {_duration(self._clock() - self._started_s)}"
+        return f"{counts}  {duration(self._clock() - self._started_s)}"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # One line stays free for the cursor, and a full last column would make some terminals break the line.
@@ -218,7 +218,7 @@ class _View:
 
         def model_row(model: str, *parts: str) -> Text:
             server, cells = self.servers[model], cells_by_model[model]
-            state = f"{server.state} {_duration(self._clock() - server.since_s)}"
+            state = f"{server.state} {duration(self._clock() - server.since_s)}"
             ended = sum(cell.state in _ENDED for cell in cells)
             ends = f"{ended}/{len(cells)} cells"
             return row(
@@ -298,7 +298,7 @@ def _figures(cell: _Cell) -> list[str]:
     return [
         f"{cell.done}/{cell.total}",
         f"{cell.rate:.1f}/s" if cell.rate > 0 else "",
-        f"{_duration((cell.total - cell.done) / cell.rate)} left" if guess else "",
+        f"{duration((cell.total - cell.done) / cell.rate)} left" if guess else "",
         _reused(cell.reused),
     ]
 
@@ -326,13 +326,6 @@ def _bar(cell: _Cell, width: int) -> str:
 
 def _reused(count: int) -> str:
     return f"{count} reused" if count else ""
-
-
-def _duration(seconds: float) -> str:
-    """`0:35`, `12:03` or `1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _joined(gap: str, *parts: str) -> str:

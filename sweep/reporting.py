@@ -1,0 +1,69 @@
+"""The `report` command, and the end of every sweep: what a run directory says, from its files alone.
+
+It works beside a driver, after one died, and on a run directory that was copied from elsewhere. The page comes after
+the tables and costs them nothing when it cannot be made.
+"""
+
+from sweep.errors import StoreError, boundary
+from sweep.record import Status
+from sweep.results.compare import Findings, examine, examine_sweeps
+from sweep.results.page import page
+from sweep.results.reading import Sweep
+from sweep.results.references import published
+from sweep.results.report import csv_text, markdown
+from sweep.results.store import write_file
+from sweep.results.summary import compared, headline
+
+
+def write_tables(sweep: Sweep) -> None:
+    """report.md and results.csv. Raises StoreError."""
+    with boundary(StoreError, f"write the tables to {sweep.directory.root}"):
+        write_file(sweep.directory.report, markdown(sweep.records, sweep.models))
+        write_file(sweep.directory.csv, csv_text(sweep.records, sweep.models))
+
+
+def write_page(sweep: Sweep) -> Findings:
+    """report.html, and the comparisons in report.md too; what was compared. Raises StoreError."""
+    findings = examine(sweep)
+    html = page(sweep, findings.comparisons, published(sweep))
+    lines = "".join(f"- {line}\n" for line in headline(sweep, findings.comparisons))
+    table = markdown(sweep.records, sweep.models)
+    with boundary(StoreError, f"write the page to {sweep.directory.root}"):
+        write_file(sweep.directory.page, html)
+        write_file(sweep.directory.report, f"{lines}\n{table}\n**Paired comparisons**\n\n{compared(findings)}")
+    return findings
+
+
+def between(a: Sweep, b: Sweep) -> str:
+    """The same models and tasks in two sweeps, as Markdown: checkpoints, versions of vLLM. Raises StoreError."""
+    findings = examine_sweeps(a, b)
+    verdicts = [one.verdict for one in findings.comparisons]
+    counted = [(verdicts.count(v), v) for v in ("better", "worse", "differs", "no difference shown")]
+    only = [
+        f"- {len(cells)} cells are done in {sweep.directory.root} only: {', '.join(sorted(cells)[:3])}"
+        + (" …" if len(cells) > 3 else "")
+        for sweep, other in ((a, b), (b, a))
+        if (cells := _done(sweep) - _done(other))
+    ]
+    lines = [
+        f"- a: {_made_of(a)}",
+        f"- b: {_made_of(b)}",
+        *only,
+        f"- {len(verdicts)} numbers compared: {', '.join(f'{n} {what}' for n, what in counted if n) or 'none'}",
+    ]
+    return "\n".join([*lines, "", compared(findings, most=None)])
+
+
+def _done(sweep: Sweep) -> set[str]:
+    return {f"{r.model}/{r.task}" for r in sweep.records if r.status is Status.DONE}
+
+
+def _made_of(sweep: Sweep) -> str:
+    """`runs/a, 21 cells, lm_eval 0.4.13, vllm 0.32.0`."""
+    versions: dict[str, set[str]] = {}
+    for record in sweep.records:
+        for name in ("lm_eval", "vllm", "transformers"):
+            if version := record.versions.get(name):
+                versions.setdefault(name, set()).add(version)
+    parts = [f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items())]
+    return ", ".join([str(sweep.directory.root), f"{len(_done(sweep))} cells", *parts])

@@ -1,0 +1,127 @@
+"""What a sweep says: in five lines, and its paired comparisons as a table.
+
+Pure, as the tables of report.py are.
+"""
+
+from collections.abc import Sequence
+
+from sweep.record import Status
+from sweep.results.compare import LEVEL, Comparison, Findings, leaders
+from sweep.results.reading import Sweep
+from sweep.results.report import ARROWS, aligned, by_text, caveats, duration, reason, section, some
+
+PAIRS_MOST = 200
+"""Comparisons in report.md; the page has them all, to be searched."""
+
+
+def headline(sweep: Sweep, comparisons: Sequence[Comparison]) -> list[str]:
+    """Five lines: who leads, which differences may be noise, what failed, what could bend a number, what it cost."""
+    return [
+        f"leads    {_led(sweep, comparisons)}",
+        f"noise    {_noise(comparisons)}",
+        f"failed   {_failed(sweep)}",
+        f"bends    {_bent(sweep)}",
+        f"cost     {_cost(sweep)}",
+    ]
+
+
+def _led(sweep: Sweep, comparisons: Sequence[Comparison]) -> str:
+    """By the first number of each task; a model leads where it is shown to be better than each of the others."""
+    first: dict[str, tuple[str, str, str]] = {}
+    for one in comparisons:
+        first.setdefault(one.task, (one.subtask, one.metric, one.filter))
+    found = [of for of in leaders(comparisons) if (of.subtask, of.metric, of.filter) == first[of.task]]
+    if not found:
+        models = {record.model for record in sweep.records if record.status is Status.DONE}
+        return "nobody: there is one model" if len(models) == 1 else "nobody: no number of two models can be compared"
+    tasks_by_best: dict[str, list[str]] = {}
+    for of in found:
+        if of.best is not None:
+            tasks_by_best.setdefault(of.best, []).append(of.task)
+    most_first = sorted(tasks_by_best.items(), key=lambda item: -len(item[1]))
+    said = [f"{model} on {some(tasks)}" for model, tasks in most_first]
+    undecided = [f"{of.task} ({some(of.models)})" for of in found if of.best is None]
+    if undecided:
+        said.append(f"{'no single model' if said else 'no model is shown to: none'} on {some(undecided)}")
+    return "; ".join(said)
+
+
+def _noise(comparisons: Sequence[Comparison]) -> str:
+    if not comparisons:
+        return "nothing was compared"
+    unclear = [one for one in comparisons if one.verdict == "no difference shown"]
+    certain = f"{LEVEL:.0%}, corrected for their number"
+    said = f"{len(unclear)} of {len(comparisons)} paired differences may be noise ({certain})"
+    if unclear:
+        largest = max(unclear, key=lambda one: abs(one.difference))
+        said += (
+            f"; the largest, {largest.model_b} against {largest.model_a} on {largest.task}, "
+            f"is {largest.difference:+.4f} with n = {largest.n}"
+        )
+    return said
+
+
+def _failed(sweep: Sweep) -> str:
+    failed = [record for record in sweep.records if record.status is Status.FAILED]
+    waiting = sweep.owed - len(failed)
+    said = [f"{len(failed)} of {len(sweep.records) + waiting} cells"] if failed else []
+    said += [f"{len(records)} for: {text}" for text, records in by_text((r, [reason(r)]) for r in failed)[:2]]
+    if waiting > 0:
+        said.append(f"{waiting} cells are still owed")
+    return "; ".join(said) or "nothing"
+
+
+def _bent(sweep: Sweep) -> str:
+    bent = {f"{r.model}/{r.task}": caveats(r) for r in sweep.records}
+    cells = [cell for cell, said in bent.items() if said]
+    if not cells:
+        return "nothing that is known of"
+    return f"{len(cells)} cells have what could bend a number, {cells[0]} for one: {bent[cells[0]][0]}"
+
+
+def _cost(sweep: Sweep) -> str:
+    counts = [record.counts for record in sweep.records]
+    timeline, said = sweep.timeline, []
+    if timeline.launches:
+        launches = f" in {len(timeline.launches)} launches" if len(timeline.launches) > 1 else ""
+        said.append(f"{duration(sum(span.end - span.start for span in timeline.launches))}{launches}")
+    if timeline.servers:
+        on_cpus = sum(span.end - span.start for span in timeline.servers if not span.gpus)
+        said += [f"{timeline.gpu_s / 3600:.2f} GPU-hours"] if timeline.gpu_s else []
+        said += [f"{on_cpus / 3600:.2f} server-hours without a GPU"] if on_cpus else []
+    asked, reused = (sum(getattr(c, name) for c in counts) for name in ("asked", "reused"))
+    return ", ".join([*said, f"{asked:,} requests computed, {reused:,} reused"])
+
+
+def compared(findings: Findings, *, most: int | None = PAIRS_MOST) -> str:
+    """Paired comparisons as a Markdown table, what is shown first; then their notes, and what was left out."""
+    shown = sorted(findings.comparisons, key=lambda one: one.verdict == "no difference shown")[:most]
+    table = [("Task", "Metric", "a", "b", "n", "a is", "b is", "b - a", "95 %", "p (Holm)", "b is shown to be")]
+    for one in shown:
+        name = one.task if one.subtask == one.task else f"{one.task} ({one.subtask})"
+        metric = one.metric if one.filter == "none" else f"{one.metric},{one.filter}"
+        table.append(
+            (
+                name,
+                f"{metric} {ARROWS[one.higher_is_better]}".rstrip(),
+                one.model_a,
+                one.model_b,
+                str(one.n),
+                f"{one.value_a:.4f}",
+                f"{one.value_b:.4f}",
+                f"{one.difference:+.4f} ± {one.stderr:.4f}",
+                f"{one.low:+.4f} … {one.high:+.4f}",
+                f"{one.p_adjusted:.4f}",
+                "–" if one.verdict == "no difference shown" else one.verdict,
+            )
+        )
+    notes: dict[str, list[str]] = {}
+    for one in findings.comparisons:
+        for note in one.notes:
+            notes.setdefault(note, []).append(f"{one.task} {one.model_a} : {one.model_b}")
+    parts = [aligned(table, left={0, 1, 2, 3, 10})] if shown else ["Nothing could be compared.\n"]
+    if (more := len(findings.comparisons) - len(shown)) > 0:
+        parts.append(f"{more:,} more comparisons are in report.html.\n")
+    parts.append(section("Notes", [f"{some(pairs)}: {note}" for note, pairs in notes.items()]))
+    parts.append(section("Not compared", findings.left_out))
+    return "\n".join(part for part in parts if part)
