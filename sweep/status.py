@@ -5,6 +5,7 @@ and after it died. A cell counts as the last launch planned it; a record of othe
 failed.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ def _lines(stands: Standing, root: Path) -> Iterator[str]:
         yield f"servers  {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}"
     if work is not None and work.requests_per_s:
         yield f"rate     {work.requests_per_s:g} requests/s"
+    if work is not None and work.left_s is not None:
+        yield f"left     about {_duration(work.left_s)}"
     yield ""
     unfinished_first = sorted(by_model.items(), key=lambda item: item[1].keys() == {State.DONE})
     rows = [[name, *(str(count[state]) for state in State)] for name, count in [*unfinished_first, ("all", every)]]
@@ -137,6 +140,12 @@ def _driver(stands: Standing) -> str:
     if stands.alive:
         return f"{beat}, {silent}"
     return f"died: {beat}, {silent}; the same command goes on where it stopped"
+
+
+def _duration(seconds: float) -> str:
+    """`35 min` or `3 h 05 min`: no guess is better than that."""
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -7,8 +7,17 @@ import pytest
 from sweep.planning.config import Model, Seeds, Task
 from sweep.planning.plan import Cell, ModelPlan, ServerPlan
 from sweep.record import Counts, Record, Status
-from sweep.running.costs import BILLIONS, CPU_SLOWER, GROUP_DOCUMENTS, Costs, billions, prior_size, start_s
-from sweep.running.schedule import CELLS_PER_MODEL
+from sweep.running.costs import (
+    BILLIONS,
+    CPU_SLOWER,
+    GROUP_DOCUMENTS,
+    Costs,
+    billions,
+    prior_size,
+    start_s,
+    sweep_s,
+)
+from sweep.running.schedule import CELLS_PER_MODEL, LifeView, ServerView
 
 
 def cell(model: str = "m", task: str = "gsm8k", **settings: object) -> Cell:
@@ -98,3 +107,29 @@ def test_a_model_s_own_records_correct_its_rate_the_more_the_longer_they_took() 
 @pytest.mark.parametrize("changes", [{"status": Status.FAILED}, {"counts": Counts(requests=5, reused=5)}])
 def test_failed_cells_and_replays_teach_nothing(changes: dict[str, object]) -> None:
     assert not Costs([record(**changes)]).measured  # type: ignore[arg-type]
+
+
+def seen(*, work_s: float, ready_at_s: tuple[float, ...] = (), unfinished: int = 1, live: bool = True) -> ServerView:
+    lives = tuple(LifeView(name=str(n), ready_at_s=at, live=live) for n, at in enumerate(ready_at_s))
+    known = {"need": None, "replicas": None, "wanted": True, "start_s": 60.0}
+    return ServerView(name="m", lives=lives, unfinished_cells=unfinished, work_s=work_s, **known)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("servers", "expected"),
+    [
+        ([], 0),
+        ([seen(work_s=0, ready_at_s=(0,), unfinished=0)], 0),
+        ([seen(work_s=100, ready_at_s=(0,))], 100),
+        ([seen(work_s=100, ready_at_s=(1030,))], 130),  # it starts
+        ([seen(work_s=100)], 160),  # it has yet to start
+        ([seen(work_s=100, ready_at_s=(0,), live=False)], 160),  # it was lost
+        ([seen(work_s=100, ready_at_s=(0, 0))], 50),
+        ([seen(work_s=100, ready_at_s=(0,)), seen(work_s=10, ready_at_s=(0,))], 100),  # side by side
+        ([seen(work_s=100, ready_at_s=(0,)), seen(work_s=300), seen(work_s=400)], 800),  # one after the other
+    ],
+)
+def test_a_sweep_takes_as_long_as_its_longest_model_or_as_its_work_on_the_servers_there_are(
+    servers: list[ServerView], expected: float
+) -> None:
+    assert sweep_s(servers, 1000.0) == expected

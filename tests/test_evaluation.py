@@ -497,7 +497,7 @@ def test_lm_evals_wandb_logger_takes_the_files(
     assert artifacts == ["results", *dict.fromkeys(names)]
     for name in dict.fromkeys(names):
         frame = logged[f"{name}_eval_results"]
-        assert list(frame["id"]) == [0, 1, 2, 3][: len(frame)]
+        assert list(frame["id"]) == [sample["doc_id"] for sample in samples_of(done, name)]
         assert all(frame["data"])
 
 
@@ -518,7 +518,7 @@ def _read(answer: Any) -> Any:
 def test_lm_evals_logger_for_the_hub_describes_a_folder_of_our_files(
     cell: Any, run: Any, chatty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a tokenizer with a BOS: the `[null, "None"]` that lm-eval itself writes for others is more than Arrow reads."""
+    """Of a tokenizer with a BOS: the `[null, "None"]` that lm-eval writes for others is more than Arrow reads."""
     done = run(cell("family", limit=4), tokenizer=AutoTokenizer.from_pretrained(chatty))
     for name, content in done.files.items():
         path = tmp_path / "m" / name

@@ -35,6 +35,7 @@ ORDER = [
     "mirror",
     "tracking",
     "report",
+    "summary",
     "export",
     # serving
     "supervisor",
@@ -77,6 +78,7 @@ ORDER = [
     "fetch",
     "overview",
     "status",
+    "reporting",
     "demo",
     "cli",
 ]

@@ -5,14 +5,14 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
 from sweep.record import Counts, Record, Score, Status
-from sweep.running.progress import PROGRESS_EVERY_S, Terminal
+from sweep.running.progress import PROGRESS_EVERY_S, TOTALS_EVERY_S, Terminal
 
 ACC = Score(
     task="gsm8k",
@@ -223,6 +223,39 @@ def test_there_is_no_time_left_before_there_is_a_rate() -> None:
         assert not any("left" in line for line in screen.view())
     screen.terminal.cell("m/gsm8k", state="scoring", done=40, total=80, rate=9.0)
     assert not any("left" in line for line in screen.view())
+
+
+def test_the_last_line_tells_what_is_left_how_fast_it_goes_the_servers_and_the_warnings(log: logging.Logger) -> None:
+    screen = Screen(["m"], live=True, width=120)
+    screen.terminal.overall(servers={"ready": 2, "starting": 1}, rate=31.52, left_s=None)
+    assert screen.view()[-1] == "0 of 2 cells done  0:00  31.5/s  2 ready, 1 starting"
+    log.addHandler(screen.terminal.log_handler)
+    log.info("nothing of note")
+    log.warning("the disk is slow")
+    screen.terminal.overall(servers={"ready": 3}, rate=31.52, left_s=3700.0)
+    assert screen.view()[-1] == "0 of 2 cells done  0:00  about 1:01:40 left  31.5/s  3 ready  1 warning"
+    cut = replace(DONE, counts=Counts(requests=80, truncated=2, empty=1))
+    screen.terminal.finished(cut, 1, 2)
+    assert screen.view()[-1].endswith("3 ready  3 warnings")
+
+
+def test_without_a_screen_the_totals_are_told_once_a_minute() -> None:
+    screen = Screen(["m"])
+    with screen.terminal as terminal:
+        for second in range(int(2 * TOTALS_EVERY_S) + 1):
+            screen.clock.now = 100.0 + second
+            terminal.overall(servers={"ready": 1}, rate=2.0, left_s=600.0 - second)
+    assert screen.said == [
+        "0 of 2 cells done  1:00  about 9:00 left  2.0/s  1 ready",
+        "0 of 2 cells done  2:00  about 8:00 left  2.0/s  1 ready",
+    ]
+
+
+def test_the_line_that_stays_expects_nothing_any_more() -> None:
+    screen = Screen(["m"], live=True)
+    with screen.terminal as terminal:
+        terminal.overall(servers={"ready": 1}, rate=2.0, left_s=600.0)
+    assert screen.output.endswith("0 of 2 cells done  0:00\n")
 
 
 def test_a_finished_cell_leaves_the_view_and_is_counted() -> None:

@@ -106,13 +106,14 @@ def test_the_table_is_plain_text_that_fits_the_terminal_and_folds_what_is_too_mu
         recorded(directory, f"{model}/two", Outcome.FAILED, error="a long reason " * 20)
     recorded(directory, "model-000/two")
     work = Work(running={f"{model}/two": (50, 100) for model in models[:2]}, servers={"a": "ready", "b": "ready"})
-    beats(directory, replace(ALIVE, since="", work=replace(work, requests_per_s=12.5)))
+    beats(directory, replace(ALIVE, since="", work=replace(work, requests_per_s=12.5, left_s=3_700.0)))
     text = describe(standing(directory, now=NOW), directory.root, width=60)
     lines = text.splitlines()
     assert max(map(len, lines)) == 60
     assert "\x1b" not in text
     assert "servers  2 ready" in lines
     assert "rate     12.5 requests/s" in lines
+    assert "left     about 1 h 02 min" in lines
     assert "model      done  running  owed  failed" in lines
     assert "model-001     1        1     0       0" in lines
     assert "all          25        2     0      23" in lines

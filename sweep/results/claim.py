@@ -48,6 +48,8 @@ class Work:
     servers: Mapping[str, str] = field(default_factory=dict)
     """Server's life -> `starting`, `ready`, `stopping` or `lost`."""
     requests_per_s: float = 0.0
+    left_s: float | None = None
+    """Until the sweep is expected to end; None while nothing is known to expect it from."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from sweep.planning.config import Task
 from sweep.planning.plan import Cell, ServerPlan, is_local
 from sweep.planning.tasks import TaskInfo, catalog
 from sweep.record import Record, Status
-from sweep.running.schedule import CELLS_PER_MODEL
+from sweep.running.schedule import CELLS_PER_MODEL, ServerView
 
 READ_PER_S = 200_000.0
 """Prompt tokens a second of a model of a billion parameters on one H100: 40 % of what its arithmetic allows."""
@@ -119,6 +119,18 @@ def corrected_s(left_s: float, *, done_s: float, spent_s: float) -> float:
     if not spent_s:
         return left_s
     return float(left_s * (spent_s / max(done_s, spent_s / OFF_MOST)) ** (spent_s / (spent_s + TRUSTED_S)))
+
+
+def sweep_s(servers: Iterable[ServerView], now_s: float) -> float:
+    """What is left until the cells of all servers are done: those of the one that ends last, or of all on the servers
+    that live now, whichever is more. Replicas that may still come would make it less."""
+    left = [server for server in servers if server.unfinished_cells]
+    ends = []
+    for server in left:
+        ready_at_s = min((life.ready_at_s for life in server.lives if life.live), default=now_s + server.start_s)
+        ends.append(max(0.0, ready_at_s - now_s) + server.work_s / max(1, server.live))
+    shared = sum(server.work_s for server in left) / max(1, sum(server.live for server in left))
+    return max(shared, *ends) if left else 0.0
 
 
 def start_s(server: ServerPlan, *, on_cpu: bool) -> float:

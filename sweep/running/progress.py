@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -23,6 +23,9 @@ from sweep.results.report import caveats, duration, figure, reason
 
 PROGRESS_EVERY_S = 15.0
 """Between two plain lines about one thing in one state: the log of a night stays readable."""
+
+TOTALS_EVERY_S = 60.0
+"""Between two plain lines about the sweep as a whole."""
 
 _REFRESH_PER_S = 4
 _VIEW_WIDTH = 110
@@ -82,6 +85,8 @@ class Terminal:
         self._clock = clock
         self._view = _View(models, cells, clock)
         self._live: Live | None = None
+        self._totals_s = clock()
+        """When a plain line last told them."""
 
     def __enter__(self) -> Self:
         if self.console.is_interactive:
@@ -101,6 +106,7 @@ class Terminal:
         live, self._live = self._live, None
         with contextlib.suppress(OSError):
             live.stop()
+        self._view.overall = ""
         self._print(self._view.totals())
 
     def server(self, model: str, state: str, detail: str = "") -> None:
@@ -150,7 +156,22 @@ class Terminal:
         effort = _joined(", ", f"{counts.requests} requests", _reused(counts.reused), f"{record.wall_s:.1f} s")
         self._print(f"done {key}  {_scores(record)} ({effort})", style="green")
         for caveat in caveats(record):
+            self._view.warnings += 1
             self._print(f"  warning for {key}: {caveat}", style="yellow")
+
+    def overall(self, *, servers: Mapping[str, int], rate: float, left_s: float | None) -> None:
+        """How the sweep stands: `servers` by state, requests answered in a second, and what is expected to be left;
+        None while there is no ground to expect anything."""
+        self._view.overall = _joined(
+            "  ",
+            f"about {duration(left_s)} left" if left_s is not None else "",
+            f"{rate:.1f}/s" if rate > 0 else "",
+            ", ".join(f"{count} {state}" for state, count in servers.items()),
+        )
+        now = self._clock()
+        if not self.console.is_interactive and self._view.overall and now - self._totals_s >= TOTALS_EVERY_S:
+            self._totals_s = now
+            self._print(self._view.totals())
 
     def note(self, text: str) -> None:
         """Print a line that stays."""
@@ -181,17 +202,22 @@ class _View:
         self.failed: set[str] = set()
         self.done_cells = 0
         self.total_cells = len(cells)
+        self.warnings = 0
+        """Lines about what could bend a number, or that something is not as it should be."""
+        self.overall = ""
         self._clock = clock
         self._started_s = clock()
 
     def totals(self) -> str:
-        """`3 of 12 cells done, 1 failed  4:05`."""
+        """`3 of 12 cells done, 1 failed  4:05  about 9:30 left  31.5/s  2 ready, 1 starting  4 warnings`."""
         counts = _joined(
             ", ",
             f"{self.done_cells} of {self.total_cells} cells done",
             f"{len(self.failed)} failed" if self.failed else "",
         )
-        return f"{counts}  {duration(self._clock() - self._started_s)}"
+        warnings = f"{self.warnings} warning{'' if self.warnings == 1 else 's'}"
+        took = duration(self._clock() - self._started_s)
+        return _joined("  ", counts, took, self.overall, warnings if self.warnings else "")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # One line stays free for the cursor, and a full last column would make some terminals break the line.
@@ -259,6 +285,7 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            self._terminal._view.warnings += record.levelno >= logging.WARNING
             self._terminal._print(self.format(record), style=_LEVEL_STYLES.get(record.levelno, ""))
         except Exception:  # noqa: BLE001 - as in every handler: a bad log call must not fail what it speaks of
             self.handleError(record)

@@ -39,7 +39,7 @@ from sweep.running.cluster import (
     ServerReady,
     ServerStopped,
 )
-from sweep.running.costs import Costs, corrected_s, in_order, start_s
+from sweep.running.costs import Costs, corrected_s, in_order, start_s, sweep_s
 from sweep.running.failures import Failures
 from sweep.running.inventory import Node, need, require, total_gpus
 from sweep.running.progress import Terminal
@@ -1051,11 +1051,16 @@ class Runner:
             return
         self._last_told = now
         running = [c for c in self._cells.values() if c.state == "running"]
+        rate = sum(c.rate for c in running)
+        # Priors alone are no ground for a guess of the end.
+        left_s = sweep_s([self._view[name] for name in self._servers], now) if rate else None
+        self.terminal.overall(servers=Counter(life.state for life in self._lives.values()), rate=rate, left_s=left_s)
         self.store.tell(
             Work(
                 running={c.cell.key: (c.progress.done, c.progress.total) if c.progress else (0, 0) for c in running},
                 servers={name: life.state for name, life in self._lives.items()},
-                requests_per_s=round(sum(c.rate for c in running), 1),
+                requests_per_s=round(rate, 1),
+                left_s=round(left_s, 1) if left_s is not None else None,
             )
         )
 
