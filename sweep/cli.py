@@ -313,7 +313,7 @@ def _kept(arguments: Arguments) -> list[Path]:
 
 
 def _report(arguments: Arguments) -> int:
-    from sweep.reporting import between, write_page, write_tables
+    from sweep.reporting import between, write_page
     from sweep.results.reading import read_sweep
     from sweep.results.store import write_file
     from sweep.results.summary import headline
@@ -327,7 +327,7 @@ def _report(arguments: Arguments) -> int:
                 write_file(Path(arguments.to), text)
         return DONE
     sweep = read_sweep(roots[0])
-    write_tables(sweep)
+    _write_tables(sweep)
     findings = write_page(sweep)
     directory = sweep.directory
     print(f"page     {directory.page}\ntables   {directory.report}, {directory.csv}")
@@ -468,7 +468,6 @@ def _conclude(
     about the cells that have `ended`."""
     from sweep.planning.loading import secrets_of
     from sweep.record import Status
-    from sweep.reporting import write_tables
     from sweep.results.expectations import check
     from sweep.results.reading import read_sweep
     from sweep.results.report import failures, markdown
@@ -487,13 +486,15 @@ def _conclude(
         records=tuple(shown),
         owed=len(whole.cells) - done,
     )
-    write_tables(sweep)
+    _write_tables(sweep)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(f"\n{markdown(shown, list(config.models), subtasks=False, width=width)}")
     print(f"{done} of {len(whole.cells)} cells are done")
     print(f"tables   {directory.report}, {directory.csv}\nsamples  {directory.results}")
     if stopped:
         print("page     `report` makes it of what is there")  # whoever has stopped a sweep does not wait for it
+    elif _is_newest(directory.page, directory.records):
+        print(f"page     {directory.page}")
     else:
         _show(sweep, secrets_of(config))
     failed = [record for record in ended.values() if record.status is Status.FAILED]
@@ -506,6 +507,19 @@ def _conclude(
     for one in missed:
         print(f"         {one.said}")
     return FAILED if failed else MISSED if missed else DONE
+
+
+def _write_tables(sweep: "Sweep") -> None:
+    from sweep.results.report import csv_text, markdown
+    from sweep.results.store import write_file
+
+    with boundary(StoreError, f"write the tables to {sweep.directory.root}"):
+        write_file(sweep.directory.report, markdown(sweep.records, sweep.models))
+        write_file(sweep.directory.csv, csv_text(sweep.records, sweep.models))
+
+
+def _is_newest(page: Path, records: Path) -> bool:
+    return page.exists() and all(record.stat().st_mtime <= page.stat().st_mtime for record in records.glob("*.json"))
 
 
 def _show(sweep: "Sweep", hidden: Sequence[str]) -> None:

@@ -10,20 +10,13 @@ from sweep.results.compare import Findings, examine, examine_sweeps
 from sweep.results.page import page
 from sweep.results.reading import Sweep
 from sweep.results.references import published
-from sweep.results.report import csv_text, markdown
+from sweep.results.report import markdown
 from sweep.results.store import write_file
 from sweep.results.summary import compared, headline
 
 
-def write_tables(sweep: Sweep) -> None:
-    """report.md and results.csv. Raises StoreError."""
-    with boundary(StoreError, f"write the tables to {sweep.directory.root}"):
-        write_file(sweep.directory.report, markdown(sweep.records, sweep.models))
-        write_file(sweep.directory.csv, csv_text(sweep.records, sweep.models))
-
-
 def write_page(sweep: Sweep) -> Findings:
-    """report.html, and the comparisons in report.md too; what was compared. Raises StoreError."""
+    """report.html, and report.md with the comparisons; what was compared. Raises StoreError."""
     findings = examine(sweep)
     html = page(sweep, findings.comparisons, published(sweep))
     lines = "".join(f"- {line}\n" for line in headline(sweep, findings.comparisons))
