@@ -270,8 +270,9 @@ def digest(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
         else "Nothing was truncated, empty or stopped by a limit."
     )
     asked, reused = sum(r.counts.asked for r in done), sum(r.counts.reused for r in done)
-    hours = f"{sweep.timeline.gpu_s / 3600:,.1f} GPU-hours; " if sweep.timeline.gpu_s else ""
-    lines.append(f"{hours}{asked:,} requests computed, {reused:,} answers reused.")
+    held = sweep.timeline.gpu_s
+    cost = "" if not held else f"{held / 3600:,.1f} GPU-hours; " if held >= 3600 else f"{held / 60:,.1f} GPU-minutes; "
+    lines.append(f"{cost}{asked:,} requests computed, {reused:,} answers reused.")
     return tuple(lines)
 
 
@@ -557,11 +558,17 @@ def _folds(said: Iterable[tuple[Record, str, str]]) -> tuple[Fold, ...]:
     by_kind: dict[str, list[tuple[str, str]]] = {}
     for record, text, kind in said:
         by_kind.setdefault(kind, []).append((f"{record.model}/{record.task}", text))
-    folds = []
-    for kind, cells in by_kind.items():
-        whole = {text for _, text in cells}
-        folds.append(Fold(text=whole.pop() if len(whole) == 1 and "\n" not in cells[0][1] else kind, cells=tuple(cells)))
+    folds = [Fold(text=_told(kind, [text for _, text in cells]), cells=tuple(cells)) for kind, cells in by_kind.items()]
     return tuple(sorted(folds, key=lambda fold: -len(fold.cells)))
+
+
+def _told(kind: str, texts: Sequence[str]) -> str:
+    """One sentence for all of `texts`, which are alike but for their numbers."""
+    counts = [re.match(r"(\d+) of (\d+) (requests .*)", text) for text in texts]
+    if counts[0] and all(counts):
+        some, of = (sum(int(count[group]) for count in counts if count) for group in (1, 2))
+        return f"{some:,} of {of:,} {counts[0][3]}"
+    return texts[0] if len(set(texts)) == 1 and "\n" not in texts[0] else kind
 
 
 def _lost(servers: Iterable[Span]) -> tuple[Fold, ...]:
