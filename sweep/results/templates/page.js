@@ -160,7 +160,7 @@
       return { column, a, b, n, unpaired, va, vb, difference, low, high, p, detectable, test, notes, verdict };
     });
     const turned = (r) => ({
-      ...r, a: r.b, b: r.a, va: r.vb, vb: r.va, difference: -r.difference, low: -r.high, high: -r.low, verdict: -r.verdict,
+      ...r, a: r.b, b: r.a, va: r.vb, vb: r.va, difference: -r.difference, low: -r.high, high: -r.low, verdict: r.verdict === 2 ? 2 : -r.verdict,
     });
     const byPair = new Map();
     rows.forEach((r) => {
@@ -201,7 +201,7 @@
         if (r.unpaired) notes.push(`${counted(r.unpaired, "document")} found no partner`);
         const drawn = make("td");
         if (r.low !== null && r.high !== null) drawn.append(interval(r.low, r.difference, r.high, widest, r.verdict !== 0));
-        const verdict = r.verdict > 0 ? "better" : r.verdict < 0 ? "worse" : "no difference shown";
+        const verdict = r.verdict === 2 ? "different" : r.verdict > 0 ? "better" : r.verdict < 0 ? "worse" : "no difference shown";
         return make(
           "tr", {},
           make("th", { scope: "row" }, name, make("span", { class: "under", textContent: label })),
