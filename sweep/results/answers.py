@@ -173,6 +173,8 @@ def _block(task: _Task, longest: int | None) -> tuple[bytes, int]:
         return f"{value[:half]}\n[… {len(value) - longest:,} characters are left out here …]\n{value[-half:]}"
 
     def every(value: Any) -> Any:
+        if longest is None:
+            return value
         if isinstance(value, str):
             return text(value)
         if isinstance(value, Mapping):

@@ -90,7 +90,7 @@ def task_chart(points: Sequence[Point], metric: str) -> str:
         },
         {
             "mark": {"type": "text", "align": "left", "color": _INK, "fontSize": 11},
-            "encoding": {"x": {"value": WIDTH + 8}, "text": {"field": "text"}},
+            "encoding": {"x": {"value": WIDTH + 14}, "text": {"field": "text"}},
         },
     ]
     for name, colour in (("same", _INK), ("other", _GREY)):
@@ -107,18 +107,19 @@ def task_chart(points: Sequence[Point], metric: str) -> str:
         "field": "model",
         "type": "nominal",
         "sort": None,
-        "axis": {"title": None, "labelColor": _INK, "labelLimit": 118, "ticks": False, "labelPadding": 6},
+        "axis": {"title": None, "labelColor": _INK, "labelLimit": 105, "ticks": False, "labelPadding": 6},
     }
     return _svg({"data": {"values": rows}, "width": WIDTH, "height": {"step": 18}, "encoding": {"y": y}, "layer": layers})
 
 
 def size_chart(points: Sequence[Point], metric: str, *, higher_is_better: bool) -> str:
-    """Parameters against value; labelled are the models that no smaller one equals."""
+    """Parameters against value; labelled are models that are clearly above all smaller ones."""
     known = sorted((p for p in points if p.billions is not None), key=lambda p: (p.billions or 0, -p.value))
     rows = []
     best: float | None = None
+    apart = 0.07 * (max(point.value for point in known) - min(point.value for point in known))  # or labels overlap
     for point in known:
-        leads = best is None or (point.value > best if higher_is_better else point.value < best)
+        leads = best is None or (point.value > best + apart if higher_is_better else point.value < best - apart)
         best = point.value if leads else best
         rows.append(
             {
@@ -129,15 +130,16 @@ def size_chart(points: Sequence[Point], metric: str, *, higher_is_better: bool) 
                 "label": point.model if leads else "",
             }
         )
+    sizes = [point.billions or 0 for point in known]
     middle = ((known[0].billions or 1) * (known[-1].billions or 1)) ** 0.5
     x = {
         "field": "billions",
         "type": "quantitative",
-        "scale": {"type": "log", "nice": True},
-        "axis": {"title": "parameters, billions (log scale)", "grid": False, "tickCount": 5, "format": "~g"},
+        "scale": {"type": "log", "nice": False, "domain": [sizes[0] / 1.3, sizes[-1] * 1.3]},
+        "axis": {"title": "parameters, billions (log scale)", "grid": False, "values": _ticks(sizes[0], sizes[-1]), "format": "~g"},
     }
     y = {"type": "quantitative", "scale": {"zero": False}, "axis": {"title": metric, "tickCount": 5}}
-    label = {"type": "text", "fontSize": 10, "color": _INK, "dy": -9}
+    label = {"type": "text", "fontSize": 10, "color": _INK, "dy": -9, "stroke": None}
     layers: list[dict[str, Any]] = [
         {
             "mark": {"type": "rule", "color": _ACCENT, "opacity": 0.35},
@@ -211,11 +213,17 @@ def timeline_chart(bars: Sequence[Bar], rows: Sequence[str], end_s: float) -> st
     return _svg({"data": {"values": values}, "width": width, "height": len(rows) * height, "layer": layers})
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 3, 10, 30 … within the range and next to it."""
+    every = [base * 10.0**power for power in range(-4, 5) for base in (1, 3)]
+    return [tick for tick in every if low / 1.3 <= tick <= high * 1.3]
+
+
 def _svg(specification: Mapping[str, Any]) -> str:
     import vl_convert  # an engine of 80 MB, which no command needs that makes no page
 
     drawn: str = vl_convert.vegalite_to_svg(
-        {"background": None, "padding": 4, "config": _CONFIG, **specification}, vl_version=VEGA_LITE
+        {"background": None, "padding": {"left": 12, "right": 4, "top": 4, "bottom": 4}, "config": _CONFIG, **specification}, vl_version=VEGA_LITE
     )
     return re.sub(r"<[^<>]*>", _lean, drawn)
 

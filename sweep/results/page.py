@@ -42,6 +42,9 @@ PRINTED_COLUMNS = 5
 """Tasks side by side on paper."""
 
 _QUANTIZED = re.compile(r"(?i)[-_.](awq|gptq|int[48]|fp8|nf4|w\d+a\d+|bnb|4bit|8bit|marlin|nvfp4)(?=[-_.]|$)")
+Key = tuple[str, str, str, str]
+"""Task, subtask, metric and filter: what makes two numbers comparable."""
+
 _ARROWS = {True: "↑", False: "↓", None: ""}
 
 
@@ -50,8 +53,8 @@ class Column:
     """A number that models are compared by: one task, metric and filter."""
 
     task: str
-    name: str
-    """lm-eval's, where it is not the task's."""
+    subtask: str
+    """lm-eval's name of what is scored: the task, or one of several that a tag stands for."""
     metric: str
     filter: str
     higher_is_better: bool | None
@@ -73,8 +76,12 @@ class Column:
         return self.metric if self.filter in ("", "none") else f"{self.metric}, {self.filter}"
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.task, self.metric, self.filter
+    def key(self) -> Key:
+        return self.task, self.subtask, self.metric, self.filter
+
+    @property
+    def title(self) -> str:
+        return self.task if self.subtask == self.task else f"{self.task} ({self.subtask})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +257,9 @@ def digest(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     ]
     if comparisons:
         main = {column.key: column for column in _columns(sweep) if column.main}
-        alone = Counter(of[0] for key, of in leaders(comparisons).items() if key in main and len(of) == 1)
+        alone = Counter(
+            of.best for of in leaders(comparisons) if of.best and (of.task, of.subtask, of.metric, of.filter) in main
+        )
         if alone:
             named = ", ".join(f"{model} on {_count(count, 'task')}" for model, count in alone.most_common(3))
             more = len(alone) - 3
@@ -258,7 +267,7 @@ def digest(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
         undecided = len(main) - sum(alone.values())
         if undecided:
             lines.append(f"On {_count(undecided, 'task')} no single model is shown to be better than all others.")
-        shown = sum(c.verdict in ("better", "worse") for c in comparisons)
+        shown = sum(c.verdict != "no difference shown" for c in comparisons)
         lines.append(
             f"{shown:,} of {_count(len(comparisons), 'paired comparison')} show a difference, "
             "corrected for their number."
@@ -270,8 +279,9 @@ def digest(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
         else "Nothing was truncated, empty or stopped by a limit."
     )
     asked, reused = sum(r.counts.asked for r in done), sum(r.counts.reused for r in done)
-    hours = f"{sweep.timeline.gpu_s / 3600:,.1f} GPU-hours; " if sweep.timeline.gpu_s else ""
-    lines.append(f"{hours}{asked:,} requests computed, {reused:,} answers reused.")
+    held = sweep.timeline.gpu_s
+    cost = "" if not held else f"{held / 3600:,.1f} GPU-hours; " if held >= 3600 else f"{held / 60:,.1f} GPU-minutes; "
+    lines.append(f"{cost}{asked:,} requests computed, {reused:,} answers reused.")
     return tuple(lines)
 
 
@@ -295,7 +305,7 @@ def _columns(sweep: Sweep) -> tuple[Column, ...]:
             found.append(
                 Column(
                     task=task,
-                    name="" if name == task or len({n for n, _, _ in of_task}) == 1 else name,
+                    subtask=name,
                     metric=metric,
                     filter=by,
                     higher_is_better=scores[0].higher_is_better,
@@ -312,7 +322,7 @@ def _columns(sweep: Sweep) -> tuple[Column, ...]:
 def _rows(
     sweep: Sweep, columns: Sequence[Column], comparisons: Sequence[Comparison]
 ) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
-    leading = leaders(comparisons)
+    leading = {(of.task, of.subtask, of.metric, of.filter): of for of in leaders(comparisons)}
     records = {(r.model, r.task): r for r in sweep.records}
     groups = _settings_groups(sweep)
     planned = set(_planned(sweep))
@@ -324,11 +334,11 @@ def _rows(
         if record.status is Status.FAILED:
             return Cell(missing="failed", said=(reason(record),))
         score = _score(record, column)
-        of = leading.get(column.key, ())
+        of = leading.get(column.key)
         return Cell(
             score=score,
-            best=of == (model,),
-            leading=len(of) > 1 and model in of,
+            best=of is not None and of.best == model,
+            leading=of is not None and of.best is None and model in of.models,
             said=tuple(text for text in caveats(record) if _kind(text) not in column.common),
             block=groups.get(column.task, {}).get(model, 0),
         )
@@ -341,16 +351,12 @@ def _planned(sweep: Sweep) -> list[tuple[str, str]]:
 
 
 def _score(record: Record, column: Column) -> Score | None:
-    return next(
-        (
-            score
-            for score in record.scores
-            if not score.depth
-            and (score.metric, score.filter) == (column.metric, column.filter)
-            and column.name in ("", score.task)
-        ),
-        None,
-    )
+    return _top(record, column.subtask, column.metric, column.filter)
+
+
+def _top(record: Record, subtask: str, metric: str, by: str) -> Score | None:
+    wanted = (subtask, metric, by)
+    return next((s for s in record.scores if not s.depth and (s.task, s.metric, s.filter) == wanted), None)
 
 
 def _by_model(sweep: Sweep, task: str) -> dict[str, Record]:
@@ -387,7 +393,7 @@ def _chunks(columns: Sequence[Column]) -> tuple[tuple[int, ...], ...]:
 def _charts(
     sweep: Sweep, columns: Sequence[Column], published: Sequence[Published], sizes: Mapping[str, float | None]
 ) -> tuple[Chart, ...]:
-    said = {(p.model, p.task, p.metric, p.filter): p for p in published}
+    said = {(p.model, p.task, p.subtask, p.metric, p.filter): p for p in published}
     found = []
     for column in columns:
         points = _points(sweep, column, said, sizes)
@@ -395,7 +401,7 @@ def _charts(
             continue
         first, last = points[0], points[-1]
         sentence = (
-            f"{column.task}, {column.label}: {_count(len(points), 'model')}, from {first.model} with {first.value:.4f} "
+            f"{column.title}, {column.label}: {_count(len(points), 'model')}, from {first.model} with {first.value:.4f} "
             f"to {last.model} with {last.value:.4f}; the numbers are in the leaderboard."
         )
         svg = Markup(task_chart(points, f"{column.label} {column.arrow}".strip()))
@@ -406,7 +412,7 @@ def _charts(
 def _points(
     sweep: Sweep,
     column: Column,
-    published: Mapping[tuple[str, str, str, str], Published],
+    published: Mapping[tuple[str, *Key], Published],
     sizes: Mapping[str, float | None],
 ) -> list[Point]:
     """Best first."""
@@ -437,7 +443,7 @@ def _size_charts(
         if column.main and len({point.billions for point in points}) > 1:
             small, large = min(points, key=lambda p: p.billions or 0), max(points, key=lambda p: p.billions or 0)
             sentence = (
-                f"{column.task}, {column.label} against parameters: from {small.model} ({small.billions:g} billion) with "
+                f"{column.title}, {column.label} against parameters: from {small.model} ({small.billions:g} billion) with "
                 f"{small.value:.4f} to {large.model} ({large.billions:g} billion) with {large.value:.4f}."
             )
             svg = size_chart(
@@ -513,7 +519,7 @@ def _quantized(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[Quantiz
     for model, full in pairs:
         both = []
         for c in comparisons:
-            if {c.model_a, c.model_b} == {model, full} and (c.task, c.metric, c.filter) in main:
+            if {c.model_a, c.model_b} == {model, full} and (c.task, c.subtask, c.metric, c.filter) in main:
                 both.append(c if c.model_b == model else turned(c))
         found.append(Quantized(model=model, full=full, comparisons=tuple(both)))
     return tuple(found)
@@ -537,14 +543,7 @@ def _ours(sweep: Sweep, published: Published) -> Score | None:
     record = sweep.record(published.model, published.task)
     if record is None:
         return None
-    return next(
-        (
-            score
-            for score in record.scores
-            if not score.depth and (score.metric, score.filter) == (published.metric, published.filter)
-        ),
-        None,
-    )
+    return _top(record, published.subtask, published.metric, published.filter)
 
 
 def _kind(text: str) -> str:
@@ -557,11 +556,17 @@ def _folds(said: Iterable[tuple[Record, str, str]]) -> tuple[Fold, ...]:
     by_kind: dict[str, list[tuple[str, str]]] = {}
     for record, text, kind in said:
         by_kind.setdefault(kind, []).append((f"{record.model}/{record.task}", text))
-    folds = []
-    for kind, cells in by_kind.items():
-        whole = {text for _, text in cells}
-        folds.append(Fold(text=whole.pop() if len(whole) == 1 and "\n" not in cells[0][1] else kind, cells=tuple(cells)))
+    folds = [Fold(text=_told(kind, [text for _, text in cells]), cells=tuple(cells)) for kind, cells in by_kind.items()]
     return tuple(sorted(folds, key=lambda fold: -len(fold.cells)))
+
+
+def _told(kind: str, texts: Sequence[str]) -> str:
+    """One sentence for all of `texts`, which are alike but for their numbers."""
+    counts = [re.match(r"(\d+) of (\d+) (requests .*)", text) for text in texts]
+    if counts[0] and all(counts):
+        some, of = (sum(int(count[group]) for count in counts if count) for group in (1, 2))
+        return f"{some:,} of {of:,} {counts[0][3]}"
+    return texts[0] if len(set(texts)) == 1 and "\n" not in texts[0] else kind
 
 
 def _lost(servers: Iterable[Span]) -> tuple[Fold, ...]:
@@ -696,7 +701,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
     rows = [
         [
-            number("columns", (c.task, c.metric, c.filter, c.higher_is_better)),
+            number("columns", (c.task if c.subtask == c.task else f"{c.task} ({c.subtask})", c.metric, c.filter)),
             number("models", c.model_a),
             number("models", c.model_b),
             c.n,
@@ -704,7 +709,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> dict[str, Any]:
             *(lean(v) for v in (c.value_a, c.value_b, c.difference, c.low, c.high, c.p_adjusted, c.detectable)),
             number("tests", c.test),
             [number("notes", note) for note in c.notes],
-            {"better": 1, "worse": -1}.get(c.verdict, 0),
+            {"better": 1, "worse": -1, "differs": 2}.get(c.verdict, 0),
         ]
         for c in comparisons
     ]

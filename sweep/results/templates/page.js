@@ -35,6 +35,21 @@
     };
   };
 
+  // What costs time is made when the reader comes near it, or prints.
+  const near = (node, action) => {
+    let done = false;
+    const once = () => {
+      if (!done) action();
+      done = true;
+    };
+    new IntersectionObserver((entries, watcher) => {
+      if (!entries.some((entry) => entry.isIntersecting)) return;
+      watcher.disconnect();
+      once();
+    }, { rootMargin: "500px" }).observe(node);
+    addEventListener("beforeprint", once);
+  };
+
   // --- Tables that sort ------------------------------------------------------------------------------------------
 
   const sortable = (table) => {
@@ -145,7 +160,7 @@
       return { column, a, b, n, unpaired, va, vb, difference, low, high, p, detectable, test, notes, verdict };
     });
     const turned = (r) => ({
-      ...r, a: r.b, b: r.a, va: r.vb, vb: r.va, difference: -r.difference, low: -r.high, high: -r.low, verdict: -r.verdict,
+      ...r, a: r.b, b: r.a, va: r.vb, vb: r.va, difference: -r.difference, low: -r.high, high: -r.low, verdict: r.verdict === 2 ? 2 : -r.verdict,
     });
     const byPair = new Map();
     rows.forEach((r) => {
@@ -186,19 +201,20 @@
         if (r.unpaired) notes.push(`${counted(r.unpaired, "document")} found no partner`);
         const drawn = make("td");
         if (r.low !== null && r.high !== null) drawn.append(interval(r.low, r.difference, r.high, widest, r.verdict !== 0));
-        const verdict = r.verdict > 0 ? "better" : r.verdict < 0 ? "worse" : "not shown to differ";
+        const verdict = r.verdict === 2 ? "different" : r.verdict > 0 ? "better" : r.verdict < 0 ? "worse" : "no difference shown";
         return make(
           "tr", {},
           make("th", { scope: "row" }, name, make("span", { class: "under", textContent: label })),
-          make("td", {}, `${data.models[r.a]} / ${data.models[r.b]}`,
-            ...notes.map((note) => make("span", { class: "under", textContent: note }))),
+          make("td", { class: "pair", textContent: `${data.models[r.a]} / ${data.models[r.b]}` }),
           cell(r.va === null ? "–" : r.va.toFixed(4)), cell(r.vb === null ? "–" : r.vb.toFixed(4)),
           cell(r.difference === null ? "–" : signed(r.difference)), drawn,
           make("td", { class: "n", title: data.tests[r.test], textContent: r.p === null ? "–" : r.p < 0.001 ? "< 0.001" : r.p.toFixed(3) }),
-          cell(verdict, r.verdict ? "shown" : "muted"), cell(r.n.toLocaleString("en")),
+          cell(verdict, r.verdict ? "verdict shown" : "verdict muted"), cell(r.n.toLocaleString("en")),
           cell(r.detectable === null ? "–" : r.detectable.toFixed(4)),
+          make("td", {}, ...notes.map((note) => make("span", { class: "under", textContent: note }))),
         );
       });
+      $("pair-table").classList.toggle("one", a >= 0 && b >= 0);
       $("pair-table").tBodies[0].replaceChildren(...lines);
       $("pair-count").textContent = counted(found.length, "comparison");
       pager($("pair-pager"), page, pages, (to) => {
@@ -412,20 +428,13 @@
     for (const id of ["s-a", "s-b", "s-metric", "s-which"]) $(id).addEventListener("change", refresh);
     $("s-text").addEventListener("input", later(refresh));
 
-    // The first task is opened when the reader comes near: until then nothing is spent on it.
-    const watcher = new IntersectionObserver((entries) => {
-      if (entries.some((entry) => entry.isIntersecting)) {
-        watcher.disconnect();
-        if (!block) open(Number($("s-task").value));
-      }
-    }, { rootMargin: "400px" });
-    watcher.observe($("sample-controls"));
+    near($("sample-controls"), () => block || open(Number($("s-task").value)));
   };
 
   if (typeof DecompressionStream === "undefined") {
     for (const id of ["pair-count", "s-count"]) if ($(id)) $(id).textContent = "This browser is too old to open the compressed data.";
   } else {
-    if ($("data-comparisons")) startPairs();
+    if ($("data-comparisons")) near($("pair-table"), startPairs);
     if ($("s-task")) startSamples();
   }
   filterBoard();
