@@ -399,7 +399,7 @@ def _run(arguments: Arguments) -> int:
         _require_same_sweep(whole, directory, read_cells(directory).keys())
     if not plan.owed and not plan.refused:
         print(f"all {len(plan.cells)} cells are done; `only=model/task` runs one again, `fresh=true` all of them")
-        return _conclude(config, plan, plan.done, directory, before)
+        return _conclude(config, plan, plan.done, directory, before, launched=False)
     planned = document(plan) | {"cells": cells_document(whole)}
     if plan.owed:
         prepare_ray(config.ray, plan.owed_servers)
@@ -462,10 +462,12 @@ def _conclude(
     directory: "RunDirectory",
     records: "Mapping[tuple[str, str], Record]",
     *,
+    launched: bool = True,
     stopped: bool = False,
 ) -> int:
-    """Write and print the tables of the `whole` sweep, and its page unless it was `stopped`; the exit code, which is
-    about the cells that have `ended`."""
+    """Print the tables of the `whole` sweep and write them and its page; the exit code, which is about the cells that
+    have `ended`. A launch that was `stopped` makes no page, and one that `launched` nothing only what is out of date.
+    """
     from sweep.planning.loading import secrets_of
     from sweep.record import Status
     from sweep.results.expectations import check
@@ -486,14 +488,16 @@ def _conclude(
         records=tuple(shown),
         owed=len(whole.cells) - done,
     )
-    _write_tables(sweep)
+    shown_already = not launched and _is_shown(directory, whole)
+    if not shown_already:
+        _write_tables(sweep)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(f"\n{markdown(shown, list(config.models), subtasks=False, width=width)}")
     print(f"{done} of {len(whole.cells)} cells are done")
     print(f"tables   {directory.report}, {directory.csv}\nsamples  {directory.results}")
     if stopped:
         print("page     `report` makes it of what is there")  # whoever has stopped a sweep does not wait for it
-    elif _is_newest(directory.page, directory.records):
+    elif shown_already:
         print(f"page     {directory.page}")
     else:
         _show(sweep, secrets_of(config))
@@ -518,8 +522,16 @@ def _write_tables(sweep: "Sweep") -> None:
         write_file(sweep.directory.csv, csv_text(sweep.records, sweep.models))
 
 
-def _is_newest(page: Path, records: Path) -> bool:
-    return page.exists() and all(record.stat().st_mtime <= page.stat().st_mtime for record in records.glob("*.json"))
+def _is_shown(directory: "RunDirectory", whole: "Plan") -> bool:
+    """Whether tables and page are there, of these cells and no older than any record."""
+    from sweep.results.store import read_cells
+
+    made = (directory.report, directory.csv, directory.page)
+    if not all(path.exists() for path in made):
+        return False
+    newest = max((record.stat().st_mtime for record in directory.records.glob("*.json")), default=0.0)
+    planned = {cell.key: cell.fingerprint for cell in whole.cells}
+    return min(path.stat().st_mtime for path in made) >= newest and read_cells(directory) == planned
 
 
 def _show(sweep: "Sweep", hidden: Sequence[str]) -> None:
