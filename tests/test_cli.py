@@ -51,6 +51,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("RAY_ADDRESS", "LMSWEEP_ENGINE", "HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+    # Charts take seconds; tests/test_reporting.py makes a real page.
+    monkeypatch.setattr("sweep.reporting.page", lambda sweep, comparisons, published: f"<p>{len(sweep.records)} cells")
     # Asking vLLM itself takes 15 s each time; tests/test_engine.py does.
     monkeypatch.setattr("sweep.serving.engine.examine", lambda servers, **_: tuple(f"seen {s.name}" for s in servers))
     return tmp_path
@@ -96,6 +98,17 @@ def launch(*arguments: str) -> Said:
         (["fetch", "conf=small"], r"fetch has to ask the hub, and HF_HUB_OFFLINE forbids it"),
         (["status", "conf=small", "only=m/t"], r"only= has no meaning for `status`"),
         (["status", "conf=small"], r"nothing was launched into .*runs/small yet"),
+        (["report", "conf=small"], r"runs/small is no run directory: it has no plan\.json"),
+        (["export", "conf=small"], r"runs/small is no run directory"),
+        (["report", "conf", "gone"], r"no folder 'gone': a run directory, or conf=NAME, is wanted"),
+        (["report", "conf", "conf", "conf"], r"`report` takes two run directories"),
+        (["export", "conf", "conf"], r"`export` takes one run directory"),
+        (["report", "conf", "publish=true"], r"publish has no meaning beside a run directory \(conf\)"),
+        (["report", "conf=small", "publish=1"], r"publish=1: true or false"),
+        (["report", "conf=small", "to=x"], r"to= of `report` belongs to two run directories"),
+        (["export", "conf=small", "only=m/t"], r"only= has no meaning for `export`"),
+        (["export", "conf=small", "publish=true"], r"publish= belongs to `report`"),
+        (["conf=small", "to=x"], r"to: unknown key"),
         (["chek", "conf=small"], r"unknown command 'chek'; did you mean 'check'\?"),
         (["conf=small", "ray.address=ray://head:10001"], r"ray\.address: ray://head:10001 is an address of Ray Client"),
         (["conf=small", "walltime=later"], r"walltime: wants a time as in 3h50m or 3:50:00, or seconds, got 'later'"),
@@ -175,10 +188,17 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(command: str) -> None:
         ("plan conf=a cluster=c.yaml", Arguments(command="plan", words=(), conf="a", cluster="c.yaml")),
         ("check conf=a only=m/*", Arguments(command="check", words=(), conf="a", only="m/*")),
         ("fetch conf=a x=1", Arguments(command="fetch", words=(), conf="a", overrides=("x=1",))),
+        (
+            "report conf=a publish=true x=1",
+            Arguments(command="report", words=(), conf="a", overrides=("x=1",), publish=True),
+        ),
+        ("report runs conf to=c.md", Arguments(command="report", words=("runs", "conf"), to="c.md")),
+        ("export conf=a to=out", Arguments(command="export", words=(), conf="a", to="out")),
         ("tasks gsm math", Arguments(command="tasks", words=("gsm", "math"))),
     ],
 )
-def test_arguments_are_read_in_any_order_behind_the_command(arguments: str, expected: Arguments) -> None:
+def test_arguments_are_read_in_any_order_behind_the_command(place: Path, arguments: str, expected: Arguments) -> None:
+    (place / "runs").mkdir()
     assert parse(arguments.split()) == expected
 
 
@@ -310,6 +330,150 @@ def test_a_finished_sweep_run_again_takes_less_than_three_seconds_and_no_ray(run
     assert time.monotonic() - start < 3
     assert "all 4 cells are done" in done.stdout
     assert done.stdout.splitlines()[-1] == "0 set()"
+
+
+def test_a_sweep_ends_with_where_its_page_is_and_what_it_says(
+    runner: Runner, directory: RunDirectory, output: Output
+) -> None:
+    main(["conf=small"])
+    lines = output().splitlines()
+    start = lines.index(f"page     {Path('runs/small/report.html')}")
+    assert [line.split()[0] for line in lines[start + 1 : start + 6]] == ["leads", "noise", "failed", "bends", "cost"]
+    assert directory.page.read_text() == "<p>4 cells"
+    assert "- failed   nothing" in directory.report.read_text()
+    assert "|gsm8k" in directory.report.read_text()
+
+
+def test_what_was_shown_already_is_not_made_again(runner: Runner, directory: RunDirectory, output: Output) -> None:
+    made = (directory.page, directory.report, directory.csv)
+    main(["conf=small"])
+    for path in made:
+        path.write_text("as it was")
+    output()
+    assert main(["conf=small"]) == 0
+    assert re.search(r"page +\S*runs/small/report\.html", output())
+    assert {path.read_text() for path in made} == {"as it was"}
+    directory.csv.unlink()
+    main(["conf=small"])
+    assert directory.csv.exists()
+    assert directory.page.read_text() == "<p>4 cells"
+    directory.page.write_text("of a launch before the last")
+    os.utime(directory.page, (1.0, 1.0))
+    main(["conf=small"])
+    assert directory.page.read_text() == "<p>4 cells"
+
+
+def test_a_page_that_cannot_be_made_costs_a_line(
+    runner: Runner, directory: RunDirectory, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> str:
+        raise ZeroDivisionError("a chart without a number")
+
+    monkeypatch.setattr("sweep.reporting.page", broken)
+    assert main(["conf=small"]) == 0
+    shown = output()
+    assert "page     none: make the page: ZeroDivisionError: a chart without a number (more in" in shown
+    assert "Traceback" not in shown
+    assert "4 of 4 cells are done" in shown
+    assert re.search(r"Traceback(.|\n)*in broken", directory.driver_log.read_text())
+    assert "|gsm8k" in directory.report.read_text()
+    assert not directory.page.exists()
+
+
+def test_whoever_stops_a_sweep_waits_for_no_page(runner: Runner, directory: RunDirectory, output: Output) -> None:
+    runner.signal = 2
+    main(["conf=small"])
+    assert "page     `report` makes it" in output()
+    assert not directory.page.exists()
+    assert directory.report.exists()
+
+
+def test_report_makes_everything_anew_beside_a_driver_and_without_the_database(
+    runner: Runner, directory: RunDirectory, output: Output
+) -> None:
+    made = (directory.page, directory.report, directory.csv)
+    runner.fails = {"first/gsm8k"}
+    main(["conf=small"])
+    for path in made:
+        path.unlink()
+    output()
+    store = Store(directory)
+    try:
+        assert main(["report", "conf=small"]) == 0
+    finally:
+        store.close()
+    assert re.search(r"page +\S*runs/small/report\.html", output())
+    assert all(path.exists() for path in made)
+    directory.responses.unlink()
+    for path in made:
+        path.unlink()
+    assert main(["report", str(directory.root)]) == 0
+    assert all(path.exists() for path in made)
+    assert re.search(r"failed +1 of 4 cells; 1 for: its server did not start", output())
+
+
+def test_two_sweeps_are_compared_and_nothing_is_written_unless_it_is_asked_for(
+    runner: Runner, directory: RunDirectory, place: Path, output: Output
+) -> None:
+    main(["conf=small"])
+    (place / "conf" / "half.yaml").write_text(SMALL.replace("  second:", "  # second:"))
+    main(["conf=half", "name=other"])
+    other = place / "runs" / "other"
+    before = {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()}
+    output()
+    assert main(["report", str(directory.root), str(other)]) == 0
+    shown = output()
+    assert f"- a: {directory.root}, 4 cells" in shown
+    assert f"- 2 cells are done in {directory.root} only: second/arc_easy, second/gsm8k" in shown
+    assert {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()} == before
+    assert main(["report", str(directory.root), str(other), "to=compared.md"]) == 0
+    assert (place / "compared.md").read_text().strip() == output().strip()
+
+
+@pytest.mark.parametrize(("mode", "errors", "code"), [("online", (), 0), ("offline", (), 1), ("online", ("lost",), 1)])
+def test_report_publishes_when_it_is_asked_to_and_says_what_came_of_it(
+    runner: Runner,
+    output: Output,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    errors: tuple[str, ...],
+    code: int,
+) -> None:
+    given: list[Any] = []
+
+    def publish(sweep: Any, config: Any, *, secrets: Sequence[str], texts: dict[str, str]) -> Any:
+        given.append((sweep.name, config.name, list(texts)))
+        return SimpleNamespace(mode=mode, why="", overview_url="https://w/b", publish=None, errors=errors)
+
+    monkeypatch.setitem(sys.modules, "sweep.results.publish", SimpleNamespace(publish=publish))  # type: ignore[arg-type]
+    main(["conf=small"])
+    output()
+    assert main(["report", "conf=small"]) == 0
+    assert not given
+    assert main(["report", "conf=small", "publish=true"]) == code
+    assert given == [("small", "small", ["Paired comparisons"])]
+    assert "https://w/b" in output()
+
+
+def test_export_writes_parquet_where_it_is_told_to(
+    runner: Runner, directory: RunDirectory, place: Path, output: Output
+) -> None:
+    main(["conf=small"])
+    output()
+    assert main(["export", "conf=small"]) == 0
+    assert sorted(path.name for path in (directory.root / "export").iterdir()) == [
+        "responses.parquet",
+        "samples.parquet",
+        "scores.parquet",
+    ]
+    assert re.search(r"4 rows  \S*runs/small/export/scores\.parquet", output())
+    store = Store(directory)
+    try:
+        assert main(["export", str(directory.root), "to=elsewhere"]) == 2
+    finally:
+        store.close()
+    assert "the responses are not exported: " in output()
+    assert (place / "elsewhere" / "scores.parquet").exists()
 
 
 def test_a_directory_of_another_sweep_is_refused_and_untouched(
