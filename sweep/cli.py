@@ -313,20 +313,20 @@ def _kept(arguments: Arguments) -> list[Path]:
 
 
 def _report(arguments: Arguments) -> int:
-    from sweep.reporting import between, write_page
     from sweep.results.reading import read_sweep
     from sweep.results.store import write_file
+
+    sweep, *others = [read_sweep(root) for root in _kept(arguments)]
+    from sweep.reporting import between, write_page
     from sweep.results.summary import headline
 
-    roots = _kept(arguments)
-    if len(roots) == 2:
-        text = between(*map(read_sweep, roots))
+    if others:
+        text = between(sweep, others[0])
         print(text)
         if arguments.to is not None:
             with boundary(StoreError, f"write {arguments.to}"):
                 write_file(Path(arguments.to), text)
         return DONE
-    sweep = read_sweep(roots[0])
     _write_tables(sweep)
     findings = write_page(sweep)
     directory = sweep.directory
@@ -345,11 +345,13 @@ def _report(arguments: Arguments) -> int:
 
 
 def _export(arguments: Arguments) -> int:
-    from sweep.results.export import export
     from sweep.results.reading import read_sweep
 
     (root,) = _kept(arguments)
-    export(read_sweep(root), Path(arguments.to) if arguments.to else root / "export", say=print)
+    sweep = read_sweep(root)
+    from sweep.results.export import export
+
+    export(sweep, Path(arguments.to) if arguments.to else root / "export", say=print)
     return DONE
 
 

@@ -236,7 +236,11 @@ def _documents(task: SyntheticTask, count: int, rng: random.Random) -> Iterator[
             requests = {c: {"gen_args_0": {"arg_0": prompt, "arg_1": settings}} for c, prompt in prompts.items()}
         else:
             requests = dict.fromkeys((False, True), {"gen_args_0": {"arg_0": question}})
-        head = {"doc_id": doc_id, "doc": doc, "target": answer if choices else question if not prompts[True] else answer}
+        head = {
+            "doc_id": doc_id,
+            "doc": doc,
+            "target": answer if choices else question if not prompts[True] else answer,
+        }
         yield _Document(
             subtask=subtask,
             doc_id=doc_id,

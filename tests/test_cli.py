@@ -337,7 +337,7 @@ def test_a_sweep_ends_with_where_its_page_is_and_what_it_says(
 ) -> None:
     main(["conf=small"])
     lines = output().splitlines()
-    start = lines.index(f"page     {Path('runs/small/report.html')}")
+    start = lines.index(f"page     {directory.page}")
     assert [line.split()[0] for line in lines[start + 1 : start + 6]] == ["leads", "noise", "failed", "bends", "cost"]
     assert directory.page.read_text() == "<p>4 cells"
     assert "- failed   nothing" in directory.report.read_text()

@@ -61,6 +61,44 @@ def test_the_table_has_lm_evals_form_with_all_models_side_by_side() -> None:
     )
 
 
+@pytest.mark.parametrize("width", [50, 80, 120, 200, 2000])
+@pytest.mark.parametrize("models", [1, 2, 7, 60])
+def test_the_table_of_any_number_of_models_fits_the_terminal(models: int, width: int) -> None:
+    names = [f"qwen2-5-instruct-awq-{n:02}" for n in range(models)]
+    records = [
+        done(
+            model,
+            task,
+            score(task, metric="exact_match", filter="flexible-extract", value=(int(model[-2:]) + 1) / 100),
+            counts=Counts(requests=10, truncated=1),
+        )
+        for model in names
+        for task in ("gsm8k", "a_task_with_quite_a_name")
+    ]
+    shown = markdown(records, names, width=width)
+    table = [line for line in shown.splitlines() if line.startswith("|")]
+    assert max(map(len, table)) <= width
+    headers = [cell.strip() for line in table if "Tasks" in line for cell in line[1:-1].split("|")]
+    shown_models = [cell for cell in headers if cell.startswith("qwen")]
+    assert len(shown_models) == models
+    if width >= 80:
+        assert shown_models == names
+    for n in range(models):
+        assert sum(f"{(n + 1) / 100:.4f} ± 0.0437" in line for line in table) == 2
+    whole = markdown(records, names)
+    assert ("see report.md" in shown) == (shown != whole)
+    if width == 2000:
+        assert shown == whole
+
+
+def test_columns_that_tell_rows_apart_stay_however_narrow_it_is() -> None:
+    two = [score(filter=name, metric="exact_match", version="3") for name in ("strict", "flexible")]
+    shown = markdown([done("a", "gsm8k", *two), done("b", "gsm8k", *two)], ["a", "b"], width=62)
+    rows = [[cell.strip() for cell in row] for row in lines_of(shown)]
+    assert [row[:2] for row in rows if row[0] != "-----"][:2] == [["gsm8k", "strict"], ["", "flexible"]]
+    assert "Version, n-shot: see report.md." in shown
+
+
 def test_subtasks_are_indented_as_in_lm_eval_and_can_be_folded() -> None:
     group = done(
         "m",

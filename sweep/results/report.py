@@ -75,7 +75,7 @@ def _fitted(table: Sequence[Sequence[str]], width: int | None) -> list[str]:
     if width is None or _width(whole) <= width:
         return [whole]
     header, *body = table
-    same = {0, *(i for i in range(1, 6) if header[i] in _LEFT and len({row[i] for row in body}) > 1)}
+    same = {0, *(i for i in range(1, 6) if header[i] in _LEFT and len({row[i] for row in body} - {""}) > 1)}
     keys = [i for i in range(6) if i in same]
     dropped = [header[i] for i in (1, 2, 3) if i not in keys]
     parts, left = [], list(range(6, len(header)))
@@ -94,15 +94,14 @@ def _columns(table: Sequence[Sequence[str]], chosen: Sequence[int]) -> list[list
 
 
 def _cut(table: list[list[str]], keys: int, width: int) -> list[list[str]]:
-    """With the widest of the first columns cut, one character after the other, until the table fits."""
-    excess = _width(aligned(table)) - width
-    widths = [max(len(row[i]) for row in table) for i in range(keys)]
-    for _ in range(max(0, excess)):
-        widest = max(range(keys), key=lambda i: widths[i])
-        widths[widest] = max(_NARROWEST, widths[widest] - 1)
+    """With the widest columns cut, one character after the other, until the table fits; figures are never cut."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    least = [_NARROWEST if i < keys else max(len(row[i]) for row in table[1:]) for i in range(len(widths))]
+    for _ in range(_width(aligned(table)) - width):
+        widest = max(range(len(widths)), key=lambda i: widths[i] - least[i])
+        widths[widest] = max(widths[widest] - 1, min(widths[widest], least[widest]))
     return [
-        [cell if i >= keys or len(cell) <= widths[i] else f"{cell[: widths[i] - 1]}…" for i, cell in enumerate(row)]
-        for row in table
+        [cell if len(cell) <= widths[i] else f"{cell[: widths[i] - 1]}…" for i, cell in enumerate(row)] for row in table
     ]
 
 

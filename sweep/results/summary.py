@@ -76,7 +76,9 @@ def _bent(sweep: Sweep) -> str:
     cells = [cell for cell, said in bent.items() if said]
     if not cells:
         return "nothing that is known of"
-    return f"{len(cells)} cells have what could bend a number, {cells[0]} for one: {bent[cells[0]][0]}"
+    have = "1 cell has" if len(cells) == 1 else f"{len(cells)} cells have"
+    example = f"{cells[0]}: {bent[cells[0]][0]}"
+    return f"{have} what could bend a number{', as' if len(cells) > 1 else ':'} {example}"
 
 
 def _cost(sweep: Sweep) -> str:

@@ -1,0 +1,182 @@
+"""What a sweep says in five lines and as a table of pairs: no leader where the difference may be noise."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweep.record import Counts, Record, Score, Status
+from sweep.results.compare import Comparison, Findings
+from sweep.results.reading import Sweep
+from sweep.results.store import RunDirectory
+from sweep.results.summary import compared, headline
+from sweep.results.timeline import Span, Timeline
+
+
+def pair(a: str, b: str, difference: float, *, task: str = "t", shown: bool = True, **changes: Any) -> Comparison:
+    known = {
+        "task": task,
+        "subtask": task,
+        "metric": "acc",
+        "filter": "none",
+        "higher_is_better": True,
+        "n": 100,
+        "unpaired": 0,
+        "value_a": 0.5,
+        "value_b": 0.5 + difference,
+        "stderr": 0.02,
+        "low": difference - 0.04,
+        "high": difference + 0.04,
+        "p": 0.001 if shown else 0.6,
+        "p_adjusted": 0.003 if shown else 1.0,
+        "test": "exact McNemar",
+        "strata": 1,
+        "clusters": None,
+        "detectable": 0.1,
+        "notes": (),
+    }
+    return Comparison(model_a=a, model_b=b, difference=difference, **{**known, **changes})
+
+
+SCORE = Score(
+    task="t",
+    version="1",
+    filter="none",
+    num_fewshot=0,
+    metric="acc",
+    value=0.5,
+    stderr=0.05,
+    higher_is_better=True,
+    samples=100,
+)
+
+
+def record(model: str, task: str = "t", **changes: Any) -> Record:
+    counts = Counts(requests=1000, asked=900, reused=100)
+    return Record(
+        **{
+            "model": model,
+            "task": task,
+            "fingerprint": "f",
+            "status": Status.DONE,
+            "counts": counts,
+            "scores": (SCORE,),
+            **changes,
+        }
+    )
+
+
+def sweep(*records: Record, owed: int = 0, timeline: Timeline | None = None) -> Sweep:
+    return Sweep(
+        directory=RunDirectory(Path("runs/s")),
+        name="s",
+        config={},
+        models=tuple(dict.fromkeys(r.model for r in records)),
+        tasks=tuple(dict.fromkeys(r.task for r in records)),
+        records=records,
+        left_out=0,
+        owed=owed,
+        timeline=timeline or Timeline(),
+    )
+
+
+def line(lines: list[str], name: str) -> str:
+    (found,) = [text.removeprefix(name).strip() for text in lines if text.startswith(name)]
+    return found
+
+
+def test_it_is_five_lines_whatever_there_is() -> None:
+    assert [text.split()[0] for text in headline(sweep(), ())] == ["leads", "noise", "failed", "bends", "cost"]
+
+
+def test_a_model_leads_where_it_is_shown_to_be_better_than_each_other_one() -> None:
+    pairs = [
+        *(pair(a, b, d) for a, b, d in [("a", "b", 0.2), ("a", "c", -0.1), ("b", "c", -0.3)]),
+        *(pair(a, b, 0.01, task="u", shown=False) for a, b in [("a", "b"), ("a", "c"), ("b", "c")]),
+    ]
+    lines = headline(sweep(record("a"), record("b"), record("c")), pairs)
+    assert line(lines, "leads") == "b on t; no single model on u (a, b, c)"
+    assert line(lines, "noise") == (
+        "3 of 6 paired differences may be noise (95%, corrected for their number); "
+        "the largest, b against a on u, is +0.0100 with n = 100"
+    )
+
+
+def test_the_model_on_most_tasks_comes_first_and_long_lists_are_counted() -> None:
+    pairs = [pair("a", "b", -0.2, task=f"t{n}") for n in range(5)] + [pair("a", "b", 0.2, task="u")]
+    assert line(headline(sweep(), pairs), "leads") == "a on t0, t1, t2 and 2 more; b on u"
+
+
+def test_a_task_counts_by_its_first_number() -> None:
+    pairs = [pair("a", "b", 0.2), pair("a", "b", -0.2, metric="acc_norm")]
+    assert line(headline(sweep(), pairs), "leads") == "b on t"
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ((record("a"),), "nobody: there is one model"),
+        ((record("a"), record("b", "u")), "nobody: no number of two models can be compared"),
+    ],
+)
+def test_nobody_leads_where_nothing_is_compared(records: tuple[Record, ...], said: str) -> None:
+    lines = headline(sweep(*records), ())
+    assert line(lines, "leads") == said
+    assert line(lines, "noise") == "nothing was compared"
+
+
+def test_what_failed_is_said_by_cause_and_what_is_owed_is_no_failure() -> None:
+    failed = record("b", status=Status.FAILED, error="no memory\nlog")
+    lines = headline(sweep(record("a"), failed, replace(failed, model="c"), owed=5), ())
+    assert line(lines, "failed") == "2 of 6 cells; 2 for: no memory; 3 cells are still owed"
+    assert line(headline(sweep(record("a")), ()), "failed") == "nothing"
+
+
+def test_what_bends_is_counted_with_an_example() -> None:
+    cut = record("b", counts=Counts(requests=10, truncated=2))
+    said = "2 of 10 requests had their context cut from the left to fit the model"
+    assert line(headline(sweep(record("a"), cut), ()), "bends") == f"1 cell has what could bend a number: b/t: {said}"
+    assert line(headline(sweep(record("a")), ()), "bends") == "nothing that is known of"
+
+
+def test_cost_is_time_gpu_hours_and_requests_of_all_launches() -> None:
+    def span(name: str, start: float, end: float, gpus: float = 0.0) -> Span:
+        known = {"server": "", "on": "", "ready": None, "state": "", "reason": ""}
+        return Span(name=name, start=start, end=end, gpus=gpus, **known)  # type: ignore[arg-type]
+
+    timeline = Timeline(
+        launches=(span("h", 0, 60), span("h", 1000, 4600)),
+        servers=(span("a-0", 0, 1800, 2.0), span("b-0", 0, 900)),
+    )
+    lines = headline(sweep(record("a"), record("b"), timeline=timeline), ())
+    assert line(lines, "cost") == (
+        "1:01:00 in 2 launches, 1.00 GPU-hours, 0.25 server-hours without a GPU, 1,800 requests computed, 200 reused"
+    )
+    assert line(headline(sweep(record("a")), ()), "cost") == "900 requests computed, 100 reused"
+
+
+def test_pairs_are_a_table_with_what_is_shown_first_and_notes_together() -> None:
+    few = "too few clusters (7)"
+    findings = Findings(
+        comparisons=(
+            pair("a", "b", 0.01, shown=False, notes=(few,)),
+            pair("a", "c", -0.2, notes=(few,), filter="strict"),
+            pair("b", "c", 0.2, subtask="u", higher_is_better=False),
+        ),
+        left_out=("t: word_perplexity is no mean over documents",),
+    )
+    table, notes, left_out = compared(findings).split("\n\n**")
+    header, _, *rows = [[cell.strip() for cell in row[1:-1].split("|")] for row in table.splitlines()]
+    named = ["Task", "Metric", "a", "b", "n", "a is", "b is", "b - a", "95 %", "p (Holm)", "b is shown to be"]
+    assert header == named
+    sizes = ["100", "0.5000"]
+    assert rows == [
+        ["t", "acc,strict ↑", "a", "c", *sizes, "0.3000", "-0.2000 ± 0.0200", "-0.2400 … -0.1600", "0.0030", "worse"],
+        ["t (u)", "acc ↓", "b", "c", *sizes, "0.7000", "+0.2000 ± 0.0200", "+0.1600 … +0.2400", "0.0030", "worse"],
+        ["t", "acc ↑", "a", "b", *sizes, "0.5100", "+0.0100 ± 0.0200", "-0.0300 … +0.0500", "1.0000", "–"],
+    ]
+    assert notes == "Notes**\n\n- t a : b, t a : c: too few clusters (7)"
+    assert left_out == "Not compared**\n\n- t: word_perplexity is no mean over documents\n"
+    assert "2 more comparisons are in report.html." in compared(findings, most=1)
+    assert compared(Findings(comparisons=(), left_out=())) == "Nothing could be compared.\n"
