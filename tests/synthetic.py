@@ -235,8 +235,12 @@ def _documents(task: SyntheticTask, count: int, rng: random.Random) -> Iterator[
             settings = {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 256}
             requests = {c: {"gen_args_0": {"arg_0": prompt, "arg_1": settings}} for c, prompt in prompts.items()}
         else:
-            requests = dict.fromkeys((False, True), {"gen_args_0": {"arg_0": question}})
-        head = {"doc_id": doc_id, "doc": doc, "target": answer if choices else question if not prompts[True] else answer}
+            requests = {chat: {"gen_args_0": {"arg_0": question}} for chat in (False, True)}
+        head = {
+            "doc_id": doc_id,
+            "doc": doc,
+            "target": answer if choices else question if not prompts[True] else answer,
+        }
         yield _Document(
             subtask=subtask,
             doc_id=doc_id,

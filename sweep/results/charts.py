@@ -109,7 +109,9 @@ def task_chart(points: Sequence[Point], metric: str) -> str:
         "sort": None,
         "axis": {"title": None, "labelColor": _INK, "labelLimit": 105, "ticks": False, "labelPadding": 6},
     }
-    return _svg({"data": {"values": rows}, "width": WIDTH, "height": {"step": 18}, "encoding": {"y": y}, "layer": layers})
+    return _svg(
+        {"data": {"values": rows}, "width": WIDTH, "height": {"step": 18}, "encoding": {"y": y}, "layer": layers}
+    )
 
 
 def size_chart(points: Sequence[Point], metric: str, *, higher_is_better: bool) -> str:
@@ -136,7 +138,12 @@ def size_chart(points: Sequence[Point], metric: str, *, higher_is_better: bool) 
         "field": "billions",
         "type": "quantitative",
         "scale": {"type": "log", "nice": False, "domain": [sizes[0] / 1.3, sizes[-1] * 1.3]},
-        "axis": {"title": "parameters, billions (log scale)", "grid": False, "values": _ticks(sizes[0], sizes[-1]), "format": "~g"},
+        "axis": {
+            "title": "parameters, billions (log scale)",
+            "grid": False,
+            "values": _ticks(sizes[0], sizes[-1]),
+            "format": "~g",
+        },
     }
     y = {"type": "quantitative", "scale": {"zero": False}, "axis": {"title": metric, "tickCount": 5}}
     label = {"type": "text", "fontSize": 10, "color": _INK, "dy": -9, "stroke": None}
@@ -200,7 +207,15 @@ def timeline_chart(bars: Sequence[Bar], rows: Sequence[str], end_s: float) -> st
             "encoding": {"x": x, "x2": {"field": "b"}, "y": y, "y2": {"field": "high"}, "color": colour},
         },
         {
-            "mark": {"type": "text", "align": "left", "baseline": "top", "dx": 3, "dy": 2, "fontSize": 9, "color": _INK},
+            "mark": {
+                "type": "text",
+                "align": "left",
+                "baseline": "top",
+                "dx": 3,
+                "dy": 2,
+                "fontSize": 9,
+                "color": _INK,
+            },
             "transform": [{"filter": "datum.kind == 'ready' && datum.text != ''"}],
             "encoding": {"x": x, "y": y, "text": {"field": "text"}},
         },
@@ -223,12 +238,18 @@ def _svg(specification: Mapping[str, Any]) -> str:
     import vl_convert  # an engine of 80 MB, which no command needs that makes no page
 
     drawn: str = vl_convert.vegalite_to_svg(
-        {"background": None, "padding": {"left": 12, "right": 4, "top": 4, "bottom": 4}, "config": _CONFIG, **specification}, vl_version=VEGA_LITE
+        {
+            "background": None,
+            "padding": {"left": 12, "right": 4, "top": 4, "bottom": 4},
+            "config": _CONFIG,
+            **specification,
+        },
+        vl_version=VEGA_LITE,
     )
     return re.sub(r"<[^<>]*>", _lean, drawn)
 
 
 def _lean(tag: re.Match[str]) -> str:
-    """What is decoration for Vega is bytes for the reader: forty models on thirty tasks have thousands of such nodes."""
+    """Without what is decoration to Vega and bytes to the reader: a wide sweep has tens of thousands of such nodes."""
     without = re.sub(r' (?:role|aria-roledescription|aria-hidden|pointer-events|class|xmlns:xlink)="[^"]*"', "", tag[0])
     return re.sub(r"(\d+\.\d{2})\d+", r"\1", without)

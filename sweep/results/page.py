@@ -224,16 +224,16 @@ def page(
         references=tuple(Reference(published=p, ours=_ours(sweep, p)) for p in published),
         quantized=_quantized(sweep, comparisons),
         bends=_folds((r, text, _kind(text)) for r in sweep.records for text in caveats(r)),
-        failed=_folds(
-            (r, (r.error or "").strip(), reason(r)) for r in sweep.records if r.status is Status.FAILED
-        ),
+        failed=_folds((r, (r.error or "").strip(), reason(r)) for r in sweep.records if r.status is Status.FAILED),
         lost=_lost(sweep.timeline.servers),
         speeds=tuple(_speed(sweep, model) for model in sweep.models),
         gpu_hours=sweep.timeline.gpu_s / 3600 if sweep.timeline.servers else None,
         timeline=_timeline(sweep),
         launches=len(sweep.timeline.launches),
         blocks=kept,
-        private=tuple(b.task for b in kept if sweep.config.get("tasks", {}).get(b.task, {}).get("share_samples") is False),
+        private=tuple(
+            b.task for b in kept if sweep.config.get("tasks", {}).get(b.task, {}).get("share_samples") is False
+        ),
         facts=tuple(_facts(sweep, model) for model in sweep.models),
         versions=_versions(sweep.records),
         settings=yaml.safe_dump(dict(sweep.config), sort_keys=False, allow_unicode=True, width=100),
@@ -263,7 +263,9 @@ def digest(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
         if alone:
             named = ", ".join(f"{model} on {_count(count, 'task')}" for model, count in alone.most_common(3))
             more = len(alone) - 3
-            lines.append(f"Shown to be better than all others: {named}{f' and {more} more models' if more > 0 else ''}.")
+            lines.append(
+                f"Shown to be better than all others: {named}{f' and {more} more models' if more > 0 else ''}."
+            )
         undecided = len(main) - sum(alone.values())
         if undecided:
             lines.append(f"On {_count(undecided, 'task')} no single model is shown to be better than all others.")
@@ -401,8 +403,8 @@ def _charts(
             continue
         first, last = points[0], points[-1]
         sentence = (
-            f"{column.title}, {column.label}: {_count(len(points), 'model')}, from {first.model} with {first.value:.4f} "
-            f"to {last.model} with {last.value:.4f}; the numbers are in the leaderboard."
+            f"{column.title}, {column.label}: {_count(len(points), 'model')}, from {first.model} with "
+            f"{first.value:.4f} to {last.model} with {last.value:.4f}; the numbers are in the leaderboard."
         )
         svg = Markup(task_chart(points, f"{column.label} {column.arrow}".strip()))
         found.append(Chart(column=column, svg=svg, said=sentence, open=len(found) < OPEN_CHARTS))
@@ -434,17 +436,15 @@ def _points(
     return sorted(points, key=lambda point: point.value, reverse=column.higher_is_better is not False)
 
 
-def _size_charts(
-    sweep: Sweep, columns: Sequence[Column], sizes: Mapping[str, float | None]
-) -> tuple[Chart, ...]:
+def _size_charts(sweep: Sweep, columns: Sequence[Column], sizes: Mapping[str, float | None]) -> tuple[Chart, ...]:
     found = []
     for column in columns:
         points = [point for point in _points(sweep, column, {}, sizes) if point.billions is not None]
         if column.main and len({point.billions for point in points}) > 1:
             small, large = min(points, key=lambda p: p.billions or 0), max(points, key=lambda p: p.billions or 0)
             sentence = (
-                f"{column.title}, {column.label} against parameters: from {small.model} ({small.billions:g} billion) with "
-                f"{small.value:.4f} to {large.model} ({large.billions:g} billion) with {large.value:.4f}."
+                f"{column.title}, {column.label} against parameters: from {small.model} ({small.billions:g} billion) "
+                f"with {small.value:.4f} to {large.model} ({large.billions:g} billion) with {large.value:.4f}."
             )
             svg = size_chart(
                 points,
@@ -511,7 +511,11 @@ def _quantized(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[Quantiz
         for full in sweep.models:
             other = _model(sweep, full)
             same = other.get("chat", False) == _model(sweep, model).get("chat", False)
-            if not _is_quantized(sweep, full) and same and names & {PurePath(str(other.get("path") or "")).name.lower(), full}:
+            if (
+                not _is_quantized(sweep, full)
+                and same
+                and names & {PurePath(str(other.get("path") or "")).name.lower(), full}
+            ):
                 pairs.append((model, full))
                 break
     main = {column.key for column in _columns(sweep) if column.main}
@@ -635,9 +639,13 @@ def _timeline(sweep: Sweep) -> Markup | None:
         start, middle, end = since(span.start), since(ready), since(span.end)
         bars.append(Bar(row=row, lane=0, lanes=1, kind="starting", start=start, end=middle))
         if end > middle:
-            bars.append(Bar(row=row, lane=0, lanes=1, kind="ready", start=middle, end=end, text=span.server or span.name))
+            bars.append(
+                Bar(row=row, lane=0, lanes=1, kind="ready", start=middle, end=end, text=span.server or span.name)
+            )
         mine = [
-            c for c in cells if _entry(sweep, c.name.split("/", 1)[0]) == span.server and span.start <= c.start <= span.end
+            c
+            for c in cells
+            if _entry(sweep, c.name.split("/", 1)[0]) == span.server and span.start <= c.start <= span.end
         ]
         lanes: list[float] = []
         placed = []
