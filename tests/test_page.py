@@ -163,7 +163,7 @@ def test_no_model_is_called_best_where_the_difference_may_be_chance(small: Sweep
     assert small_page.read_text().count("<strong>") >= 2 * len(best)
     nothing = page(small, (), ())
     assert "<strong>" not in nothing
-    assert "nothing is marked" in nothing
+    assert "nothing is marked as better" in nothing
 
 
 def test_the_digest_counts_what_is_done_failed_and_bent(small: Sweep) -> None:

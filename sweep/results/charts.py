@@ -174,7 +174,7 @@ def timeline_chart(bars: Sequence[Bar], rows: Sequence[str], end_s: float) -> st
     unit, per = ("hours", 3600) if end_s > 7200 else ("minutes", 60) if end_s > 180 else ("seconds", 1)
     values = []
     for bar in bars:
-        top = bar.row * height + 4
+        top = bar.row * height + 4.0
         low, high = (top, top + 12) if bar.kind != "cell" else (top + 14, top + 26)
         if bar.kind == "cell":
             each = (high - low) / bar.lanes

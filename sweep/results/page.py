@@ -8,6 +8,7 @@ script is compressed, and a policy in the page lets no other script run and noth
 import base64
 import gzip
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -483,14 +484,13 @@ def _counted(path: str) -> int | None:
     files = sorted(folder.glob("*.safetensors")) if path and folder.is_dir() else []
     total = 0
     for file in files:
-        with file.open("rb") as opened:
-            header = msgspec.json.decode(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for length in tensor["shape"]:
-                    size *= length
-                total += size
+        try:
+            with file.open("rb") as opened:
+                content = opened.read(int.from_bytes(opened.read(8), "little"))
+            header = msgspec.json.decode(content, type=dict[str, dict[str, Any]])
+        except (OSError, msgspec.MsgspecError):
+            return None  # not for this page to complain about: vLLM has read it or has said why not
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     return total or None
 
 
@@ -514,7 +514,7 @@ def _quantized(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[Quantiz
             if (
                 not _is_quantized(sweep, full)
                 and same
-                and names & {PurePath(str(other.get("path") or "")).name.lower(), full}
+                and names & {PurePath(str(other.get("path") or "")).name.lower(), full.lower()}
             ):
                 pairs.append((model, full))
                 break
