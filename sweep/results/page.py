@@ -397,7 +397,7 @@ def _charts(
     sweep: Sweep, columns: Sequence[Column], published: Sequence[Published], sizes: Mapping[str, float | None]
 ) -> tuple[Chart, ...]:
     said = {(p.model, p.task, p.subtask, p.metric, p.filter): p for p in published}
-    found = []
+    found: list[Chart] = []
     for column in columns:
         points = _points(sweep, column, said, sizes)
         if not column.main or not points:
@@ -438,7 +438,7 @@ def _points(
 
 
 def _size_charts(sweep: Sweep, columns: Sequence[Column], sizes: Mapping[str, float | None]) -> tuple[Chart, ...]:
-    found = []
+    found: list[Chart] = []
     for column in columns:
         points = [point for point in _points(sweep, column, {}, sizes) if point.billions is not None]
         if column.main and len({point.billions for point in points}) > 1:
