@@ -118,7 +118,7 @@ def write(
 ) -> RunDirectory:
     """A sweep with at least `samples` lines of samples in all. `failed` cells have failed; unset is one in 150.
 
-    One cell is owed when there are more than ten.
+    A sweep of ten cells or fewer is whole: none of them has failed by itself, none is owed.
     """
     rng = random.Random(seed)
     directory = RunDirectory(root)
@@ -126,7 +126,7 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
     made, asked = models_of(models), tasks_of(tasks, rng)
     cells = [(model, task) for task in asked for model in made]
-    broken = max(1, len(cells) // 150) if failed is None else failed
+    broken = math.ceil(len(cells) / 150) * (len(cells) > 10) if failed is None else failed
     lost = dict.fromkeys(rng.sample(range(len(cells)), broken))
     owed = {rng.randrange(len(cells))} - lost.keys() if len(cells) > 10 else set()
     per_cell = math.ceil(samples / (len(cells) - len(lost) - len(owed)))
@@ -235,7 +235,7 @@ def _documents(task: SyntheticTask, count: int, rng: random.Random) -> Iterator[
             settings = {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 256}
             requests = {c: {"gen_args_0": {"arg_0": prompt, "arg_1": settings}} for c, prompt in prompts.items()}
         else:
-            requests = dict.fromkeys((False, True), {"gen_args_0": {"arg_0": question}})
+            requests = {chat: {"gen_args_0": {"arg_0": question}} for chat in (False, True)}
         head = {
             "doc_id": doc_id,
             "doc": doc,

@@ -37,6 +37,9 @@ ORDER = [
     "report",
     "summary",
     "export",
+    "answers",
+    "charts",
+    "page",
     # serving
     "supervisor",
     "vllm_plugin",
@@ -91,6 +94,8 @@ OWNERS = {
     "pyarrow": {"export"},
     "lm_eval": {"lm", "evaluation"},  # tasks.py finds its folder without importing it
     "scipy": {"compare"},
+    "jinja2": {"page"},
+    "vl_convert": {"charts"},
     "vllm": {"forced_decoding", "vllm_parser"},  # in vLLM's own process, and a script
 }
 """The only modules that may import a foreign library, at whatever depth of their code."""

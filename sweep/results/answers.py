@@ -189,8 +189,8 @@ def _block(task: _Task, longest: int | None) -> tuple[bytes, int]:
     for document in task.documents.values():
         sample = document.sample
         own = next(iter(document.answers.values())).prompt
-        for answer in document.answers.values():
-            prompts.setdefault(answer.prompt, len(prompts))
+        for given in document.answers.values():
+            prompts.setdefault(given.prompt, len(prompts))
         docs.append(
             [
                 subtasks[sample.subtask],

@@ -174,7 +174,7 @@ def timeline_chart(bars: Sequence[Bar], rows: Sequence[str], end_s: float) -> st
     unit, per = ("hours", 3600) if end_s > 7200 else ("minutes", 60) if end_s > 180 else ("seconds", 1)
     values = []
     for bar in bars:
-        top = bar.row * height + 4
+        top = bar.row * height + 4.0
         low, high = (top, top + 12) if bar.kind != "cell" else (top + 14, top + 26)
         if bar.kind == "cell":
             each = (high - low) / bar.lanes
@@ -250,6 +250,6 @@ def _svg(specification: Mapping[str, Any]) -> str:
 
 
 def _lean(tag: re.Match[str]) -> str:
-    """What is decoration for Vega is bytes for the reader: forty models on thirty tasks have thousands of such nodes."""
+    """Without what is decoration to Vega and bytes to the reader: a wide sweep has tens of thousands of such nodes."""
     without = re.sub(r' (?:role|aria-roledescription|aria-hidden|pointer-events|class|xmlns:xlink)="[^"]*"', "", tag[0])
     return re.sub(r"(\d+\.\d{2})\d+", r"\1", without)

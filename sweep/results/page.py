@@ -8,6 +8,7 @@ script is compressed, and a policy in the page lets no other script run and noth
 import base64
 import gzip
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -396,15 +397,15 @@ def _charts(
     sweep: Sweep, columns: Sequence[Column], published: Sequence[Published], sizes: Mapping[str, float | None]
 ) -> tuple[Chart, ...]:
     said = {(p.model, p.task, p.subtask, p.metric, p.filter): p for p in published}
-    found = []
+    found: list[Chart] = []
     for column in columns:
         points = _points(sweep, column, said, sizes)
         if not column.main or not points:
             continue
         first, last = points[0], points[-1]
         sentence = (
-            f"{column.title}, {column.label}: {_count(len(points), 'model')}, from {first.model} with {first.value:.4f} "
-            f"to {last.model} with {last.value:.4f}; the numbers are in the leaderboard."
+            f"{column.title}, {column.label}: {_count(len(points), 'model')}, from {first.model} with "
+            f"{first.value:.4f} to {last.model} with {last.value:.4f}; the numbers are in the leaderboard."
         )
         svg = Markup(task_chart(points, f"{column.label} {column.arrow}".strip()))
         found.append(Chart(column=column, svg=svg, said=sentence, open=len(found) < OPEN_CHARTS))
@@ -437,14 +438,14 @@ def _points(
 
 
 def _size_charts(sweep: Sweep, columns: Sequence[Column], sizes: Mapping[str, float | None]) -> tuple[Chart, ...]:
-    found = []
+    found: list[Chart] = []
     for column in columns:
         points = [point for point in _points(sweep, column, {}, sizes) if point.billions is not None]
         if column.main and len({point.billions for point in points}) > 1:
             small, large = min(points, key=lambda p: p.billions or 0), max(points, key=lambda p: p.billions or 0)
             sentence = (
-                f"{column.title}, {column.label} against parameters: from {small.model} ({small.billions:g} billion) with "
-                f"{small.value:.4f} to {large.model} ({large.billions:g} billion) with {large.value:.4f}."
+                f"{column.title}, {column.label} against parameters: from {small.model} ({small.billions:g} billion) "
+                f"with {small.value:.4f} to {large.model} ({large.billions:g} billion) with {large.value:.4f}."
             )
             svg = size_chart(
                 points,
@@ -483,14 +484,13 @@ def _counted(path: str) -> int | None:
     files = sorted(folder.glob("*.safetensors")) if path and folder.is_dir() else []
     total = 0
     for file in files:
-        with file.open("rb") as opened:
-            header = msgspec.json.decode(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for length in tensor["shape"]:
-                    size *= length
-                total += size
+        try:
+            with file.open("rb") as opened:
+                content = opened.read(int.from_bytes(opened.read(8), "little"))
+            header = msgspec.json.decode(content, type=dict[str, dict[str, Any]])
+        except (OSError, msgspec.MsgspecError):
+            return None  # not for this page to complain about: vLLM has read it or has said why not
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     return total or None
 
 
@@ -514,7 +514,7 @@ def _quantized(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[Quantiz
             if (
                 not _is_quantized(sweep, full)
                 and same
-                and names & {PurePath(str(other.get("path") or "")).name.lower(), full}
+                and names & {PurePath(str(other.get("path") or "")).name.lower(), full.lower()}
             ):
                 pairs.append((model, full))
                 break
