@@ -21,12 +21,18 @@ import msgspec
 from bench import data
 from sweep.evaluating.dispatch import common_length
 from sweep.evaluating.preflight import Facts
+from sweep.serving.engine import MANY_CORES, ON_CPU
 from sweep.serving.server import Endpoint
 
 KV_CACHE_GIB = 2
 """Of every engine here: 60,000 tokens of the larger model."""
 
-ENGINE = {"dtype": "float32", "max_model_len": data.MAX_MODEL_LEN, "enforce_eager": True}
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": data.MAX_MODEL_LEN,
+    "enforce_eager": True,
+    "block_size": ON_CPU["block_size"],
+}
 """vLLM's options, the same for servers and in process: compiling pays for itself in no run that is this short."""
 
 WARM_UP = ((("", ""), [1] * 32, [2]),)
@@ -127,6 +133,7 @@ def run(job: Job) -> Ran:
         **({} if job.side is Side.IN_PROCESS else {"TQDM_DISABLE": "1"}),
         # As our servers have them, for an engine in process.
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
+        **({"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} if (os.cpu_count() or 1) < MANY_CORES else {}),
         "VLLM_NO_USAGE_STATS": "1",
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
-from test_chaos import a_sweep, python_path
+from light import python_path
+from test_chaos import a_sweep
 from test_runner import ROOT, STAND_IN
 
 HEAD = "10.77.0.1"

@@ -28,6 +28,7 @@ import msgspec
 import psutil
 import pytest
 from conftest import apart
+from light import python_path
 from light.evaluation import MARK, key_of
 from test_runner import GONE_S, STAND_IN, Bench, Launch, Made, made, until
 
@@ -36,8 +37,6 @@ from sweep.running.machine import EVALUATOR
 from sweep.serving.server import SUPERVISOR
 
 __all__ = ["made"]  # a fixture
-
-LIGHT = Path(__file__).with_name("light")
 
 SERVER_BOUND_S = 5.0
 """From a server's death to the first request at the next one, of which its start may take START_S."""
@@ -228,10 +227,6 @@ def stand_ins(latency_s: float, bench: Bench) -> dict[str, str]:
         "STAND_IN_REQUESTS_LOG": str(bench.requests),
         "PYTHONPATH": python_path(),
     }
-
-
-def python_path() -> str:
-    return os.pathsep.join(filter(None, (str(LIGHT), os.environ.get("PYTHONPATH"))))
 
 
 def recorded(log: str) -> Counter[str]:

@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from light import python_path
 from test_runner import LAUNCH_S, ROOT, STAND_IN, Bench, Made, made
 
 from sweep.serving.supervisor import Entry, entries, mapped
@@ -175,16 +176,24 @@ def tree_of(server: psutil.Process) -> list[psutil.Process]:
 class Sweep:
     """`python launch.py` with one model, whose server has answered and is answering."""
 
-    def __init__(self, place: Place, made: Made, folder: Path, *prefix: str) -> None:
-        """`prefix` is the start of the command line."""
+    def __init__(self, place: Place, made: Made, folder: Path, *prefix: str, whole: bool = False) -> None:
+        """`prefix` is the start of the command line. Without lm-eval (see light/), which takes most of a launch's time
+        on two cores and leaves nothing behind that an evaluator without it would not, but for a `whole` one."""
         self.bench = Bench(folder / "sweep", {}, {})
         path = self.bench.folder / "sweep.yaml"
+        tasks: dict[str, object] = {"exports": {"include_path": str(made.tasks)}}
+        if not whole:
+            (self.bench.folder / "tasks").mkdir()
+            (self.bench.folder / "tasks" / "letters-0.yaml").write_text(
+                "task: letters-0\noutput_type: generate_until\n"
+            )
+            tasks = {"letters-0": {"include_path": str(self.bench.folder / "tasks"), "limit": 1000}}
         settings = {
             "name": "sweep",
             "runs_dir": str(self.bench.folder / "runs"),
             "defaults": {"model": {"device": "cpu", "max_model_len": 512, "concurrency": 4}},
             "models": {"alpha": {"path": made.model("alpha")}},
-            "tasks": {"exports": {"include_path": str(made.tasks)}},
+            "tasks": tasks,
             "wandb": {"mode": "disabled"},
             "ray": {"evaluators": 1, "cpu_servers": 1},
         }
@@ -195,7 +204,11 @@ class Sweep:
             self.process = subprocess.Popen(
                 [*prefix, sys.executable, "launch.py", f"conf={path}"],
                 cwd=ROOT,
-                env={**place.environment, "STAND_IN_LATENCY_S": "0.5"},
+                env={
+                    **place.environment,
+                    "STAND_IN_LATENCY_S": "0.5",
+                    **({} if whole else {"PYTHONPATH": python_path()}),
+                },
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a process group of its own, as from a shell
@@ -243,7 +256,7 @@ OpenSweep = Callable[..., Sweep]
 
 @pytest.fixture
 def sweep(place: Place, made: Made, tmp_path: Path) -> OpenSweep:
-    return lambda *prefix: Sweep(place, made, tmp_path, *prefix)
+    return lambda *prefix, whole=False: Sweep(place, made, tmp_path, *prefix, whole=whole)
 
 
 @pytest.mark.ray
@@ -261,7 +274,7 @@ def test_nothing_is_left_of_a_sweep_whose_driver_gets_a_signal(
 
 @pytest.mark.ray
 def test_nothing_is_left_of_a_sweep_that_is_interrupted_from_its_terminal(place: Place, sweep: OpenSweep) -> None:
-    started = sweep()
+    started = sweep(whole=True)
     seen = started.seen()
     at = time.monotonic()
     os.killpg(started.process.pid, signal.SIGINT)

@@ -71,7 +71,12 @@ def _nothing_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("on_cpu", "changes", "found"),
     [
         (True, {}, replace(FORCED_DECODING, options={**ON_CPU, **FORCED_DECODING.options})),
-        (True, {"server": {"worker-extension-cls": "mine.Mine"}}, FORCED_DECODING),
+        (
+            True,
+            {"server": {"worker-extension-cls": "mine.Mine"}},
+            replace(FORCED_DECODING, options={"block_size": 32, **FORCED_DECODING.options}),
+        ),
+        (True, {"server": {"worker-extension-cls": "mine.Mine", "block-size": 64}}, FORCED_DECODING),
         (False, {}, TAIL_PREFILL),
         (False, {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}, FORCED_DECODING),
         (True, {"scoring": Scoring.ECHO}, Extras(options=ON_CPU)),
@@ -85,6 +90,23 @@ def test_a_server_is_started_for_the_scoring_that_its_runner_can_do(
     on_cpu: bool, changes: dict[str, Any], found: Extras
 ) -> None:
     assert extras(plan(**changes), on_cpu=on_cpu) == found
+
+
+@pytest.mark.parametrize(
+    ("cores", "changes", "gpu_ids", "found"),
+    [
+        (2, {}, [], "0"),
+        (8, {}, [], None),
+        (2, {"env": {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}}, [], "1"),
+        (2, {}, ["0"], None),
+    ],
+)
+def test_a_cpu_server_computes_on_every_core_where_there_are_few(
+    cores: int, changes: dict[str, Any], gpu_ids: list[str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    given = environment(plan(**changes), api_key=KEY, gpu_ids=gpu_ids, base={})
+    assert given.get("VLLM_CPU_NUM_OF_RESERVED_CPU") == found
 
 
 def test_extras_are_on_the_command_line_and_our_package_is_found() -> None:
