@@ -29,9 +29,12 @@ ORDER = [
     "store",
     "timeline",
     "reading",
+    "sharing",
+    "wandb_report",
     "mirror",
     "tracking",
     "report",
+    "publish",
     # serving
     "supervisor",
     "vllm_plugin",
@@ -81,13 +84,14 @@ ORDER = [
 OWNERS = {
     "omegaconf": {"loading"},
     "ray": {"cluster"},
-    "wandb": {"mirror"},
+    "wandb": {"mirror", "wandb_report"},
+    "wandb_workspaces": {"wandb_report"},
     "lm_eval": {"lm", "evaluation"},  # tasks.py finds its folder without importing it
     "vllm": {"forced_decoding", "vllm_parser"},  # in vLLM's own process, and a script
 }
 """The only modules that may import a foreign library, at whatever depth of their code."""
 
-HEAVY = ["torch", "vllm", "ray", "lm_eval", "transformers", "datasets", "wandb"]
+HEAVY = ["torch", "vllm", "ray", "lm_eval", "transformers", "datasets", "wandb", "wandb_workspaces"]
 
 PATHS = {path.stem: path for path in (ROOT / "sweep").rglob("*.py") if path.stem != "__init__"}
 MODULES = sorted(PATHS)

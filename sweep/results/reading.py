@@ -70,7 +70,7 @@ class Sweep:
         for name in sorted(record.files):
             path = self.directory.root / name
             if path.name.startswith("samples_"):
-                yield from _samples(path)
+                yield from read_samples(path)
 
 
 def read_sweep(root: Path) -> Sweep:
@@ -105,21 +105,31 @@ def read_sweep(root: Path) -> Sweep:
     )
 
 
-def _samples(path: Path) -> Iterator[Sample]:
+def read_samples(path: Path) -> Iterator[Sample]:
+    """The samples in one of lm-eval's files. Raises StoreError."""
     with boundary(StoreError, f"read {path}"), path.open("rb") as lines:
         for line in lines:
-            row = msgspec.json.decode(line)
-            yield Sample(
-                subtask=path.stem.removeprefix("samples_").rpartition("_")[0],
-                filter=row["filter"],
-                doc_id=row["doc_id"],
-                doc_hash=row["doc_hash"],
-                prompt_hash=row["prompt_hash"],
-                target_hash=row["target_hash"],
-                doc=row["doc"] if isinstance(row["doc"], dict) else {"doc": row["doc"]},
-                target=row["target"],
-                arguments=row["arguments"],
-                resps=tuple(row["resps"]),
-                filtered_resps=tuple(row["filtered_resps"]),
-                metrics={name: row[name] for name in row["metrics"]},
-            )
+            yield sample(subtask_of(path), line)
+
+
+def subtask_of(path: Path) -> str:
+    """lm-eval's name of the task whose samples a file holds: `samples_<task>_<date>.jsonl`."""
+    return path.stem.removeprefix("samples_").rpartition("_")[0]
+
+
+def sample(subtask: str, line: bytes) -> Sample:
+    row = msgspec.json.decode(line)
+    return Sample(
+        subtask=subtask,
+        filter=row["filter"],
+        doc_id=row["doc_id"],
+        doc_hash=row["doc_hash"],
+        prompt_hash=row["prompt_hash"],
+        target_hash=row["target_hash"],
+        doc=row["doc"] if isinstance(row["doc"], dict) else {"doc": row["doc"]},
+        target=row["target"],
+        arguments=row["arguments"],
+        resps=tuple(row["resps"]),
+        filtered_resps=tuple(row["filtered_resps"]),
+        metrics={name: row[name] for name in row["metrics"]},
+    )

@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 import msgspec
@@ -23,7 +23,9 @@ from sweep.masking import masked
 from sweep.planning.config import SweepConfig
 from sweep.planning.plan import Cell, Plan, ServerPlan, decided, failure, on_cpu
 from sweep.record import Record, Status
+from sweep.results import publish
 from sweep.results.claim import Work
+from sweep.results.reading import read_sweep
 from sweep.results.store import Store, masked_json, write_file
 from sweep.results.tracking import Outcome, Tracker
 from sweep.running.cluster import (
@@ -212,14 +214,7 @@ def carry_out(
     ):
         listen(stop)  # Ray has put a handler of its own in place
         require(plan.owed_servers, cluster.inventory)
-        tracker = Tracker(
-            config.wandb,
-            sweep=config.name,
-            sweep_id=str(store.directory.root),
-            directory=store.directory.wandb,
-            models={name: asdict(model) for name, model in config.models.items()},
-            secrets=secrets,
-        )
+        tracker = publish.mirror_of(config, store.directory, secrets)
         try:
             runner = Runner(
                 plan=plan,
@@ -236,10 +231,19 @@ def carry_out(
             number = runner.run(stop)
         finally:
             cluster.close()  # no GPU is held while W&B takes its time
+            _report(tracker, config, store)
             left_s = walltime.end_s - TABLES_S - time.monotonic()
             outcome = tracker.close(max(0.0, min(CLOSE_WANDB_S, left_s)))
     got_on = store.count() > stored or len(records) > len(plan.done)
     return Carried(records=records, signal=number, wandb=outcome, out_of_time=runner.out_of_time, got_on=got_on)
+
+
+def _report(tracker: Tracker, config: SweepConfig, store: Store) -> None:
+    """The Report of what the records say now; without one the sweep is as good."""
+    try:
+        publish.report(tracker, read_sweep(store.directory.root), config, {})
+    except StoreError as error:
+        log.warning("there will be no W&B Report of this launch: %s", error)
 
 
 @contextmanager
