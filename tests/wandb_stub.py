@@ -269,6 +269,10 @@ class Stub:
             "entityName": ENTITY,
             "createdAt": "2026-01-01T00:00:00",
             "isBenchmark": False,
+            "user": None,
+            "description": None,
+            "access": "ENTITY_READ",
+            "views": None,
         }
 
     def GetProjects(self, v: dict[str, Any]) -> dict[str, Any]:

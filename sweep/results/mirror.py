@@ -148,7 +148,9 @@ class _Mirror:
         if run := self._run(model):
             with self._attempt(f"the history of {run.name}"):
                 # It came with the rows, in one stream, and is where it broke off. A history without is of someone else.
-                last = run.summary.get(ROW, -1 if "progress/elapsed_s" not in run.summary else float("inf"))
+                last = run.summary.get(ROW)
+                if last is None:
+                    last = -1 if run.summary.get("progress/elapsed_s") is None else float("inf")
                 for row in rows:
                     if row[ROW] > last:
                         run.log(dict(row))

@@ -35,7 +35,7 @@ def build(recipe: Mapping[str, Any], *, entity: str) -> Any:
     def runs(job: str, name: str, columns: Sequence[str] = ()) -> Any:
         # Without entity and project, which would be asked of the server at once, the Report's own are meant.
         shown = {"visible_columns": [f"summary:{key}" for key in columns], "lock_columns": True} if columns else {}
-        filters = [expr.Metric("Group") == recipe["group"], expr.Metric("JobType") == job]
+        filters = expr.And(expr.Metric("Group") == recipe["group"], expr.Metric("JobType") == job)
         return wr.Runset(name=name, filters=filters, **shown)
 
     def grid(runset: Any, panels: Sequence[Any], *, across: int, height: int = 8) -> Any:
