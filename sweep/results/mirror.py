@@ -336,7 +336,8 @@ class _Mirror:
         )
         run.define_metric("progress/elapsed_s", hidden=True)
         run.define_metric(ROW, hidden=True)
-        run.define_metric("progress/*", step_metric="progress/elapsed_s")
+        for section in ("progress/*", "server/*"):
+            run.define_metric(section, step_metric="progress/elapsed_s")
         if not self._why:
             # One artifact while the server answers. Without it, a run whose first table falls into an outage loses the
             # table and `finish` ignores its timeout (wandb 0.31: an uncancellable query).

@@ -16,7 +16,7 @@ import msgspec
 
 from sweep.errors import StoreError, boundary
 from sweep.evaluating import evaluator as ev
-from sweep.evaluating.concurrency import Controller, Leases, Load, automatic_limit
+from sweep.evaluating.concurrency import Controller, Leases, Load, automatic_limit, figures
 from sweep.evaluating.preflight import Check, Facts, expectation
 from sweep.evaluating.preflight import Outcome as Checked
 from sweep.masking import masked
@@ -296,6 +296,8 @@ class Runner:
     _evaluators_work: bool = False
     """One of them has said something."""
     _last_tracked: float = 0.0
+    _loads_before: dict[str, Load] = field(default_factory=dict)
+    """By life, when W&B was told last."""
     _last_told: float = 0.0
     _serials: Iterator[int] = field(default_factory=itertools.count)
     """Of what evaluators are told of their shares."""
@@ -1015,6 +1017,12 @@ class Runner:
         if now - self._last_tracked < TRACK_S:
             return
         self._last_tracked = now
+        loads = {
+            server: {name: load for name in self._ready(server) if (load := self._lives[name].load)}
+            for server in self._servers
+        }
+        shown = {server: figures(self._loads_before, now_there) for server, now_there in loads.items()}
+        self._loads_before = {name: load for there in loads.values() for name, load in there.items()}
         for model in {c.cell.model.name for c in self._cells.values() if c.state == "running"}:
             mine = [c for c in self._cells.values() if c.cell.model.name == model]
             known = [c.progress for c in mine if c.progress is not None]
@@ -1024,7 +1032,7 @@ class Runner:
                     "cells_done": sum(not c.unfinished for c in mine),
                     "requests_done": sum(p.done for p in known),
                     "requests_per_s": sum(c.rate for c in mine if c.state == "running"),
-                    **self._load_of(mine[0].cell.model.server),
+                    **{f"server/{name}": value for name, value in shown[mine[0].cell.model.server].items()},
                 },
             )
         self._keep_concurrency()
@@ -1043,18 +1051,6 @@ class Runner:
                 requests_per_s=round(sum(c.rate for c in running), 1),
             )
         )
-
-    def _load_of(self, server: str) -> dict[str, float]:
-        """Of all its lives; {} while none is ready."""
-        loads = [load for name in self._ready(server) if (load := self._lives[name].load) is not None]
-        if not loads:
-            return {}
-        return {
-            "concurrency": sum(load.limit for load in loads),
-            "running": sum(load.running for load in loads),
-            "waiting": sum(load.waiting for load in loads),
-            "kv_cache_use": max(load.kv_cache_use for load in loads),
-        }
 
 
 def keep_answers(events: Sequence[ClusterEvent], store: Store, cluster: Cluster) -> None:
