@@ -124,6 +124,11 @@ class Tracker:
             }
         )
 
+    @property
+    def shows(self) -> bool:
+        """Whether anything comes of what it is told."""
+        return self._process is not None and not self._closing
+
     def progress(self, model: str, row: Mapping[str, float]) -> None:
         """Add a point to a model's history, each key as `progress/<key>` unless it has a section of its own
         (`server/running`). The caller decides how often."""

@@ -14,7 +14,7 @@ from types import FrameType
 
 import msgspec
 
-from sweep.errors import StoreError, boundary
+from sweep.errors import StoreError, SweepError, boundary
 from sweep.evaluating import evaluator as ev
 from sweep.evaluating.concurrency import Controller, Leases, Load, automatic_limit, figures
 from sweep.evaluating.preflight import Check, Facts, expectation
@@ -25,7 +25,7 @@ from sweep.planning.plan import Cell, Plan, ServerPlan, decided, failure, on_cpu
 from sweep.record import Record, Status
 from sweep.results import publish
 from sweep.results.claim import Work
-from sweep.results.reading import read_sweep
+from sweep.results.reading import Sweep, read_sweep
 from sweep.results.store import Store, masked_json, write_file
 from sweep.results.tracking import Outcome, Tracker
 from sweep.running.cluster import (
@@ -195,10 +195,17 @@ class Carried:
 
 
 def carry_out(
-    config: SweepConfig, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str], ends_at_s: float = math.inf
+    config: SweepConfig,
+    plan: Plan,
+    store: Store,
+    *,
+    api_key: str,
+    secrets: Sequence[str],
+    ends_at_s: float = math.inf,
+    texts: Callable[[Sweep], Mapping[str, str]] = lambda _: {},
 ) -> Carried:
     """Bring up the cluster, run the plan's owed cells on it and take everything down again, whatever happens, and
-    before the Unix time `ends_at_s`.
+    before the Unix time `ends_at_s`. `texts` makes further chapters of W&B's Report, Markdown by title.
 
     Raises ResourceError when the cluster cannot carry the plan.
     """
@@ -231,18 +238,22 @@ def carry_out(
             number = runner.run(stop)
         finally:
             cluster.close()  # no GPU is held while W&B takes its time
-            _report(tracker, config, store)
+            _report(tracker, config, store, texts)
             left_s = walltime.end_s - TABLES_S - time.monotonic()
             outcome = tracker.close(max(0.0, min(CLOSE_WANDB_S, left_s)))
     got_on = store.count() > stored or len(records) > len(plan.done)
     return Carried(records=records, signal=number, wandb=outcome, out_of_time=runner.out_of_time, got_on=got_on)
 
 
-def _report(tracker: Tracker, config: SweepConfig, store: Store) -> None:
+def _report(tracker: Tracker, config: SweepConfig, store: Store, texts: Callable[[Sweep], Mapping[str, str]]) -> None:
     """The Report of what the records say now; without one the sweep is as good."""
+    if not config.wandb.report or not tracker.shows:
+        return
     try:
-        publish.report(tracker, read_sweep(store.directory.root), config, {})
-    except StoreError as error:
+        with boundary(StoreError, "make W&B's Report"):
+            sweep = read_sweep(store.directory.root)
+            publish.report(tracker, sweep, config, texts(sweep))
+    except SweepError as error:
         log.warning("there will be no W&B Report of this launch: %s", error)
 
 
