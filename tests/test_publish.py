@@ -122,12 +122,12 @@ def down(stub: Stub, tracker: Tracker) -> None:
 
 
 def lost(stub: Stub, tracker: Tracker) -> None:
-    wait_until(lambda: tracker._overview_url)
+    wait_until(lambda: tracker._overview_url, 90)
     stub.fault = lambda method, path, operation: CUT
 
 
 def core_killed(stub: Stub, tracker: Tracker) -> None:
-    wait_until(lambda: tracker._overview_url)
+    wait_until(lambda: tracker._overview_url, 90)
     (core,) = [p for p in child(tracker).children(recursive=True) if p.name() == "wandb-core"]
     core.kill()
     wait_until(lambda: gone(core))
@@ -163,7 +163,7 @@ def test_whatever_w_and_b_does_the_sweep_goes_on_and_publish_completes_the_runs(
     tracker = mirror_of(config, directory, [SECRET])
     meanwhile(stub, tracker)
     assert work(tracker, read_sweep(directory.root).records) < SLOWEST_S
-    outcome = tracker.close(30 if said != "in time" else 5)
+    outcome = tracker.close(120 if said != "in time" else 5)
     assert outcome.mode == mode
     assert said in " ".join((outcome.why, *outcome.errors))
     assert bool(outcome.errors) == (mode == "online" and bool(said))
@@ -204,7 +204,7 @@ def test_publish_completes_what_a_killed_driver_left_and_a_second_time_adds_no_h
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
     assert driver.stdout is not None
     tracked = psutil.Process(int(driver.stdout.readline()))
-    wait_until(lambda: read_history(directory.wandb))
+    wait_until(lambda: read_history(directory.wandb), 90)
     family = [tracked, *tracked.children(recursive=True)]
     driver.send_signal(signal.SIGKILL)
     driver.wait()
