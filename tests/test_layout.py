@@ -54,6 +54,7 @@ ORDER = [
     "scoring",
     "preflight",
     "encoding",
+    "estimate",
     "lm",
     "evaluation",
     "evaluator",

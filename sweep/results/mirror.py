@@ -338,6 +338,8 @@ class _Mirror:
         run.define_metric(ROW, hidden=True)
         for section in ("progress/*", "server/*"):
             run.define_metric(section, step_metric="progress/elapsed_s")
+        # Estimates are no results and stay out of the summary.
+        run.define_metric("live/*", step_metric="progress/elapsed_s", summary="none")
         if not self._why:
             # One artifact while the server answers. Without it, a run whose first table falls into an outage loses the
             # table and `finish` ignores its timeout (wandb 0.31: an uncancellable query).

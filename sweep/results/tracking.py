@@ -319,6 +319,11 @@ def summary_key(record: Record, score: Score, kind: str = "") -> str:
     return f"{_section(record, score)}/{_name(score.metric)}{kind}{suffix}"
 
 
+def live_key(task: str, figure: str) -> str:
+    """The history's key of something that is only estimated while a cell runs."""
+    return f"live/{_name(task)}/{figure}"
+
+
 def _section(record: Record, score: Score) -> str:
     part = "" if _is_main(score, record) else f"/{_name(score.task)}"
     return f"eval/{_name(record.task)}{part}"

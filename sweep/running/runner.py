@@ -27,7 +27,7 @@ from sweep.results import publish
 from sweep.results.claim import Work
 from sweep.results.reading import Sweep, read_sweep
 from sweep.results.store import Store, masked_json, write_file
-from sweep.results.tracking import Outcome, Tracker
+from sweep.results.tracking import Outcome, Tracker, live_key
 from sweep.running.cluster import (
     Cluster,
     ClusterEvent,
@@ -1043,6 +1043,12 @@ class Runner:
                     "cells_done": sum(not c.unfinished for c in mine),
                     "requests_done": sum(p.done for p in known),
                     "requests_per_s": sum(c.rate for c in mine if c.state == "running"),
+                    **{
+                        live_key(c.cell.task_name, name): value
+                        for c in mine
+                        if c.state == "running" and c.progress is not None
+                        for name, value in c.progress.live.items()
+                    },
                     **{f"server/{name}": value for name, value in shown[mine[0].cell.model.server].items()},
                 },
             )
