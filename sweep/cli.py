@@ -556,6 +556,8 @@ def _said_of_wandb(outcome: "Outcome") -> str:
     lines = [f"W&B      {outcome.mode}{f' ({outcome.why})' if outcome.why else ''}"]
     if outcome.overview_url:
         lines.append(f"         {outcome.overview_url}")
+    if outcome.report_url:
+        lines.append(f"         Report: {outcome.report_url}")
     if outcome.publish:
         lines.append(f"         publish it later with: {outcome.publish}")
     return "\n".join([*lines, *(f"         {error}" for error in outcome.errors)])

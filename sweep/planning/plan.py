@@ -15,7 +15,7 @@ import msgspec
 
 from sweep.errors import ConfigError, boundary, nearest, nearest_file
 from sweep.masking import is_proxy, is_secret
-from sweep.planning.config import Device, Model, Seeds, SweepConfig, Task
+from sweep.planning.config import UNSCORED, Device, Model, Seeds, SweepConfig, Task
 from sweep.planning.hub import Part, Source, at, resolve_revision
 from sweep.planning.tasks import Catalog, catalog
 from sweep.record import Record, Status
@@ -446,7 +446,7 @@ def _cell_fingerprint(model: ModelPlan, task: Task, seeds: Seeds, task_files: st
             "chat": model.model.chat,
             **chosen,
             "system_instruction": model.model.system_instruction,
-            "task": {k: v for k, v in asdict(task).items() if k not in ("include_path", "unsafe_code", "expect")},
+            "task": {k: v for k, v in asdict(task).items() if k not in ("include_path", "unsafe_code", *UNSCORED)},
             "task_files": task_files,
             "seeds": asdict(seeds),
             "lm_eval": version("lm_eval"),
