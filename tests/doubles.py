@@ -1,7 +1,7 @@
 """Doubles that several test files share: a tokenizer, the stand-in server, and a store that lives in memory."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +122,8 @@ class Memory:
         self.answers[response.key] = response.answer
         self.fresh.append(response)
 
-    def progress(self, *, done: int, total: int, reused: int) -> None:
+    def progress(self, *, done: int, total: int, reused: int, live: Callable[[], Mapping[str, float]] = dict) -> None:
+        self.live = live()
         assert done <= total
         assert reused <= done
 

@@ -44,7 +44,7 @@ class Fresh:
     def answered(self, response: Response) -> None:
         self.responses.append(response)
 
-    def progress(self, *, done: int, total: int, reused: int) -> None: ...
+    def progress(self, *, done: int, total: int, reused: int, live: Any = dict) -> None: ...
 
 
 def ours(endpoint: Endpoint, facts: Facts, plan: ModelPlan, task: Task, concurrency: int) -> dict[str, Any]:

@@ -231,7 +231,15 @@ class Runner:
         self.keys: list[str] = []
 
     def carry_out(
-        self, config: Any, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str], ends_at_s: float
+        self,
+        config: Any,
+        plan: Plan,
+        store: Store,
+        *,
+        api_key: str,
+        secrets: Sequence[str],
+        ends_at_s: float,
+        texts: Callable[[Any], Any],
     ) -> SimpleNamespace:
         self.ends_at_s.append(ends_at_s)
         self.ran.append([cell.key for cell in plan.owed])

@@ -15,8 +15,10 @@ from sweep.evaluating.concurrency import (
     LOOK_S,
     Controller,
     Leases,
+    Load,
     Need,
     automatic_limit,
+    figures,
     shares,
 )
 from sweep.serving.metrics import Snapshot
@@ -506,3 +508,42 @@ def test_an_evaluator_that_has_left_leaves_its_share() -> None:
     second.say()
     desk.settle()
     assert desk.leases.wanted == second.queued + 32
+
+
+# What is shown of it
+
+
+def test_what_servers_did_since_is_told_with_how_they_stand() -> None:
+    then = Load(limit=8, settled=8, seen_s=10.0, prompt_tokens=100, generation_tokens=50, preemptions=1)
+    now = Load(
+        limit=10,
+        settled=8,
+        running=7,
+        waiting=2,
+        kv_cache_use=0.5,
+        seen_s=14.0,
+        prompt_tokens=500,
+        generation_tokens=90,
+        preemptions=3,
+        looked_up_tokens=400,
+        cached_tokens=300,
+        gpu_use=0.9,
+    )
+    fresh = Load(limit=4, settled=4, seen_s=1.0, prompt_tokens=10**6, kv_cache_use=0.75)
+    assert figures({"a-0": then, "gone": now}, {"a-0": now, "a-1": fresh}) == {
+        "concurrency": 14,
+        "running": 7,
+        "waiting": 2,
+        "kv_cache_use": 0.75,
+        "gpu_use": 0.9,
+        "prompt_tokens_per_s": 100.0,
+        "generated_tokens_per_s": 10.0,
+        "preemptions": 2,
+        "prefix_cache_hit_rate": 0.75,
+    }
+
+
+def test_without_servers_or_news_there_is_no_figure_of_what_they_did() -> None:
+    load = Load(limit=4, settled=4, seen_s=3.0)
+    assert figures({}, {}) == {}
+    assert figures({"a-0": load}, {"a-0": load}).keys() == {"concurrency", "running", "waiting", "kv_cache_use"}

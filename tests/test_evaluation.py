@@ -692,3 +692,18 @@ def test_a_preview_is_the_first_request(cell: Any, tokenizer: PreTrainedTokenize
     single = preview(cell("writing", model=chat, num_fewshot=2, fewshot_as_multiturn=False), tokenizer)
     assert single.prompt.count("<|im_start|>assistant") == 1
     assert preview(cell("story"), tokenizer).kind == "loglikelihood_rolling"
+
+
+@pytest.mark.parametrize("task", ["letters", "family"])
+def test_multiple_choice_is_estimated_as_it_is_scored(task: str, cell: Any, run: Any) -> None:
+    channel = Memory(facts())
+    scores = run(cell(task), channel).record.scores
+    (acc,) = [score.value for score in scores if score.metric == "acc" and score.depth == 0]
+    assert channel.live["acc_of_finished"] == pytest.approx(acc)
+    assert channel.live["finished_documents"] == sum(score.samples or 0 for score in scores if score.metric == "acc")
+
+
+def test_what_is_no_multiple_choice_is_not_estimated(cell: Any, run: Any) -> None:
+    channel = Memory(facts())
+    run(cell("writing", limit=4), channel)
+    assert channel.live == {}

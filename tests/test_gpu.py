@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from sweep.serving.gpu import Gpu, Holder, gpus, holders, turn, wait_for_memory
 
 MEMORY = "0, GPU-8d2f-00, Disabled, 4, 81004\n1, GPU-8d2f-01, Disabled, 70004, 11004\n2, GPU-9999-02, Enabled, 4, 100\n"
 APPS = "GPU-8d2f-01, 4711, VLLM::EngineCore, 69000\nGPU-8d2f-01, 12, /opt/a, b/python, 1000\nGPU-9999-02, 1, x, 5\n"
+USE = "0, GPU-8d2f-00, 90\n1, GPU-8d2f-01, 40\n2, GPU-9999-02, [N/A]\n"
 
 
 class Smi:
@@ -19,20 +21,21 @@ class Smi:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
-        self.answer(memory=MEMORY, apps=APPS)
+        self.answer(memory=MEMORY, apps=APPS, use=USE)
         program = folder / "nvidia-smi"
         program.write_text(
             "#!/bin/sh\n"
             f'case "$1" in --query-gpu=index,uuid,mig.mode.current,memory.used,memory.free) cat {folder}/memory;;\n'
             f"--query-compute-apps=gpu_uuid,pid,process_name,used_memory) cat {folder}/apps;;\n"
+            f"--query-gpu=index,uuid,utilization.gpu) cat {folder}/use;;\n"
             '*) echo "what is $1?"; exit 2;; esac\n'
             f"exit $(cat {folder}/code)\n"
         )
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
-    def answer(self, *, memory: str = "", apps: str = "", code: int = 0) -> None:
-        for name, text in (("memory", memory), ("apps", apps), ("code", str(code))):
+    def answer(self, *, memory: str = "", apps: str = "", use: str = "", code: int = 0) -> None:
+        for name, text in (("memory", memory), ("apps", apps), ("use", use), ("code", str(code))):
             new = self.folder / f"{name}.new"
             new.write_text(text)
             new.rename(self.folder / name)
@@ -185,3 +188,36 @@ def test_a_stop_ends_the_wait_for_a_turn_and_takes_it_from_nobody() -> None:
         assert ended.is_set()
         with socket.socket(socket.AF_UNIX) as third, pytest.raises(OSError, match="in use"):
             third.bind(f"\0lmsweep-gpu-{OURS}")
+
+
+def read_until_told(meter: gpu.Meter) -> float | None:
+    deadline = time.monotonic() + 10
+    while (told := meter.read()) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return told
+
+
+def test_how_busy_gpus_are_is_read_without_waiting(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = gpu.Meter(["GPU-8d2f-00", "1"])
+    assert meter.read() is None
+    assert read_until_told(meter) == 0.65
+    smi.answer(use=USE.replace("40", "60"))
+    assert meter.read() == 0.65  # it is not asked every time
+    monkeypatch.setattr(gpu, "METER_S", 0.0)
+    deadline = time.monotonic() + 10
+    while meter.read() != 0.75 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert meter.read() == 0.75
+
+
+@pytest.mark.parametrize(("ids", "message"), [(["2"], "no use of the GPUs 2"), (["0", "7"], "no use of the GPUs 0, 7")])
+def test_a_use_that_is_not_told_is_not_made_up(smi: Smi, ids: list[str], message: str) -> None:
+    with pytest.raises(LookupError, match=message):
+        gpu.use(ids)
+
+
+def test_without_gpus_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    meter = gpu.Meter([])
+    assert meter.read() is None
+    assert not meter._asking.is_set()

@@ -32,9 +32,12 @@ ORDER = [
     "compare",
     "references",
     "expectations",
+    "sharing",
+    "wandb_report",
     "mirror",
     "tracking",
     "report",
+    "publish",
     "summary",
     "export",
     "answers",
@@ -59,6 +62,7 @@ ORDER = [
     "scoring",
     "preflight",
     "encoding",
+    "estimate",
     "lm",
     "evaluation",
     "evaluator",
@@ -90,7 +94,8 @@ ORDER = [
 OWNERS = {
     "omegaconf": {"loading"},
     "ray": {"cluster"},
-    "wandb": {"mirror"},
+    "wandb": {"mirror", "wandb_report"},
+    "wandb_workspaces": {"wandb_report"},
     "pyarrow": {"export"},
     "lm_eval": {"lm", "evaluation"},  # tasks.py finds its folder without importing it
     "scipy": {"compare"},
@@ -100,7 +105,7 @@ OWNERS = {
 }
 """The only modules that may import a foreign library, at whatever depth of their code."""
 
-HEAVY = ["scipy", "torch", "vllm", "ray", "lm_eval", "transformers", "datasets", "wandb", "pyarrow"]
+HEAVY = ["scipy", "torch", "vllm", "ray", "lm_eval", "transformers", "datasets", "wandb", "wandb_workspaces", "pyarrow"]
 
 PATHS = {path.stem: path for path in (ROOT / "sweep").rglob("*.py") if path.stem != "__init__"}
 MODULES = sorted(PATHS)

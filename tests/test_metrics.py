@@ -37,6 +37,10 @@ vllm:generation_tokens_total{engine="0",model_name="m"} 6177.0
 vllm:request_success_total{engine="0",finished_reason="stop",model_name="m"} 5.0
 vllm:request_success_total{engine="0",finished_reason="length",model_name="m"} 6.0
 vllm:request_success_total{engine="0",finished_reason="abort",model_name="m"} 0.0
+# TYPE vllm:prefix_cache_queries_total counter
+vllm:prefix_cache_queries_total{engine="0",model_name="m"} 900.0
+# TYPE vllm:prefix_cache_hits_total counter
+vllm:prefix_cache_hits_total{engine="0",model_name="m"} 13.0
 # TYPE vllm:time_to_first_token_seconds histogram
 vllm:time_to_first_token_seconds_bucket{engine="0",le="0.001",model_name="m"} 0.0
 """
@@ -51,7 +55,14 @@ def test_the_figures_are_read_and_their_namesakes_are_not() -> None:
         prompt_tokens=1059,
         generation_tokens=6177,
         finished=11,
+        looked_up_tokens=900,
+        cached_tokens=13,
     )
+
+
+def test_a_server_that_tells_nothing_of_its_prefix_cache_is_as_good() -> None:
+    seen = snapshot("".join(f"{line}\n" for line in TEXT.splitlines() if "prefix_cache" not in line))
+    assert (seen.running, seen.looked_up_tokens, seen.cached_tokens) == (7, 0, 0)
 
 
 def test_several_engines_are_summed_and_the_fullest_counts() -> None:

@@ -19,6 +19,10 @@ ENTITY = "team"
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
+CUT = -1
+"""A fault: the connection ends without an answer."""
+
+
 @dataclass
 class Run:
     id: str
@@ -55,6 +59,8 @@ class Stub:
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
+        self.views: dict[str, dict[str, Any]] = {}
+        """Reports."""
         self.received: list[bytes] = []
         self.unknown: list[str] = []
         self.fault: Callable[[str, str, str], int | None] = lambda method, path, operation: None
@@ -99,8 +105,14 @@ class Stub:
         headers = "\n".join(f"{name}: {value}" for name, value in request.headers.items() if name != "Authorization")
         expected = "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
         with self.lock:
+            fault = self.fault(request.command, path, operation)
+        if fault == CUT:
+            request.close_connection = True
+            request.connection.close()
+            return
+        with self.lock:
             self.received.append(f"{request.command} {path}\n{headers}\n".encode() + body)
-            status, answer = self.fault(request.command, path, operation) or 200, {}
+            status, answer = fault or 200, {}
             if status == 200 and request.command == "POST" and request.headers.get("Authorization") != expected:
                 status = 401
             if status == 200:
@@ -245,6 +257,60 @@ class Stub:
                 "aliases": [],
             }
         }
+
+    # What wandb-workspaces sends.
+
+    def _project_node(self, name: str) -> dict[str, Any]:
+        return {
+            "__typename": "Project",
+            "id": "P",
+            "internalId": "I",
+            "name": name,
+            "entityName": ENTITY,
+            "createdAt": "2026-01-01T00:00:00",
+            "isBenchmark": False,
+            "user": None,
+            "description": None,
+            "access": "ENTITY_READ",
+            "views": None,
+        }
+
+    def GetProjects(self, v: dict[str, Any]) -> dict[str, Any]:
+        edges = [{"node": self._project_node(name)} for name in sorted({run.project for run in self.runs.values()})]
+        return {"models": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": edges}}
+
+    def CreateProject(self, v: dict[str, Any]) -> dict[str, Any]:
+        node = self._project_node(v["input"]["name"])
+        return {"result": {"project": node, "model": node, "inserted": True}}
+
+    def upsertView(self, v: dict[str, Any]) -> dict[str, Any]:
+        key = v.get("id") or f"V{len(self.views):03}"
+        view = self.views.setdefault(key, {"tokens": []})
+        view |= {name: value for name, value in v.items() if name != "id"}
+        return {"upsertView": {"inserted": not v.get("id"), "view": self._view(key) | {"type": v["type"]}}}
+
+    def SpecificReport(self, v: dict[str, Any]) -> dict[str, Any]:
+        return {"view": self._view(v["reportId"])}
+
+    def _view(self, key: str) -> dict[str, Any]:
+        view = self.views[key]
+        project = {"id": "1", "name": view["projectName"], "entityName": view["entityName"]}
+        kept = {name: view[name] for name in ("name", "displayName", "description", "spec")}
+        return kept | {
+            "id": key,
+            "project": project,
+            "updatedAt": "2026-01-01T00:00:00",
+            "createdAt": "2026-01-01T00:00:00",
+        }
+
+    def ViewAccessTokens(self, v: dict[str, Any]) -> dict[str, Any]:
+        return {"view": {"accessTokens": self.views[v["reportId"]]["tokens"]}}
+
+    def createAccessToken(self, v: dict[str, Any]) -> dict[str, Any]:
+        projects = [{"entityName": one["entityName"], "name": one["projectName"]} for one in v["projects"]]
+        token = {"token": f"public-{v['viewId']}", "type": "PUBLIC", "revokedAt": None, "projects": projects}
+        self.views[v["viewId"]]["tokens"].append(token)
+        return {"createAccessToken": {"accessToken": token}}
 
 
 def _project(run: Run) -> dict[str, Any]:

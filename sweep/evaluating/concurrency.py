@@ -110,6 +110,46 @@ class Load:
     running: int = 0
     waiting: int = 0
     kv_cache_use: float = 0.0
+    seen_s: float = 0.0
+    """When it told what follows, by a clock of its own; 0 where it has told nothing."""
+    preemptions: int = 0
+    """Since its start, as all that follows."""
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    looked_up_tokens: int = 0
+    cached_tokens: int = 0
+    gpu_use: float | None = None
+    """Share of the time in which its GPUs computed, 0 to 1; None where nothing tells."""
+
+
+def figures(before: Mapping[str, Load], now: Mapping[str, Load]) -> dict[str, float]:
+    """What is shown of a model's servers, by name of their lives: how they stand now and what they did since `before`.
+
+    Counters of a life that was not there before, or did not tell, count from the next time on.
+    """
+    loads = list(now.values())
+    if not loads:
+        return {}
+    found: dict[str, float] = {
+        "concurrency": sum(load.limit for load in loads),
+        "running": sum(load.running for load in loads),
+        "waiting": sum(load.waiting for load in loads),
+        "kv_cache_use": max(load.kv_cache_use for load in loads),
+    }
+    if uses := [load.gpu_use for load in loads if load.gpu_use is not None]:
+        found["gpu_use"] = sum(uses) / len(uses)
+    pairs = [(before[name], load) for name, load in now.items() if name in before]
+    pairs = [(then, load) for then, load in pairs if load.seen_s > then.seen_s > 0]
+    if pairs:
+        for shown, counted in (("prompt", "prompt_tokens"), ("generated", "generation_tokens")):
+            found[f"{shown}_tokens_per_s"] = sum(
+                (getattr(load, counted) - getattr(then, counted)) / (load.seen_s - then.seen_s) for then, load in pairs
+            )
+        found["preemptions"] = sum(load.preemptions - then.preemptions for then, load in pairs)
+        if looked_up := sum(load.looked_up_tokens - then.looked_up_tokens for then, load in pairs):
+            cached = sum(load.cached_tokens - then.cached_tokens for then, load in pairs)
+            found["prefix_cache_hit_rate"] = cached / looked_up
+    return found
 
 
 class _Window:
@@ -203,13 +243,19 @@ class Controller:
     def load(self) -> Load:
         if self._last is None:
             return Load(limit=self.limit, settled=self.settled)
-        _, seen = self._last
+        seen_s, seen = self._last
         return Load(
             limit=self.limit,
             settled=self.settled,
             running=seen.running,
             waiting=seen.waiting,
             kv_cache_use=seen.kv_cache_use,
+            seen_s=seen_s,
+            preemptions=seen.preemptions,
+            prompt_tokens=seen.prompt_tokens,
+            generation_tokens=seen.generation_tokens,
+            looked_up_tokens=seen.looked_up_tokens,
+            cached_tokens=seen.cached_tokens,
         )
 
     def look(self, *, now_s: float, seen: Snapshot | None, wanted: int, refused: int = 0) -> int:

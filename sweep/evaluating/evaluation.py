@@ -21,6 +21,7 @@ from typing import Any
 
 from sweep.errors import TaskError, boundary
 from sweep.evaluating.client import Client, Pool
+from sweep.evaluating.estimate import Estimate
 from sweep.evaluating.lm import Channel, SweepLM
 from sweep.evaluating.preflight import PROBE_TEXTS, Facts
 from sweep.evaluating.scoring import Method
@@ -209,7 +210,8 @@ def _simple_evaluate(cell: Cell, lm: SweepLM, *, limit: int | float | None) -> d
     from lm_eval.evaluator import simple_evaluate
 
     task, model, seeds = cell.task, cell.model.model, cell.seeds
-    with _reproducible_documents(seeds), _confirmed_code(task):
+    manager = _manager(task, model)
+    with _reproducible_documents(seeds), _confirmed_code(task), _estimated(manager, lm):
         results = simple_evaluate(
             model=lm,
             tasks=[task.task],
@@ -219,7 +221,7 @@ def _simple_evaluate(cell: Cell, lm: SweepLM, *, limit: int | float | None) -> d
             system_instruction=model.system_instruction,
             apply_chat_template=model.chat,
             fewshot_as_multiturn=_as_multiturn(cell),
-            task_manager=_manager(task, model),
+            task_manager=manager,
             random_seed=seeds.random,
             numpy_random_seed=seeds.numpy,
             torch_random_seed=seeds.torch,
@@ -228,6 +230,29 @@ def _simple_evaluate(cell: Cell, lm: SweepLM, *, limit: int | float | None) -> d
         )
     found: dict[str, Any] = results
     return found
+
+
+@contextmanager
+def _estimated(manager: Any, lm: SweepLM) -> Iterator[None]:
+    """Let `lm` estimate the metrics of the tasks that lm-eval loads, as far as they are plain multiple choice."""
+    from lm_eval.api.task import ConfigurableTask
+
+    def is_plain(leaf: Any) -> bool:
+        config = leaf.config
+        own = config.process_results or type(leaf).process_results is not ConfigurableTask.process_results
+        once = config.repeats == 1 and config.filter_list is None
+        return leaf.OUTPUT_TYPE == "multiple_choice" and not own and once
+
+    def load(names: Any) -> Any:
+        loaded = type(manager).load(manager, names)
+        lm.estimate = Estimate({name: leaf.process_results for name, leaf in loaded["tasks"].items() if is_plain(leaf)})
+        return loaded
+
+    manager.load = load
+    try:
+        yield
+    finally:
+        del manager.load
 
 
 def _as_multiturn(cell: Cell) -> bool:
@@ -557,7 +582,7 @@ def _settings(
         "think_end_token": model.think_end_token,
         "fewshot_as_multiturn": _as_multiturn(cell),
         "system_instruction": model.system_instruction,
-        "task": {name: value for name, value in asdict(cell.task).items() if name != "expect"},
+        "task": {k: v for k, v in asdict(cell.task).items() if k not in ("expect", "share_samples")},
         "seeds": asdict(cell.seeds),
         "num_fewshot": dict(results["n-shot"]),
         "samples": {name: n["effective"] for name, n in results["n-samples"].items()},

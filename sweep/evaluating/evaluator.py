@@ -223,6 +223,8 @@ class CellProgress:
     done: int
     total: int
     reused: int
+    live: Mapping[str, float] = field(default_factory=dict)
+    """What estimate.py makes of the answers so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,11 +453,15 @@ class _Attempt:
             self._unstored += more
             self.pool.hold(self._unstored >= self._ahead)
 
-    def progress(self, *, done: int, total: int, reused: int) -> None:
+    def progress(self, *, done: int, total: int, reused: int, live: Callable[[], Mapping[str, float]] = dict) -> None:
         now = time.monotonic()
         if now - self._last_progress >= PROGRESS_S or done == total:
             self._last_progress = now
-            self._say(CellProgress(cell=self.cell.key, attempt=self.number, done=done, total=total, reused=reused))
+            self._say(
+                CellProgress(
+                    cell=self.cell.key, attempt=self.number, done=done, total=total, reused=reused, live=live()
+                )
+            )
 
 
 class _Link:

@@ -22,6 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sweep.errors import TaskError
 from sweep.evaluating.client import Call, Client
 from sweep.evaluating.encoding import Encoder, Tokens
+from sweep.evaluating.estimate import Choice, Estimate
 from sweep.evaluating.preflight import Facts
 from sweep.evaluating.scoring import GenerateCall, Method, Packed, Scored, ScoringCall, scoring_calls
 from sweep.planning.config import Overflow
@@ -72,7 +73,9 @@ class Channel(Protocol):
         """Hand over one answer; it is durable within two seconds."""
         ...
 
-    def progress(self, *, done: int, total: int, reused: int) -> None: ...
+    def progress(
+        self, *, done: int, total: int, reused: int, live: Callable[[], Mapping[str, float]] = dict
+    ) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +195,7 @@ class SweepLM(LM):  # type: ignore[misc]
         self.waited_s = 0.0
         """For a server, before the first request could be sent."""
         self._done = 0
+        self.estimate = Estimate({})
 
     # What lm-eval asks of a model that renders chats.
 
@@ -227,6 +231,7 @@ class SweepLM(LM):  # type: ignore[misc]
             samples=_samples(requests),
             identity=self._effective,
             ask=self._ask_pairs,
+            requests=requests,
         )
         self._count(truncated=sum(a.cut > 0 for a in distinct))
         self.without_tokens += sum(a.tokens == 0 for a in distinct)
@@ -317,10 +322,12 @@ class SweepLM(LM):  # type: ignore[misc]
         samples: Sequence[Sample] = (),
         identity: Callable[[Any], Any],
         ask: Callable[[Sequence[Any], Answer], None],
+        requests: Sequence[Instance] = (),
     ) -> tuple[list[A], Collection[A]]:
         """The answers of `items` in order, and those of distinct items, which is what is asked and counted.
 
-        `ask` gets what no stored answer covers. `samples` says of each item whose it is, where it may be too long.
+        `ask` gets what no stored answer covers. `samples` says of each item whose it is, where it may be too long,
+        `requests` what the live estimate is made from.
         """
         keys = [response_key(self.fingerprint, kind, identity(item)) for item in items]
         item_by_key = dict(zip(keys, items, strict=True))
@@ -329,6 +336,10 @@ class SweepLM(LM):  # type: ignore[misc]
         while some := list(itertools.islice(distinct, LOOKUP_KEYS)):
             known = self.channel.known(some)
             answer_by_key.update((key, msgspec.json.decode(text, type=answer_type)) for key, text in known.items())
+        if requests:
+            self._watch(requests, keys)
+            for key, value in answer_by_key.items():
+                self._estimate(key, value)
         owed = [key for key in item_by_key if key not in answer_by_key]
         self._done += len(item_by_key) - len(owed)
         self._count(requests=len(item_by_key), reused=len(item_by_key) - len(owed))
@@ -345,6 +356,7 @@ class SweepLM(LM):  # type: ignore[misc]
                     Response(key=key, cell=self.cell, method=value.method, answer=msgspec.json.encode(value))
                 )
                 self._done += 1
+                self._estimate(key, value)
                 self._count(asked=1)
                 self._show_progress()
 
@@ -376,7 +388,21 @@ class SweepLM(LM):  # type: ignore[misc]
         self.counts = replace(self.counts, **{name: getattr(self.counts, name) + n for name, n in more.items()})
 
     def _show_progress(self) -> None:
-        self.channel.progress(done=self._done, total=self.counts.requests, reused=self.counts.reused)
+        self.channel.progress(
+            done=self._done, total=self.counts.requests, reused=self.counts.reused, live=self.estimate.values
+        )
+
+    def _watch(self, requests: Sequence[Instance], keys: Sequence[bytes]) -> None:
+        self.estimate.watch(
+            [
+                Choice(task=str(r.task_name), document=r.doc_id, number=r.idx, doc=r.doc, key=key)
+                for r, key in zip(requests, keys, strict=True)
+            ]
+        )
+
+    def _estimate(self, key: bytes, value: Any) -> None:
+        if isinstance(value, PairAnswer):
+            self.estimate.answered(key, value.logprob, value.is_greedy)
 
     # Asking a server.
 

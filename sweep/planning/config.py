@@ -145,6 +145,9 @@ class Task:
     on_overflow: Overflow = Overflow.ERROR
     """What happens when a prompt does not fit into `max_model_len`: fail the cell before anything is sent, or cut the
     context from the left as stock lm-eval does, counted and said in the record."""
+    share_samples: bool | None = None
+    """Whether W&B may have documents and answers of this task where `wandb.samples` asks for them; unset means unless
+    its data set is known to be gated, whose terms forbid to pass it on (GPQA asks that no example appears online)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +180,14 @@ class WandbConfig:
     group: str | None = None
     """Unset means the sweep's name."""
     tags: tuple[str, ...] = ()
+    samples: bool | int = False
+    """Samples of each cell that go to W&B, as a table and as lines of lm-eval's sample files: at most so many; `true`
+    means 200. Prompts and answers are data that is published, so none go unasked; a task's `share_samples` forbids
+    it."""
+    report: bool = True
+    """A W&B Report of the sweep is made at its end, and brought up to date by later launches. Online only."""
+    share_link: bool = False
+    """The Report also gets a link under which anyone who has it can read it, without an account."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -767,6 +767,7 @@ def _check(config: SweepConfig, models: Mapping[str, _Draft], tasks: Mapping[str
         config.seeds, ("random", "numpy", "torch", "fewshot"), lambda name, text: _Mistake(text, ("seeds", name))
     )
     _check_amounts(config.ray, ("cpu_servers", "evaluators"), lambda name, text: _Mistake(text, ("ray", name)))
+    _check_amounts(config.wandb, ("samples",), lambda name, text: _Mistake(text, ("wandb", name)))
     for name, model in config.models.items():
         _check_model(model, models[name], config.tasks)
     for name, task in config.tasks.items():
@@ -835,6 +836,7 @@ _AMOUNTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "startup_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
     "hang_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
     "walltime": (lambda seconds: seconds > 0, "more than 0 seconds"),
+    "samples": (lambda rows: 0 <= rows <= 10_000, "0 to 10000, the most that a table of W&B shows"),
 } | {
     seed: (lambda seed: 0 <= seed < 2**32, "0 to 4294967295, as numpy does")
     for seed in ("random", "numpy", "torch", "fewshot")

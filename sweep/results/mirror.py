@@ -1,4 +1,4 @@
-"""The process that holds W&B's client and mirrors what it is told. The only module that knows wandb.
+"""The process that holds W&B's client and mirrors what it is told. With wandb_report.py, the only one that knows wandb.
 
 tracking.py starts it and writes JSON lines to it. It ends by itself when that pipe closes, so a killed driver leaves
 complete offline runs and no process. A dead wandb-core can only be cured by replacing the process that started it,
@@ -14,12 +14,14 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 from sweep.record import Status
+from sweep.results import sharing, wandb_report
+from sweep.results.store import write_file
 
 PREFLIGHT_S = 5.0
 """Longest wait for W&B's answer before the sweep is tracked offline; the client itself would try for 100 s."""
@@ -41,6 +43,14 @@ COLUMNS = [
 """Of both tables. `task` is the cell's, `subtask` lm-eval's name of what the line is about."""
 
 
+ROW = "progress/row"
+"""Number of a row in a run's history: tells which rows W&B has."""
+HISTORY = "history.jsonl"
+"""In the directory of the runs: every row, whatever W&B took."""
+REPORT = "report.json"
+"""Beside it: what the Report is made of, and once it is made its id and address."""
+
+
 def kill(pid: int) -> None:
     """Kill a child with its wandb-core, which is in a session of its own and may try to upload for days."""
     import psutil
@@ -52,6 +62,41 @@ def kill(pid: int) -> None:
                 victim.kill()
 
 
+class History:
+    """The rows of all runs on the disk, numbered for each run from the sweep's first launch on."""
+
+    def __init__(self, directory: Path) -> None:
+        known = read_history(directory)
+        self._counts = {model: len(rows) for model, rows in known.items()}
+        self._elapsed_s = max(
+            (row.get("progress/elapsed_s", 0.0) for rows in known.values() for row in rows), default=0.0
+        )
+        """Until the last launch ended; a chart goes on from there."""
+        self._file = (directory / HISTORY).open("ab", buffering=0)
+        if self._file.tell():
+            self._file.write(b"\n")  # ends a line that was torn
+
+    def add(self, model: str | None, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row as it goes to W&B."""
+        number = self._counts.get(model, 0)
+        kept = {**row, "progress/elapsed_s": row["progress/elapsed_s"] + self._elapsed_s, ROW: number}
+        self._file.write(json.dumps({"model": model, "row": kept}).encode() + b"\n")
+        self._counts[model] = number + 1
+        return kept
+
+
+def read_history(directory: Path) -> dict[str | None, list[dict[str, Any]]]:
+    """Model (None: the overview) -> the rows of its run; of a file that was torn what can be read."""
+    rows: dict[str | None, list[dict[str, Any]]] = {}
+    path = directory / HISTORY
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            if line:
+                kept = json.loads(line)
+                rows.setdefault(kept["model"], []).append(kept["row"])
+    return rows
+
+
 class _Mirror:
     """The child's state: the open runs and all that their tables hold."""
 
@@ -61,54 +106,153 @@ class _Mirror:
         self._runs: dict[str | None, Any] = {}  # None where W&B refused the run
         self._cells: dict[str, dict[str, Mapping[str, Any]]] = {}
         self._unpublished: set[str] = set()
+        self._unshown: dict[tuple[str, str], Mapping[str, Any]] = {}
+        """Cells whose samples W&B may have and has not, by model and task."""
         self._published = -TABLE_S
+        self._report: Mapping[str, Any] | None = None
         self._why = _offline_because(start["mode"])
         self._say(mode="offline" if self._why else "online", why=self._why)
-        self._run(None)
+        self._history: History | None = None
+        if not self._again:
+            with self._attempt("the history on this disk"):
+                self._history = History(Path(start["directory"]))
+            self._run(None)
+
+    @property
+    def _again(self) -> bool:
+        """Whether this is about a sweep that is on the disk: to W&B or nowhere."""
+        return bool(self._start["again"])
 
     def apply(self, message: Mapping[str, Any]) -> None:
-        if message["kind"] == "progress":
-            if run := self._run(message["model"]):
-                with self._attempt("progress"):
-                    run.log({f"progress/{key}": value for key, value in message["row"].items()})
-            return
+        match message["kind"]:
+            case "progress":
+                self._progress(message["model"], message["row"])
+            case "history":
+                self._catch_up(message["model"], message["rows"])
+            case "report":
+                self._report = message
+            case "cell":
+                self._cell(message)
+
+    def _progress(self, model: str | None, row: Mapping[str, Any]) -> None:
+        kept = dict(row)
+        if self._history:
+            with self._attempt("a row of the history on this disk"):
+                kept = self._history.add(model, row)
+        if run := self._run(model):
+            with self._attempt("progress"):
+                run.log(kept)
+
+    def _catch_up(self, model: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Those rows of a run's history that W&B does not have."""
+        if run := self._run(model):
+            with self._attempt(f"the history of {run.name}"):
+                # It came with the rows, in one stream, and is where it broke off. A history without is of someone else.
+                last = run.summary.get(ROW)
+                if last is None:
+                    last = -1 if run.summary.get("progress/elapsed_s") is None else float("inf")
+                for row in rows:
+                    if row[ROW] > last:
+                        run.log(dict(row))
+
+    def _cell(self, message: Mapping[str, Any]) -> None:
         model = message["model"]
         self._cells.setdefault(model, {})[message["task"]] = message
         self._unpublished.add(model)
+        if message["samples"]:
+            self._unshown[model, message["task"]] = message
         if run := self._run(model):
             with self._attempt(f"the results of {model}/{message['task']}"):
                 run.summary.update(message["summary"] | _totals(self._cells[model].values()))
 
     def publish_tables(self, now: float) -> None:
         """Log the tables of models with new cells and the leaderboard, at most every TABLE_S."""
-        if not self._unpublished or now - self._published < TABLE_S:
+        if not self._unpublished or now - self._published < (float("inf") if self._again else TABLE_S):
             return
         for model in sorted(self._unpublished):
-            self._table(model, "results", [row for cell in self._cells[model].values() for row in cell["rows"]])
+            rows = [row for cell in self._cells[model].values() for row in cell["rows"]]
+            self._table(model, "results", COLUMNS, rows)
         self._unpublished.clear()
+        for (model, task), cell in self._unshown.items():
+            with self._attempt(f"samples of {model}/{task}"):
+                columns, rows = sharing.table(self._picked(cell))
+                self._table(model, cell["samples_key"], columns, rows)
+        self._unshown.clear()
         cells = [cell for of_model in self._cells.values() for cell in of_model.values()]
-        self._table(None, "leaderboard", [row for cell in cells for row in cell["leaders"]])
+        self._table(None, "leaderboard", COLUMNS, [row for cell in cells for row in cell["leaders"]])
         if run := self._run(None):
             with self._attempt("the overview"):
                 run.summary.update({"status/models": len(self._cells)} | _totals(cells))
         self._published = time.monotonic()
 
     def close(self, exit_code: int) -> None:
-        """Publish what is due and end all runs, side by side since each waits for its own uploads."""
+        """Publish what is due and end all runs, side by side since each waits for its own uploads; then the Report."""
         self.publish_tables(float("inf"))
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda run: self._finish(run, exit_code), filter(None, self._runs.values())))
+            list(pool.map(lambda model: self._finish(model, exit_code), self._runs))
+        if self._report is not None:
+            self._make_report(self._report)
 
-    def _finish(self, run: Any, exit_code: int) -> None:
+    def _finish(self, model: str | None, exit_code: int) -> None:
+        if not (run := self._runs[model]):
+            return
+        # With the driver gone there are seconds left; and an offline artifact is but a path into this machine.
+        if model is not None and exit_code == 0 and not self._why:
+            self._upload_files(run, list(self._cells.get(model, {}).values()))
+        directory = Path(run.dir).parent
         with self._attempt(f"the end of run {run.name}"):
             run.finish(exit_code=exit_code)
+        if not self._why and (refused := _refused(directory)):
+            self._say(error=f"W&B refused the stream of run {run.name} for good, the rest is missing there: {refused}")
 
-    def _table(self, model: str | None, key: str, rows: list[list[Any]]) -> None:
+    def _upload_files(self, run: Any, cells: Sequence[Mapping[str, Any]]) -> None:
+        """lm-eval's own files: of results all, of samples what may be shared."""
+        import wandb
+
+        results = wandb.Artifact(f"{run.id}-results", type="lm-eval-results")
+        samples = wandb.Artifact(f"{run.id}-samples", type="lm-eval-samples")
+        with self._attempt(f"the result files of {run.name}"):
+            for cell in cells:
+                for path in map(Path, cell["results"]):
+                    results.add_file(str(path), name=f"{cell['task']}/{path.name}")
+        with self._attempt(f"the sample files of {run.name}"):
+            for cell in cells:
+                for path, lines in self._picked(cell).items():
+                    with samples.new_file(f"{cell['task']}/{path.name}", mode="wb") as file:
+                        file.write(b"".join(lines))
+        for artifact in (results, samples):
+            if artifact.manifest.entries:
+                with self._attempt(f"artifact {artifact.name}"):
+                    # Without the wait a failed upload says nothing.
+                    run.log_artifact(artifact).wait(timeout=int(INIT_S))
+
+    def _picked(self, cell: Mapping[str, Any]) -> dict[Path, list[bytes]]:
+        return sharing.picked([Path(path) for path in cell["samples"]], cell["samples_rows"])
+
+    def _make_report(self, message: Mapping[str, Any]) -> None:
+        """Online it is made or brought up to date; what it is made of is kept in any case."""
+        path = Path(self._start["directory"]) / REPORT
+        with self._attempt("the Report"):
+            before = json.loads(path.read_bytes()) if path.exists() else {}
+            made = {key: before[key] for key in ("id", "url", "share_url") if key in before}
+            made |= {"recipe": message["recipe"]}
+            write_file(path, json.dumps(made, indent=1))
+            if self._why:
+                return
+            if not (entity := next((run.entity for run in self._runs.values() if run), None)):
+                raise RuntimeError("it shows runs, and W&B took none")
+            made |= wandb_report.save(
+                message["recipe"], entity=entity, id=made.get("id", ""), share_link=message["share_link"]
+            )
+            write_file(path, json.dumps(made, indent=1))
+            self._say(report=made.get("share_url") or made["url"])
+
+    def _table(self, model: str | None, key: str, columns: list[str], rows: list[list[Any]]) -> None:
         import wandb
 
         if run := self._run(model):
             with self._attempt(f"table {key} of {run.name}"):
-                run.log({key: wandb.Table(columns=COLUMNS, data=rows, allow_mixed_types=True)})
+                run.log({key: wandb.Table(columns=columns, data=rows, allow_mixed_types=True)})
 
     @contextlib.contextmanager
     def _attempt(self, what: str) -> Iterator[None]:
@@ -123,6 +267,8 @@ class _Mirror:
 
     def _run(self, model: str | None) -> Any:
         """The model's open run (the overview for None), or None when W&B would not have it."""
+        if self._again and self._why:
+            return None
         if model not in self._runs:
             first = not self._runs
             self._runs[model] = None
@@ -130,7 +276,7 @@ class _Mirror:
                 try:
                     self._runs[model] = self._open(model)
                 except Exception as error:
-                    if self._why or not first:
+                    if self._why or self._again or not first:
                         raise
                     self._fall_back(f"W&B refused the first run: {error}")
                     self._runs[model] = self._open(model)
@@ -189,7 +335,11 @@ class _Mirror:
             ),
         )
         run.define_metric("progress/elapsed_s", hidden=True)
-        run.define_metric("progress/*", step_metric="progress/elapsed_s")
+        run.define_metric(ROW, hidden=True)
+        for section in ("progress/*", "server/*"):
+            run.define_metric(section, step_metric="progress/elapsed_s")
+        # Estimates are no results and stay out of the summary.
+        run.define_metric("live/*", step_metric="progress/elapsed_s", summary="none")
         if not self._why:
             # One artifact while the server answers. Without it, a run whose first table falls into an outage loses the
             # table and `finish` ignores its timeout (wandb 0.31: an uncancellable query).
@@ -199,6 +349,17 @@ class _Mirror:
             run.log_artifact(spec).wait(timeout=int(INIT_S))
         self._say(model=model, url=run.url or None, offline=bool(self._why), directory=str(Path(run.dir).parent))
         return run
+
+
+def _refused(directory: Path) -> str:
+    """Why an online run lost its stream, by the client's own log of it: `finish` then returns as if all were well."""
+    log = directory / "logs" / "debug-internal.log"
+    if log.exists():
+        for line in log.read_text(errors="replace").splitlines():
+            if "filestream: fatal error" in line:
+                with contextlib.suppress(json.JSONDecodeError):
+                    return str(json.loads(line)["msg"]).removeprefix("filestream: fatal error: ")
+    return ""
 
 
 def run_id(sweep: str, sweep_id: str, model: str | None) -> str:
@@ -319,8 +480,7 @@ def main() -> None:
         with contextlib.suppress(queue.Empty):
             message = inbox.get(timeout=1.0)
             kind = message["kind"]
-            if kind in ("progress", "cell"):
-                mirror.apply(message)
+            mirror.apply(message)
         if inbox.empty():
             mirror.publish_tables(time.monotonic())
     mirror.close(exit_code=0 if kind == "close" else 1)

@@ -83,7 +83,7 @@ class Sweep:
     def samples(self, record: Record) -> Iterator[Sample]:
         """The samples of a finished cell, file by file in lm-eval's order. Raises StoreError."""
         for path in self._sample_files(record):
-            yield from _samples(path)
+            yield from read_samples(path)
 
     def outcomes(self, record: Record) -> Iterator[Outcome]:
         """The same samples without prompts and answers. Raises StoreError."""
@@ -127,29 +127,41 @@ def read_sweep(root: Path) -> Sweep:
     )
 
 
-def _samples(path: Path) -> Iterator[Sample]:
-    decoder = msgspec.json.Decoder()
+def read_samples(path: Path) -> Iterator[Sample]:
+    """The samples in one of lm-eval's files. Raises StoreError."""
     with boundary(StoreError, f"read {path}"), path.open("rb") as lines:
         for line in lines:
-            row = _decoded(decoder, line)
-            yield Sample(
-                subtask=_subtask(path),
-                filter=row["filter"],
-                doc_id=row["doc_id"],
-                doc_hash=row["doc_hash"],
-                prompt_hash=row["prompt_hash"],
-                target_hash=row["target_hash"],
-                doc=row["doc"] if isinstance(row["doc"], dict) else {"doc": row["doc"]},
-                target=row["target"],
-                arguments=row["arguments"],
-                resps=tuple(row["resps"]),
-                filtered_resps=tuple(row["filtered_resps"]),
-                metrics={name: row[name] for name in row["metrics"]},
-            )
+            yield sample(subtask_of(path), line)
+
+
+def subtask_of(path: Path) -> str:
+    """lm-eval's name of the task whose samples a file holds: `samples_<task>_<date>.jsonl`."""
+    return path.stem.removeprefix("samples_").rpartition("_")[0]
+
+
+def sample(subtask: str, line: bytes) -> Sample:
+    row = _decoded(_ANY, line)
+    return Sample(
+        subtask=subtask,
+        filter=row["filter"],
+        doc_id=row["doc_id"],
+        doc_hash=row["doc_hash"],
+        prompt_hash=row["prompt_hash"],
+        target_hash=row["target_hash"],
+        doc=row["doc"] if isinstance(row["doc"], dict) else {"doc": row["doc"]},
+        target=row["target"],
+        arguments=row["arguments"],
+        resps=tuple(row["resps"]),
+        filtered_resps=tuple(row["filtered_resps"]),
+        metrics={name: row[name] for name in row["metrics"]},
+    )
+
+
+_ANY: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
 
 
 def _outcomes(path: Path) -> Iterator[Outcome]:
-    subtask = _subtask(path)
+    subtask = subtask_of(path)
     names: tuple[str, ...] = ()
     fields: dict[str, str] = {}
     decoder = _row_decoder(names)
@@ -180,7 +192,3 @@ def _decoded(decoder: "msgspec.json.Decoder[Any]", line: bytes) -> Any:
     except msgspec.DecodeError:
         # Python writes NaN, which is no JSON; msgspec writes null for it.
         return decoder.decode(msgspec.json.encode(json.loads(line)))
-
-
-def _subtask(path: Path) -> str:
-    return path.stem.removeprefix("samples_").rpartition("_")[0]

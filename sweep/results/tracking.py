@@ -6,7 +6,8 @@ only queues; one thread masks secrets and writes JSON lines to the child.
 One run per model and one overview run share a group. Run ids are a function of the sweep, so a resumed sweep continues
 its runs. A summary is the result (`eval/<task>/<metric>`), history is progress, tables list every score.
 
-Not here: what was lost on the way is not sent again. `Outcome.errors` says it, and the run directory still has it.
+What was lost on the way is not sent again by itself: `Outcome.errors` says it, the run directory still has it, rows of
+the history included, and publish.py sends it.
 """
 
 import contextlib
@@ -57,6 +58,8 @@ class Outcome:
     """The offline runs of this launch."""
     publish: str | None = None
     """The command that uploads them, with those of earlier launches of this sweep."""
+    report_url: str | None = None
+    """Address of the W&B Report; its public one where that was asked for."""
 
 
 class Tracker:
@@ -71,16 +74,22 @@ class Tracker:
         directory: Path,
         models: Mapping[str, Mapping[str, Any]],
         secrets: Sequence[str],
+        samples: Mapping[str, int] | None = None,
+        again: bool = False,
     ) -> None:
         """`directory` is the run directory's `wandb`; `sweep_id` tells sweeps of one name apart; `models` maps each
-        model to what W&B shows as its config; whatever is in `secrets` leaves this process as `***`."""
+        model to what W&B shows as its config; whatever is in `secrets` leaves this process as `***`. `samples` says
+        how many of a task may be shown (`shared_rows`). `again` is for a sweep that is on the disk: runs are completed
+        online or not at all."""
         self._directory = directory.resolve()
+        self._samples = samples or {}
         self._secrets = secrets
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUED)
         self._started = time.monotonic()
         self._mode, self._why = "", ""
         self._urls: dict[str, str] = {}
         self._overview_url: str | None = None
+        self._report_url: str | None = None
         self._offline: list[Path] = []
         self._errors: list[str] = []
         self._unsent = 0
@@ -88,7 +97,7 @@ class Tracker:
         self._outcome: Outcome | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._threads: list[threading.Thread] = []
-        mode = _mode(config)
+        mode = "online" if again else _mode(config)
         if mode == "disabled":
             self._outcome = Outcome(mode=mode, why="switched off")
             return
@@ -110,20 +119,38 @@ class Tracker:
                 "sweep": sweep,
                 "sweep_id": sweep_id,
                 "models": models,
+                "directory": str(self._directory),
+                "again": again,
             }
         )
 
+    @property
+    def shows(self) -> bool:
+        """Whether anything comes of what it is told."""
+        return self._process is not None and not self._closing
+
     def progress(self, model: str, row: Mapping[str, float]) -> None:
-        """Add a point to a model's history, each key as `progress/<key>`. The caller decides how often."""
+        """Add a point to a model's history, each key as `progress/<key>` unless it has a section of its own
+        (`server/running`). The caller decides how often."""
         self._post({"kind": "progress", "model": model, "row": self._progress(row)})
 
     def overview(self, row: Mapping[str, float]) -> None:
         """Add a point to the overview run's history. Its leaderboard follows from the cells."""
         self._post({"kind": "progress", "model": None, "row": self._progress(row)})
 
+    def history(self, model: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add those rows of an earlier history (`read_history`) that a model's run (the overview's for None) lacks."""
+        self._post({"kind": "history", "model": model, "rows": rows})
+
+    def report(self, recipe: Mapping[str, Any], *, share_link: bool) -> None:
+        """Make or update the Report once the runs have ended."""
+        self._post({"kind": "report", "recipe": recipe, "share_link": share_link})
+
     def cell(self, record: Record) -> None:
         """Show a finished or failed cell. On a resumed sweep give the stored records too: a summary is sent whole."""
         scores = [(score, _is_main(score, record)) for score in record.scores]
+        files = [self._directory.parent / name for name in record.files]
+        rows = self._samples.get(record.task, 0)
         self._post(
             {
                 "kind": "cell",
@@ -140,6 +167,10 @@ class Tracker:
                     "generated_tokens": record.counts.generated_tokens,
                 },
                 "warnings": len(record.warnings),
+                "results": [str(path) for path in files if path.name.startswith("results_")],
+                "samples": [str(path) for path in files if path.name.startswith("samples_") and rows],
+                "samples_rows": rows,
+                "samples_key": f"samples/{_name(record.task)}",
             }
         )
 
@@ -187,6 +218,7 @@ class Tracker:
             why=self._why if self._mode else "".join(self._errors[:1]),
             urls=dict(self._urls),
             overview_url=self._overview_url,
+            report_url=self._report_url,
             errors=tuple(self._errors),
             offline=tuple(self._offline),
             publish=publish,
@@ -197,7 +229,8 @@ class Tracker:
         return self._directory / "tracking.log"
 
     def _progress(self, row: Mapping[str, float]) -> dict[str, float]:
-        return {"elapsed_s": time.monotonic() - self._started, **row}
+        found = {"elapsed_s": time.monotonic() - self._started, **row}
+        return {key if "/" in key else f"progress/{key}": value for key, value in found.items()}
 
     def _post(self, message: dict[str, Any]) -> None:
         if self._outcome is not None and self._outcome.mode == "disabled":
@@ -243,6 +276,8 @@ class Tracker:
                     logger.info("W&B is %s%s", self._mode, self._why and f": {self._why}")
                 elif "error" in event:
                     self._fail(event["error"])
+                elif "report" in event:
+                    self._report_url = event["report"]
                 elif event["model"] is None:
                     self._opened(event)
                     self._overview_url = event["url"]
@@ -270,15 +305,28 @@ def summary(record: Record) -> dict[str, float]:
     """
     values: dict[str, float] = {}
     for score in record.scores:
-        part = "" if _is_main(score, record) else f"/{_name(score.task)}"
-        prefix = f"eval/{_name(record.task)}{part}"
-        suffix = "" if score.filter in ("", "none") else f"__{_name(score.filter)}"
-        values[f"{prefix}/{_name(score.metric)}{suffix}"] = score.value
+        values[summary_key(record, score)] = score.value
         if score.stderr is not None:
-            values[f"{prefix}/{_name(score.metric)}_stderr{suffix}"] = score.stderr
+            values[summary_key(record, score, "_stderr")] = score.stderr
         if score.samples is not None:
-            values[f"{prefix}/n"] = score.samples
+            values[f"{_section(record, score)}/n"] = score.samples
     return values
+
+
+def summary_key(record: Record, score: Score, kind: str = "") -> str:
+    """The key of one score of a cell; `kind` is `_stderr` for its standard error."""
+    suffix = "" if score.filter in ("", "none") else f"__{_name(score.filter)}"
+    return f"{_section(record, score)}/{_name(score.metric)}{kind}{suffix}"
+
+
+def live_key(task: str, figure: str) -> str:
+    """The history's key of something that is only estimated while a cell runs."""
+    return f"live/{_name(task)}/{figure}"
+
+
+def _section(record: Record, score: Score) -> str:
+    part = "" if _is_main(score, record) else f"/{_name(score.task)}"
+    return f"eval/{_name(record.task)}{part}"
 
 
 def _is_main(score: Score, record: Record) -> bool:

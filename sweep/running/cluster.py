@@ -216,6 +216,7 @@ class _ServerHost:
     def tune(self, controller: Controller) -> Iterator[Load]:
         """The limit and the server's figures until it is gone, the first as soon as it changes."""
         told, told_s, silent, refused_before = controller.load, time.monotonic(), False, 0
+        meter = gpu.Meter([str(one) for one in ray.get_gpu_ids()])
         while self._server.alive():
             time.sleep(LOOK_S)
             (wanted, refused), seen = self._pressure, None
@@ -229,7 +230,7 @@ class _ServerHost:
                     log.debug("%s did not tell how it stands: %s", self._life, error)
             now_s = time.monotonic()
             controller.look(now_s=now_s, seen=seen, wanted=wanted, refused=refused - refused_before)
-            refused_before, load = refused, controller.load
+            refused_before, load = refused, replace(controller.load, gpu_use=meter.read())
             if load != told and (load.limit != told.limit or now_s > told_s + LOAD_S):
                 told, told_s = load, now_s
                 yield load

@@ -9,24 +9,26 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
 
 import msgspec
 
-from sweep.errors import StoreError, boundary
+from sweep.errors import StoreError, SweepError, boundary
 from sweep.evaluating import evaluator as ev
-from sweep.evaluating.concurrency import Controller, Leases, Load, automatic_limit
+from sweep.evaluating.concurrency import Controller, Leases, Load, automatic_limit, figures
 from sweep.evaluating.preflight import Check, Facts, expectation
 from sweep.evaluating.preflight import Outcome as Checked
 from sweep.masking import masked
 from sweep.planning.config import SweepConfig
 from sweep.planning.plan import Cell, Plan, ServerPlan, decided, failure, on_cpu
 from sweep.record import Record, Status
+from sweep.results import publish
 from sweep.results.claim import Work
+from sweep.results.reading import Sweep, read_sweep
 from sweep.results.store import Store, masked_json, write_file
 from sweep.results.timeline import TimelineWriter
-from sweep.results.tracking import Outcome, Tracker
+from sweep.results.tracking import Outcome, Tracker, live_key
 from sweep.running.cluster import (
     Cluster,
     ClusterEvent,
@@ -194,10 +196,17 @@ class Carried:
 
 
 def carry_out(
-    config: SweepConfig, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str], ends_at_s: float = math.inf
+    config: SweepConfig,
+    plan: Plan,
+    store: Store,
+    *,
+    api_key: str,
+    secrets: Sequence[str],
+    ends_at_s: float = math.inf,
+    texts: Callable[[Sweep], Mapping[str, str]] = lambda _: {},
 ) -> Carried:
     """Bring up the cluster, run the plan's owed cells on it and take everything down again, whatever happens, and
-    before the Unix time `ends_at_s`.
+    before the Unix time `ends_at_s`. `texts` makes further chapters of W&B's Report, Markdown by title.
 
     Raises ResourceError when the cluster cannot carry the plan.
     """
@@ -215,14 +224,7 @@ def carry_out(
     ):
         listen(stop)  # Ray has put a handler of its own in place
         require(plan.owed_servers, cluster.inventory)
-        tracker = Tracker(
-            config.wandb,
-            sweep=config.name,
-            sweep_id=str(store.directory.root),
-            directory=store.directory.wandb,
-            models={name: asdict(model) for name, model in config.models.items()},
-            secrets=secrets,
-        )
+        tracker = publish.mirror_of(config, store.directory, secrets)
         try:
             runner = Runner(
                 plan=plan,
@@ -241,10 +243,23 @@ def carry_out(
         finally:
             cluster.close()  # no GPU is held while W&B takes its time
             timeline.add("launch", host, "ended")
+            _report(tracker, config, store, texts)
             left_s = walltime.end_s - TABLES_S - time.monotonic()
             outcome = tracker.close(max(0.0, min(CLOSE_WANDB_S, left_s)))
     got_on = store.count() > stored or len(records) > len(plan.done)
     return Carried(records=records, signal=number, wandb=outcome, out_of_time=runner.out_of_time, got_on=got_on)
+
+
+def _report(tracker: Tracker, config: SweepConfig, store: Store, texts: Callable[[Sweep], Mapping[str, str]]) -> None:
+    """The Report of what the records say now; without one the sweep is as good."""
+    if not config.wandb.report or not tracker.shows:
+        return
+    try:
+        with boundary(StoreError, "make W&B's Report"):
+            sweep = read_sweep(store.directory.root)
+            publish.report(tracker, sweep, config, texts(sweep))
+    except SweepError as error:
+        log.warning("there will be no W&B Report of this launch: %s", error)
 
 
 @contextmanager
@@ -298,6 +313,8 @@ class Runner:
     _evaluators_work: bool = False
     """One of them has said something."""
     _last_tracked: float = 0.0
+    _loads_before: dict[str, Load] = field(default_factory=dict)
+    """By life, when W&B was told last."""
     _last_told: float = 0.0
     _serials: Iterator[int] = field(default_factory=itertools.count)
     """Of what evaluators are told of their shares."""
@@ -1030,6 +1047,12 @@ class Runner:
         if now - self._last_tracked < TRACK_S:
             return
         self._last_tracked = now
+        loads = {
+            server: {name: load for name in self._ready(server) if (load := self._lives[name].load)}
+            for server in self._servers
+        }
+        shown = {server: figures(self._loads_before, now_there) for server, now_there in loads.items()}
+        self._loads_before = {name: load for there in loads.values() for name, load in there.items()}
         for model in {c.cell.model.name for c in self._cells.values() if c.state == "running"}:
             mine = [c for c in self._cells.values() if c.cell.model.name == model]
             known = [c.progress for c in mine if c.progress is not None]
@@ -1039,7 +1062,13 @@ class Runner:
                     "cells_done": sum(not c.unfinished for c in mine),
                     "requests_done": sum(p.done for p in known),
                     "requests_per_s": sum(c.rate for c in mine if c.state == "running"),
-                    **self._load_of(mine[0].cell.model.server),
+                    **{
+                        live_key(c.cell.task_name, name): value
+                        for c in mine
+                        if c.state == "running" and c.progress is not None
+                        for name, value in c.progress.live.items()
+                    },
+                    **{f"server/{name}": value for name, value in shown[mine[0].cell.model.server].items()},
                 },
             )
         self._keep_concurrency()
@@ -1063,18 +1092,6 @@ class Runner:
                 left_s=round(left_s, 1) if left_s is not None else None,
             )
         )
-
-    def _load_of(self, server: str) -> dict[str, float]:
-        """Of all its lives; {} while none is ready."""
-        loads = [load for name in self._ready(server) if (load := self._lives[name].load) is not None]
-        if not loads:
-            return {}
-        return {
-            "concurrency": sum(load.limit for load in loads),
-            "running": sum(load.running for load in loads),
-            "waiting": sum(load.waiting for load in loads),
-            "kv_cache_use": max(load.kv_cache_use for load in loads),
-        }
 
 
 def keep_answers(events: Sequence[ClusterEvent], store: Store, cluster: Cluster) -> None:

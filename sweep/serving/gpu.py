@@ -17,6 +17,9 @@ QUERY_TIMEOUT_S = 20.0
 
 POLL_S = 1.0
 
+METER_S = 10.0
+"""Between two looks at how busy GPUs are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
@@ -95,6 +98,42 @@ def wait_for_memory(ids: Sequence[str], share: float, *, timeout_s: float, stopp
 def _shortage(gpu: Gpu, share: float) -> str:
     held = ", ".join(map(str, holders(gpu))) or "processes that nvidia-smi does not show here (of another container?)"
     return f"{gpu} has {gpu.free_mib:,} of {share * gpu.usable_mib:,.0f} MiB free; held by {held}"
+
+
+class Meter:
+    """How busy GPUs are, without waiting for nvidia-smi: it is asked aside, and at most every METER_S."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self._ids = tuple(ids)
+        self._use: float | None = None
+        self._asked_s = -METER_S
+        self._asking = threading.Event()
+
+    def read(self) -> float | None:
+        """What `use` told last; None where it does not, or not yet."""
+        if self._ids and not self._asking.is_set() and time.monotonic() >= self._asked_s + METER_S:
+            self._asked_s = time.monotonic()
+            self._asking.set()
+            threading.Thread(target=self._ask, name="gpu-meter", daemon=True).start()
+        return self._use
+
+    def _ask(self) -> None:
+        try:
+            self._use = use(self._ids)
+            self._asking.clear()
+        except LookupError:
+            self._use = None  # and is not asked again
+
+
+def use(ids: Sequence[str]) -> float:
+    """Mean share of the time in which these GPUs computed, 0 to 1. Raises LookupError when nvidia-smi does not tell."""
+    found = []
+    for index, uuid, percent in _rows("--query-gpu=index,uuid,utilization.gpu", 3):
+        if any(index == one or (uuid.startswith(one) and "-" in one) for one in ids):
+            found.append(percent)
+    if len(found) != len(ids) or not all(map(str.isdigit, found)):
+        raise LookupError(f"nvidia-smi tells no use of the GPUs {', '.join(ids)}")
+    return sum(map(int, found)) / len(found) / 100
 
 
 @contextmanager
