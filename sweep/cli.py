@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sweep.planning.config import SweepConfig
     from sweep.planning.plan import Plan
     from sweep.record import Record
+    from sweep.results.compare import Findings
     from sweep.results.reading import Sweep
     from sweep.results.store import RunDirectory
     from sweep.results.tracking import Outcome
@@ -336,12 +337,19 @@ def _report(arguments: Arguments) -> int:
         return DONE
     from sweep.planning.loading import secrets_of
     from sweep.results.publish import publish
-    from sweep.results.summary import compared
 
     config = _loaded(arguments)
-    outcome = publish(sweep, config, secrets=secrets_of(config), texts={"Paired comparisons": compared(findings)})
+    outcome = publish(sweep, config, secrets=secrets_of(config), texts=_chapters(sweep, findings))
     print(_said_of_wandb(outcome))
     return DONE if outcome.mode == "online" and not outcome.errors else FAILED
+
+
+def _chapters(sweep: "Sweep", findings: "Findings | None" = None) -> dict[str, str]:
+    """Of W&B's Report, Markdown by title."""
+    from sweep.results.compare import examine
+    from sweep.results.summary import compared
+
+    return {"Paired comparisons": compared(findings or examine(sweep))}
 
 
 def _export(arguments: Arguments) -> int:
@@ -423,7 +431,9 @@ def _run(arguments: Arguments) -> int:
                 from sweep.running.runner import carry_out
 
                 ends_at_s = ends_at(config.walltime, os.environ, began_s=began_s, now_s=time.time())
-                carried = carry_out(config, plan, store, api_key=api_key, secrets=hidden, ends_at_s=ends_at_s)
+                carried = carry_out(
+                    config, plan, store, api_key=api_key, secrets=hidden, ends_at_s=ends_at_s, texts=_chapters
+                )
     finally:
         store.close()
     records = read_records(directory)

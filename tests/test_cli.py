@@ -24,6 +24,7 @@ from sweep.errors import ConfigError
 from sweep.planning.plan import Cell, Plan, ServerPlan
 from sweep.record import Record, Score, Status
 from sweep.results.store import RunDirectory, Store, read_commits, read_records
+from sweep.results.tracking import Outcome
 from sweep.running.runner import SIGNALS
 
 LAUNCH = Path(__file__).parent.parent / "launch.py"
@@ -231,7 +232,15 @@ class Runner:
         self.keys: list[str] = []
 
     def carry_out(
-        self, config: Any, plan: Plan, store: Store, *, api_key: str, secrets: Sequence[str], ends_at_s: float
+        self,
+        config: Any,
+        plan: Plan,
+        store: Store,
+        *,
+        api_key: str,
+        secrets: Sequence[str],
+        ends_at_s: float,
+        texts: Callable[[Any], Any],
     ) -> SimpleNamespace:
         self.ends_at_s.append(ends_at_s)
         self.ran.append([cell.key for cell in plan.owed])
@@ -240,7 +249,7 @@ class Runner:
         records = {cell.key: self.record(cell) for cell in plan.owed if cell.key not in self.leaves}
         for record in records.values():
             store.write_record(record, {})
-        wandb = SimpleNamespace(mode="disabled", why="the test says so", overview_url=None, publish=None, errors=())
+        wandb = Outcome(mode="disabled", why="the test says so")
         return SimpleNamespace(
             records={**plan.done, **records},
             signal=self.signal,
@@ -443,7 +452,7 @@ def test_report_publishes_when_it_is_asked_to_and_says_what_came_of_it(
 
     def publish(sweep: Any, config: Any, *, secrets: Sequence[str], texts: dict[str, str]) -> Any:
         given.append((sweep.name, config.name, list(texts)))
-        return SimpleNamespace(mode=mode, why="", overview_url="https://w/b", publish=None, errors=errors)
+        return Outcome(mode=mode, why="", overview_url="https://w/b", errors=errors)
 
     monkeypatch.setitem(sys.modules, "sweep.results.publish", SimpleNamespace(publish=publish))  # type: ignore[arg-type]
     main(["conf=small"])
