@@ -1,0 +1,823 @@
+"""Is the difference between two models real: paired statistics over the documents that both of them answered.
+
+Documents are paired by what they are (lm-eval's hashes), never by where they stand. Only numbers that lm-eval makes as
+a mean over documents are compared, alone or over the subtasks of a group with lm-eval's weights; that they are is
+checked against its own value, and what is left out is said. Standard errors of single models stay lm-eval's.
+
+Pure but for reading the sample files, each once. It knows nothing of lm-eval beyond the records.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from sweep.record import Record, Score, Status
+from sweep.results.reading import Sweep
+
+LEVEL = 0.95
+"""Of every interval; 1 - LEVEL is what an adjusted p is held against."""
+POWER = 0.8
+FEW_CLUSTERS = 30
+"""Below it clustered standard errors are known to be too small. Cameron, Gelbach and Miller (2008), "Bootstrap-based
+improvements for inference with clustered errors", see it with 5 to 30 clusters."""
+SOURCES = ("passage", "context", "article", "story", "paragraph", "document", "background")
+"""Fields of a document that hold a text which several questions are asked about."""
+SOURCE_LEAST = 80
+"""Characters of such a text; shorter ones are labels or empty, not a passage."""
+EXACT_FLIPS = 12
+"""Documents that differ up to which every pattern of signs is looked at, 4,096 of them."""
+FLIPS = 9_999
+"""Random patterns of signs beyond that: with the observed one p has steps of 0.0001."""
+FAR = 20
+"""Fewer random patterns as far out than this tell too little; the saddlepoint takes over."""
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Model b against model a on the same documents, by one metric."""
+
+    task: str
+    """The cell's."""
+    subtask: str
+    """lm-eval's name of what is compared: the task or group that the cell asked for, or one task of a tag."""
+    metric: str
+    filter: str
+    higher_is_better: bool | None
+    model_a: str
+    model_b: str
+    n: int
+    """Documents paired."""
+    unpaired: int
+    """Documents of either that found no partner."""
+    value_a: float
+    """Over the paired documents; the subtasks of a group weighted as lm-eval weights them."""
+    value_b: float
+    difference: float
+    """`value_b` - `value_a`."""
+    stderr: float
+    """Of the difference."""
+    low: float
+    """End of the 95 % interval of the difference."""
+    high: float
+    p: float
+    p_adjusted: float
+    """By Holm over all comparisons that were made together."""
+    test: str
+    """`exact McNemar` or `paired permutation`."""
+    strata: int
+    """Subtasks; 1 for a task of its own."""
+    clusters: int | None
+    """Texts that the documents share; None where each document stands alone."""
+    detectable: float
+    """The smallest true difference that so many documents show four times out of five."""
+    notes: tuple[str, ...]
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "differs", "no difference shown"]:
+        """Of b against a; `differs` where the task does not say which direction is better."""
+        if not self.p_adjusted < 1 - LEVEL:
+            return "no difference shown"
+        if self.higher_is_better is None:
+            return "differs"
+        return "better" if (self.difference > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    comparisons: tuple[Comparison, ...]
+    left_out: tuple[str, ...]
+    """What could not be compared and why, in sentences."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaders:
+    """The models of one number that no other is shown to be better than."""
+
+    task: str
+    subtask: str
+    metric: str
+    filter: str
+    models: tuple[str, ...]
+    best: str | None
+    """The one that is shown to be better than each of the others; None where there is none, which is the usual."""
+
+
+def compare(sweep: Sweep, *, pairs: Sequence[tuple[str, str]] | None = None) -> tuple[Comparison, ...]:
+    """The second model of each pair against the first on every task of both; without `pairs`, all pairs of models."""
+    return examine(sweep, pairs=pairs).comparisons
+
+
+def compare_sweeps(a: Sweep, b: Sweep) -> tuple[Comparison, ...]:
+    """Each cell of `b` against the same cell of `a`; models are called `<sweep>/<model>`."""
+    return examine_sweeps(a, b).comparisons
+
+
+def examine(sweep: Sweep, *, pairs: Sequence[tuple[str, str]] | None = None) -> Findings:
+    """`compare`, with what was left out. Raises StoreError where a sample file cannot be read."""
+    chosen = pairs if pairs is not None else [(a, b) for i, a in enumerate(sweep.models) for b in sweep.models[i + 1 :]]
+    cells = {
+        task: {r.model: (sweep, r) for r in sweep.records if r.task == task and r.status is Status.DONE}
+        for task in sweep.tasks
+    }
+    return _findings(cells, chosen)
+
+
+def examine_sweeps(a: Sweep, b: Sweep) -> Findings:
+    """`compare_sweeps`, with what was left out. Two sweeps of one name are told apart by their folders."""
+    names = (a.name, b.name) if a.name != b.name else (str(a.directory.root), str(b.directory.root))
+    cells: dict[str, dict[str, tuple[Sweep, Record]]] = defaultdict(dict)
+    for name, sweep in zip(names, (a, b), strict=True):
+        for record in sweep.records:
+            if record.status is Status.DONE:
+                cells[record.task][f"{name}/{record.model}"] = (sweep, record)
+    return _findings(cells, [(f"{names[0]}/{model}", f"{names[1]}/{model}") for model in a.models])
+
+
+def leaders(comparisons: Iterable[Comparison]) -> tuple[Leaders, ...]:
+    """Who leads, number by number. Differences that may be noise make nobody a leader and nobody a loser."""
+    groups: dict[tuple[str, str, str, str], list[Comparison]] = defaultdict(list)
+    for one in comparisons:
+        groups[one.task, one.subtask, one.metric, one.filter].append(one)
+    found = []
+    for (task, subtask, metric, filter_name), members in groups.items():
+        models = list(dict.fromkeys(model for one in members for model in (one.model_a, one.model_b)))
+        beats: dict[str, set[str]] = {model: set() for model in models}
+        for one in members:
+            if one.verdict == "better":
+                beats[one.model_b].add(one.model_a)
+            elif one.verdict == "worse":
+                beats[one.model_a].add(one.model_b)
+        beaten = set().union(*beats.values())
+        found.append(
+            Leaders(
+                task=task,
+                subtask=subtask,
+                metric=metric,
+                filter=filter_name,
+                models=tuple(model for model in models if model not in beaten),
+                best=next((model for model in models if len(beats[model]) == len(models) - 1), None),
+            )
+        )
+    return tuple(found)
+
+
+# --- The statistics: arrays in, arrays out ---------------------------------------------------------------------------
+
+
+def mcnemar(only_a: NDArray[np.int64], only_b: NDArray[np.int64]) -> Floats:
+    """Exact two-sided p of discordant pairs: that so unequal a split comes of a fair coin.
+
+    McNemar (1947), Psychometrika 12:153; the exact form is the sign test, `scipy.stats.binomtest(only_a, n, 0.5)`.
+    """
+    total = only_a + only_b
+    return np.minimum(1.0, 2.0 * np.asarray(stats.binom.cdf(np.minimum(only_a, only_b), total, 0.5)))
+
+
+def tango(only_a: NDArray[np.int64], only_b: NDArray[np.int64], n: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """The score interval of p_b - p_a of paired proportions, from discordant pairs among `n`.
+
+    Tango (1998), Statistics in Medicine 17:891-908: all differences d whose score statistic
+    (b - c - n d) / sqrt(n (2 q + d (1 - d))) is within the normal quantile, q being the constrained estimate of the
+    other discordant proportion. It keeps its level where Wald's interval collapses: without any discordant pair.
+    """
+    b, c, m = (np.asarray(x, dtype=np.float64) for x in (only_b, only_a, n))
+    z = stats.norm.ppf((1 + LEVEL) / 2)
+
+    def score(d: Floats) -> Floats:
+        linear = -b - c + (2 * m - b + c) * d
+        root = np.sqrt(np.maximum(linear**2 + 8 * m * c * d * (1 - d), 0.0))
+        q = np.maximum((root - linear) / (4 * m), 0.0)
+        variance = m * (2 * q + d * (1 - d))
+        distance = b - c - m * d
+        return np.asarray(distance / np.sqrt(np.maximum(variance, 1e-300)))
+
+    estimate = (b - c) / m
+
+    def end(outside: float, bound: float) -> Floats:
+        inner, outer = estimate.copy(), np.full_like(estimate, outside)
+        for _ in range(50):  # to the last digits of a double
+            middle = (inner + outer) / 2
+            within = np.abs(score(middle)) <= bound
+            inner, outer = np.where(within, middle, inner), np.where(within, outer, middle)
+        return np.asarray(inner)
+
+    return end(-1.0, z), end(1.0, z)
+
+
+def permutation(units: Floats) -> Floats:
+    """Two-sided p of each row: that the sum of its differences is so far from 0 when their signs are those of coins.
+
+    The paired permutation test of Fisher (1935), The Design of Experiments, §21: exact over all signs where up to
+    EXACT_FLIPS differences are not 0. Otherwise FLIPS random ones, (hits + 1) / (flips + 1) after Phipson and Smyth
+    (2010), Stat. Appl. Genet. Mol. Biol. 9:39; where too few of these come as far, the tail is that of `saddlepoint`:
+    else no p could be small enough for the correction over thousands of comparisons.
+    """
+    total = np.abs(units.sum(axis=1))
+    size = np.abs(units).sum(axis=1)
+    differing = (units != 0).sum(axis=1)
+    p = np.ones(len(units))
+    reached = total - 1e-6 * size  # sums of one value by different roads differ in their last digits
+
+    few = np.flatnonzero((differing > 0) & (differing <= EXACT_FLIPS))
+    if len(few):
+        order = np.argsort(units[few] == 0, axis=1, kind="stable")[:, :EXACT_FLIPS]
+        packed = np.take_along_axis(units[few], order, axis=1)
+        width = packed.shape[1]
+        signs = 1.0 - 2.0 * ((np.arange(2**width)[:, None] >> np.arange(width)) & 1)
+        p[few] = (np.abs(packed @ signs.T) >= reached[few, None]).mean(axis=1)
+
+    many = np.flatnonzero(differing > EXACT_FLIPS)
+    if len(many):
+        rows = units[many].astype(np.float32)
+        hits = np.zeros(len(many), dtype=np.int64)
+        random = np.random.default_rng(0)
+        for start in range(0, FLIPS, 500):
+            flips = min(500, FLIPS - start)
+            signs32 = random.integers(0, 2, size=(rows.shape[1], flips), dtype=np.int8).astype(np.float32) * 2 - 1
+            hits += (np.abs(rows @ signs32) >= reached[many, None]).sum(axis=1)
+        p[many] = (hits + 1) / (FLIPS + 1)
+        if len(far := many[hits < FAR]):
+            p[far] = saddlepoint(units[far])
+    return p
+
+
+def saddlepoint(units: Floats) -> Floats:
+    """The p of `permutation` far out, where random signs hardly come; good to a few per cent of itself.
+
+    Robinson (1982), "Saddlepoint approximations for permutation tests and confidence intervals", JRSS B 44:91-101, with
+    the tail formula of Lugannani and Rice (1980): K(t) = sum log cosh(t d), solved for K'(t) = |sum d|. Never below
+    2^(1-m), the p of m differences with one sign.
+    """
+    total = np.abs(units.sum(axis=1))
+    size = np.abs(units).sum(axis=1)
+    least: Floats = 2.0 ** (1.0 - (units != 0).sum(axis=1))
+    p = least.copy()
+    rows = np.flatnonzero(total < size * (1 - 1e-9))
+    if not len(rows):
+        return p
+    d = np.abs(units[rows])  # log cosh is even
+    s = total[rows]
+    t = s / (d**2).sum(axis=1)
+    for _ in range(100):
+        # K' is concave for t > 0, so Newton's steps from the left approach the root without passing it.
+        bent = np.tanh(t[:, None] * d)
+        step = (s - (d * bent).sum(axis=1)) / np.maximum((d**2 * (1 - bent**2)).sum(axis=1), 1e-300)
+        t = t + np.maximum(step, 0.0)
+        if np.all(np.abs(step) <= 1e-10 * t):
+            break
+    x = t[:, None] * d
+    log_cosh = x + np.log1p(np.exp(-2 * x)) - np.log(2.0)
+    curve = (d**2 * (1 - np.tanh(x) ** 2)).sum(axis=1)
+    w = np.sqrt(np.maximum(2 * (t * s - log_cosh.sum(axis=1)), 1e-300))
+    u = np.maximum(t * np.sqrt(curve), 1e-300)
+    tail = stats.norm.sf(w) + stats.norm.pdf(w) * (1 / u - 1 / w)
+    p[rows] = np.clip(2 * tail, least[rows], 1.0)
+    return p
+
+
+def holm(p: Floats) -> Floats:
+    """p-values that may be held against 5 % whatever their number: the chance of one false claim among all stays 5 %.
+
+    Holm (1979), Scandinavian Journal of Statistics 6:65-70.
+    """
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimates:
+    """Of many pairs at once; each field has one entry a pair."""
+
+    n: NDArray[np.int64]
+    value_a: Floats
+    value_b: Floats
+    difference: Floats
+    stderr: Floats
+    low: Floats
+    high: Floats
+    detectable: Floats
+    clusters: NDArray[np.int64] | None
+    strata: NDArray[np.int64]
+    units: Floats
+    """What a permutation test flips: the weighted difference of each document, or of all documents of a cluster."""
+    only_a: NDArray[np.int64]
+    """Documents that only a has right, of a 0/1 metric."""
+    only_b: NDArray[np.int64]
+
+
+def estimates(
+    a: Floats,
+    b: Floats,
+    *,
+    starts: NDArray[np.intp] | None = None,
+    by_size: bool = True,
+    clusters: NDArray[np.intp] | None = None,
+    binary: bool = False,
+) -> Estimates:
+    """Difference, standard error and interval of each row of `b` against `a`; NaN stands for no answer.
+
+    Columns are documents, those of a stratum side by side from its index in `starts`; `clusters` says which text each
+    document is about. A pair needs two documents.
+
+    Paired differences and their standard error: Miller (2024), "Adding Error Bars to Evals", arXiv 2411.00640, §4.
+    Over strata: lm-eval's own rules (`pooled_sample_stderr` and `unweighted_mean_stderr` of its api/metrics.py) on
+    differences; see Cochran (1977), Sampling Techniques, §5.4. Clustered: Miller §2.2 with the factor G / (G - 1) and t
+    of G - 1 degrees, as in Cameron and Miller (2015), J. Human Resources 50:317. Intervals of 0/1 metrics: `tango`;
+    over strata or clusters, Bonett and Price (2012), J. Educ. Behav. Stat. 37:479, one document more in each direction;
+    of other metrics, Student's t. Detectable: (z_0.975 + z_0.8) standard errors, Miller §5.
+    """
+    starts = np.zeros(1, dtype=np.intp) if starts is None else starts
+    valid = ~np.isnan(a) & ~np.isnan(b)
+    a, b = np.where(valid, a, 0.0), np.where(valid, b, 0.0)
+    d = b - a
+    widths = np.diff(np.append(starts, a.shape[1]))
+
+    def summed(x: NDArray[Any]) -> Floats:
+        return np.add.reduceat(x.astype(np.float64), starts, axis=1)
+
+    def spread(x: Floats) -> Floats:
+        return np.repeat(x, widths, axis=1)
+
+    count = summed(valid)
+    n = count.sum(axis=1)
+    strata = (count > 0).sum(axis=1)
+    held = np.maximum(count, 1.0)
+    share = count / n[:, None] if by_size else (count > 0) / strata[:, None]
+    """Of each stratum in the outcome."""
+    weight = spread(share / held) * valid
+    mean = summed(d) / held
+    residual = (d - spread(mean)) * valid
+    squares = summed(residual**2)
+    if by_size:
+        # With one document in every stratum nothing is known of the spread within; that over all of them is more.
+        alone = n == strata
+        overall = ((d - (d.sum(axis=1) / n)[:, None]) ** 2 * valid).sum(axis=1)
+        within = np.where(alone, overall, squares.sum(axis=1))
+        variance = within / (np.where(alone, n - 1, n - strata) * n)
+    else:
+        variance = (squares / (np.maximum(count - 1, 1.0) * held)).sum(axis=1) / strata**2
+    freedom = np.maximum(n - strata, 1.0)
+    units, groups = weight * d, None
+    if clusters is not None:
+        order = np.argsort(clusters, kind="stable")
+        ends = np.flatnonzero(np.diff(clusters[order], prepend=-1))
+        groups = (np.add.reduceat(valid[:, order].astype(np.int64), ends, axis=1) > 0).sum(axis=1)
+        together = np.add.reduceat((weight * residual)[:, order], ends, axis=1)
+        variance = (together**2).sum(axis=1) * groups / np.maximum(groups - 1, 1)
+        freedom = np.maximum(groups - 1, 1.0)
+        units = np.add.reduceat(units[:, order], ends, axis=1)
+
+    difference = (share * mean).sum(axis=1)
+    stderr = np.sqrt(variance)
+    only_a, only_b = (np.rint(((d == sign) & valid).sum(axis=1)).astype(np.int64) for sign in (-1, 1))
+    whole = np.rint(n).astype(np.int64)
+    padded = stderr
+    if binary:
+        padded = np.sqrt(n**2 * variance + 2) / (n + 2)
+    if binary and clusters is None and len(starts) == 1:
+        low, high = tango(only_a, only_b, whole)
+    else:
+        reach = stats.t.ppf((1 + LEVEL) / 2, freedom) * padded
+        centre = difference * n / (n + 2) if binary else difference
+        low, high = centre - reach, centre + reach
+        if binary:
+            low, high = np.maximum(low, -1.0), np.minimum(high, 1.0)
+    z = stats.norm.ppf((1 + LEVEL) / 2) + stats.norm.ppf(POWER)
+    return Estimates(
+        n=whole,
+        value_a=(weight * a).sum(axis=1),
+        value_b=(weight * b).sum(axis=1),
+        difference=difference,
+        stderr=stderr,
+        low=low,
+        high=high,
+        detectable=z * padded,
+        clusters=groups,
+        strata=strata,
+        units=units,
+        only_a=only_a,
+        only_b=only_b,
+    )
+
+
+# --- From records and samples to arrays ------------------------------------------------------------------------------
+
+_Cells = Mapping[str, tuple[Sweep, Record]]
+"""By label of the model."""
+
+
+@dataclass
+class _Answers:
+    """One model's outcomes on one leaf, filter: a row each, in the file's order."""
+
+    whole: list[int] = field(default_factory=list)
+    """The column of each by document, prompt and target."""
+    alone: list[int] = field(default_factory=list)
+    """The column of each by document."""
+    values: dict[str, list[float | None]] = field(default_factory=dict)
+    """By metric; None where the document has no such number. A metric whose values are no numbers is not here."""
+    unusable: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Leaf:
+    """All models' outcomes on one lm-eval task through one filter."""
+
+    whole: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    alone: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    sources_whole: list[int] = field(default_factory=list)
+    """Of each column, the text that the document is about."""
+    sources_alone: list[int] = field(default_factory=list)
+    answers: dict[str, _Answers] = field(default_factory=lambda: defaultdict(_Answers))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A number of the result table that is to be compared."""
+
+    name: str
+    metric: str
+    filter: str
+
+
+@dataclass(frozen=True)
+class _Make:
+    """How lm-eval makes that number for one model."""
+
+    leaves: tuple[str, ...]
+    by_size: bool | None
+    """None where both weightings give the same."""
+    higher_is_better: bool | None
+    reason: str | None = None
+    """Why it cannot be compared."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Comparisons of one model with several on one target."""
+
+    first: str
+    others: tuple[str, ...]
+    whole: bool
+    """Paired by prompts too."""
+    made: Estimates
+    unpaired: NDArray[np.int64]
+    reprompted: NDArray[np.int64]
+    """Documents of both whose prompts differ, where others agree."""
+
+
+def _findings(tasks: Mapping[str, _Cells], pairs: Sequence[tuple[str, str]]) -> Findings:
+    comparisons: list[Comparison] = []
+    left_out: list[str] = []
+    for task, cells in tasks.items():
+        wanted = [(a, b) for a, b in pairs if a in cells and b in cells]
+        if wanted:
+            involved = {model for pair in wanted for model in pair}
+            _task(task, {m: c for m, c in cells.items() if m in involved}, wanted, comparisons.append, left_out.append)
+    adjusted = holm(np.array([one.p for one in comparisons]))
+    for one, p in zip(comparisons, adjusted.tolist(), strict=True):
+        # A copy of each would take most of the time; nobody else has seen them yet.
+        object.__setattr__(one, "p_adjusted", p)
+    return Findings(comparisons=tuple(comparisons), left_out=tuple(dict.fromkeys(left_out)))
+
+
+def _task(
+    task: str,
+    cells: _Cells,
+    pairs: Sequence[tuple[str, str]],
+    found: Callable[[Comparison], None],
+    left_out: Callable[[str], None],
+) -> None:
+    leaves, sources = _read(cells)
+    makes: dict[_Target, dict[str, _Make]] = defaultdict(dict)
+    for model, (_, record) in cells.items():
+        for target, make in _targets(record, leaves, model):
+            makes[target][model] = make
+    said = {model: _said(record) for model, (_, record) in cells.items()}
+    for target, by_model in makes.items():
+        able = {model: make for model, make in by_model.items() if make.reason is None}
+        for reason in dict.fromkeys(make.reason for make in by_model.values() if make.reason is not None):
+            left_out(f"{task}: {_called(target)} {reason}")
+        weightings = {make.by_size for make in able.values()} - {None}
+        if len(weightings) > 1:
+            left_out(f"{task}: {_called(target)} is weighted in two ways by different models' runs")
+            continue
+        partners: dict[str, list[str]] = defaultdict(list)
+        for a, b in pairs:
+            if a in able and b in able:
+                partners[a].append(b)
+        if partners:
+            by_size = weightings.pop() if weightings else True
+            names = list(dict.fromkeys(leaf for make in able.values() for leaf in make.leaves))
+            table = _Table(leaves, names, target, list(able), shared=sources)
+            blocks = [
+                block for first, others in partners.items() for block in table.blocks(first, others, bool(by_size))
+            ]
+            for a, b in table.strangers:
+                left_out(f"{task}: {_called(target)} of {a} and {b}: fewer than two documents in common")
+            higher = next(iter(able.values())).higher_is_better
+            for one in _comparisons(task, target, blocks, said, higher, binary=table.binary, by_size=bool(by_size)):
+                found(one)
+
+
+def _called(target: _Target) -> str:
+    shown = target.metric if target.filter == "none" else f"{target.metric} ({target.filter})"
+    return f"{shown} of {target.name}"
+
+
+def _read(cells: _Cells) -> tuple[dict[tuple[str, str], _Leaf], bool]:
+    """The outcomes by leaf and filter, and whether documents share texts."""
+    leaves: dict[tuple[str, str], _Leaf] = defaultdict(_Leaf)
+    source_by_text: dict[Any, int] = {}
+    source_by_document: dict[str, int] = {}
+    shared = False
+    for model, (sweep, record) in cells.items():
+        seen: dict[Any, int] = defaultdict(int)
+        for outcome in sweep.outcomes(record):
+            leaf = leaves[outcome.subtask, outcome.filter]
+            answers = leaf.answers[model]
+            if (source := source_by_document.get(outcome.doc_hash)) is None:
+                text = _source(msgspec.json.decode(outcome.doc))
+                shared = shared or text in source_by_text
+                source = source_by_text.setdefault(
+                    text if text is not None else (outcome.doc_hash,), len(source_by_text)
+                )
+                source_by_document[outcome.doc_hash] = source
+            # A document that a data set holds twice is paired as often as both have it.
+            where = (outcome.subtask, outcome.filter)
+            key = (outcome.doc_hash, outcome.prompt_hash, outcome.target_hash)
+            for kind, columns, sources, rows in (
+                (key, leaf.whole, leaf.sources_whole, answers.whole),
+                (key[:1], leaf.alone, leaf.sources_alone, answers.alone),
+            ):
+                nth = seen[where, kind]
+                seen[where, kind] = nth + 1
+                column = columns.setdefault((kind, nth), len(columns))
+                if column == len(sources):
+                    sources.append(source)
+                rows.append(column)
+            for metric, value in outcome.metrics:
+                if value is None or isinstance(value, (int, float)):
+                    column_of = answers.values.setdefault(metric, [])
+                    column_of += [None] * (len(answers.whole) - 1 - len(column_of))
+                    column_of.append(None if value is None else float(value))
+                else:
+                    answers.unusable.add(metric)
+    for leaf in leaves.values():
+        for answers in leaf.answers.values():
+            for values in answers.values.values():
+                values += [None] * (len(answers.whole) - len(values))
+    return leaves, shared
+
+
+def _source(doc: Any) -> str | None:
+    """The text that a document is a question about, if it says so."""
+    for name in SOURCES if isinstance(doc, dict) else ():
+        text = doc.get(name)
+        if isinstance(text, list):
+            text = "\n".join(map(str, text))
+        if isinstance(text, str) and len(text) >= SOURCE_LEAST:
+            return text
+    return None
+
+
+def _targets(record: Record, leaves: Mapping[tuple[str, str], _Leaf], model: str) -> Iterator[tuple[_Target, _Make]]:
+    """The numbers at the top of a record, with what they are made of: a group's own or, without one, its members'."""
+    above: list[Score] = []
+    below: dict[tuple[str, str, str], list[Score]] = {}
+    tops: dict[tuple[str, str, str], Score] = {}
+    for score in record.scores:
+        above = [one for one in above if one.depth < score.depth]
+        parents = [(one.task, score.metric, score.filter) for one in above]
+        top = next((key for key in parents if key in tops), None)
+        if top is None:
+            tops[score.task, score.metric, score.filter] = score
+        elif (score.task, score.filter) in leaves:
+            below.setdefault(top, []).append(score)
+        if all(one.task != score.task for one in above):
+            above.append(score)
+    for (name, metric, filter_name), score in tops.items():
+        target = _Target(name, metric, filter_name)
+        members = below.get((name, metric, filter_name), [])
+        parts = [score] if (name, filter_name) in leaves else members
+        reason = None if parts else "has no samples"
+        sizes = []
+        for part in parts:
+            answers = leaves[part.task, filter_name].answers.get(model)
+            values = answers.values.get(metric) if answers else None
+            numbers = [value for value in values or () if value is not None]
+            if answers is None or values is None or metric in answers.unusable:
+                reason = "is made of more than a number per document"
+            elif not numbers or not _near(sum(numbers) / len(numbers), part.value):
+                reason = "is no mean over documents"
+            sizes.append(len(answers.whole) if answers else 0)
+        by_size: bool | None = None
+        if reason is None and parts != [score]:
+            sized = _near(sum(n * p.value for n, p in zip(sizes, parts, strict=True)) / sum(sizes), score.value)
+            plain = _near(sum(p.value for p in parts) / len(parts), score.value)
+            by_size = None if sized and plain else sized
+            if not sized and not plain:
+                reason = "is no mean over its subtasks"
+        yield (
+            target,
+            _Make(
+                leaves=tuple(part.task for part in parts),
+                by_size=by_size,
+                higher_is_better=score.higher_is_better
+                if score.higher_is_better is not None or not parts
+                else parts[0].higher_is_better,
+                reason=reason,
+            ),
+        )
+
+
+def _near(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-9 * max(1.0, abs(b))
+
+
+class _Table:
+    """One number's values: models by documents, both ways of pairing."""
+
+    def __init__(
+        self,
+        leaves: Mapping[tuple[str, str], _Leaf],
+        names: Sequence[str],
+        target: _Target,
+        models: Sequence[str],
+        *,
+        shared: bool,
+    ) -> None:
+        self._rows = {model: row for row, model in enumerate(models)}
+        parts = [leaves[name, target.filter] for name in names]
+        self._ways = {}
+        for whole in (True, False):
+            widths = [len(leaf.whole if whole else leaf.alone) for leaf in parts]
+            values = np.full((len(models), sum(widths)), np.nan)
+            for leaf, start in zip(parts, np.cumsum([0, *widths[:-1]]), strict=True):
+                for model, row in self._rows.items():
+                    if (answers := leaf.answers.get(model)) and target.metric in answers.values:
+                        columns = np.array(answers.whole if whole else answers.alone, dtype=np.intp) + start
+                        values[row, columns] = np.array(answers.values[target.metric], dtype=np.float64)
+            sources = np.array([s for leaf in parts for s in (leaf.sources_whole if whole else leaf.sources_alone)])
+            self._ways[whole] = (values, np.cumsum([0, *widths[:-1]]), sources if shared else None)
+        known = self._ways[False][0]
+        self.binary = bool(np.all(np.isnan(known) | (known == 0) | (known == 1)))
+        self.strangers: list[tuple[str, str]] = []
+        """Pairs without enough documents in common; filled by `blocks`."""
+
+    def blocks(self, first: str, others: Sequence[str], by_size: bool) -> Iterator[_Block]:
+        """The comparisons of `others` with `first`: by prompts where any agree, otherwise by documents alone."""
+        answered = {whole: ~np.isnan(values) for whole, (values, _, _) in self._ways.items()}
+        row, rows = self._rows[first], np.array([self._rows[model] for model in others])
+        common = {whole: (flags[row] & flags[rows]).sum(axis=1) for whole, flags in answered.items()}
+        for whole in (True, False):
+            chosen = (common[True] > 0) == whole
+            enough = common[whole] >= 2
+            self.strangers += [(first, others[i]) for i in np.flatnonzero(chosen & ~enough)]
+            if not (chosen & enough).any():
+                continue
+            picked = np.flatnonzero(chosen & enough)
+            values, starts, sources = self._ways[whole]
+            made = estimates(
+                np.broadcast_to(values[row], (len(picked), values.shape[1])),
+                values[rows[picked]],
+                starts=starts,
+                by_size=by_size,
+                clusters=sources if sources is None else _truly_shared(sources, answered[whole][row]),
+                binary=self.binary,
+            )
+            held = answered[whole].sum(axis=1)
+            yield _Block(
+                first,
+                tuple(others[i] for i in picked),
+                whole,
+                made,
+                held[row] + held[rows[picked]] - 2 * common[whole][picked],
+                np.maximum(common[False] - common[True], 0)[picked] if whole else np.zeros(len(picked), dtype=np.int64),
+            )
+
+
+def _truly_shared(sources: NDArray[np.intp], answered: Flags) -> NDArray[np.intp] | None:
+    """The clusters, unless each of the documents has a text of its own."""
+    own = sources[answered]
+    return sources if len(np.unique(own)) < len(own) else None
+
+
+def _comparisons(
+    task: str,
+    target: _Target,
+    blocks: Sequence[_Block],
+    said: Mapping[str, "_Said"],
+    higher: bool | None,
+    *,
+    binary: bool,
+    by_size: bool,
+) -> Iterator[Comparison]:
+    p_values: list[Floats] = [np.empty(0)] * len(blocks)
+    flipped: dict[tuple[bool, int], list[int]] = defaultdict(list)
+    """Blocks whose units are of one kind: they are tested together, with one set of random signs."""
+    for index, block in enumerate(blocks):
+        if binary and by_size and block.made.clusters is None:
+            p_values[index] = mcnemar(block.made.only_a, block.made.only_b)
+        else:
+            flipped[block.whole, block.made.units.shape[1]].append(index)
+    for members in flipped.values():
+        tested = permutation(np.concatenate([blocks[index].made.units for index in members]))
+        cuts = np.cumsum([len(blocks[index].others) for index in members])[:-1]
+        for index, part in zip(members, np.split(tested, cuts), strict=True):
+            p_values[index] = part
+    for block, p in zip(blocks, p_values, strict=True):
+        made = block.made
+        exact = binary and by_size and made.clusters is None
+        columns = zip(
+            block.others,
+            *(getattr(made, name).tolist() for name in ("n", "value_a", "value_b", "difference", "stderr")),
+            *(getattr(made, name).tolist() for name in ("low", "high", "detectable", "strata")),
+            p.tolist(),
+            made.clusters.tolist() if made.clusters is not None else [None] * len(p),
+            block.unpaired.tolist(),
+            block.reprompted.tolist(),
+            strict=True,
+        )
+        for other, n, value_a, value_b, difference, stderr, low, high, least, strata, chance, g, lone, new in columns:
+            yield Comparison(
+                task=task,
+                subtask=target.name,
+                metric=target.metric,
+                filter=target.filter,
+                higher_is_better=higher,
+                model_a=block.first,
+                model_b=other,
+                n=n,
+                unpaired=lone,
+                value_a=value_a,
+                value_b=value_b,
+                difference=difference,
+                stderr=stderr,
+                low=low,
+                high=high,
+                p=chance,
+                p_adjusted=chance,
+                test="exact McNemar" if exact else "paired permutation",
+                strata=strata,
+                clusters=g,
+                detectable=least,
+                notes=tuple(_notes(said[block.first], said[other], whole=block.whole, reprompted=new, clusters=g)),
+            )
+
+
+# --- What the reader has to know of a pair ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Said:
+    """Settings of a cell that bear on a comparison, by what they are called."""
+
+    numbers: Mapping[str, Any]
+    """What changes numbers and should not differ between two models."""
+    prompts: Mapping[str, Any]
+    """What changes prompts, and belongs to a model."""
+
+
+def _said(record: Record) -> _Said:
+    asked = record.settings.get("task", {})
+    return _Said(
+        {
+            "task version": {score.task: score.version for score in record.scores},
+            "shots": record.settings.get("num_fewshot"),
+            "gen_kwargs": asked.get("gen_kwargs"),
+            "metadata": asked.get("metadata"),
+            "seeds": record.settings.get("seeds"),
+            "lm-eval": record.versions.get("lm_eval"),
+        },
+        {
+            "chat template": (record.settings.get("chat"), record.settings.get("chat_template_sha")),
+            "system instruction": record.settings.get("system_instruction"),
+            "turns of the examples": record.settings.get("fewshot_as_multiturn"),
+        },
+    )
+
+
+def _notes(a: _Said, b: _Said, *, whole: bool, reprompted: int, clusters: int | None) -> Iterator[str]:
+    differs = [name for name, value in a.numbers.items() if value != b.numbers[name]]
+    if differs:
+        yield f"settings differ: {', '.join(differs)}"
+    if not whole:
+        why = [name for name, value in a.prompts.items() if value != b.prompts[name]]
+        cause = f" ({', '.join(why)})" if why else ""
+        yield f"prompts differ{cause}: documents are paired, prompts are not"
+    if reprompted:
+        yield f"{reprompted} documents of both are left out because their prompts differ"
+    if clusters is not None and clusters < FEW_CLUSTERS:
+        yield f"too few clusters ({clusters}): the standard error is probably too small"
