@@ -50,7 +50,8 @@ exit codes      0    every cell is done
                 1    some cells failed, a model cannot be served, something could not be fetched, or the walltime was
                      too short to get on at all; it is listed, the rest is done
                 2    wrong input, the machines lack what the plan needs, or the run directory cannot be used or written
-                3    of status: cells are owed and a driver is at work; 4: and none is
+                3    every cell is done, but a number is not as the sweep's `expect` says, or is not there;
+                     of status: cells are owed and a driver is at work; 4: and none is
                 75   the walltime is over and cells are owed: start the same command again
                 130  stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by a closed terminal (SIGHUP); the same command
                      goes on
@@ -59,7 +60,7 @@ sweeps here     {sweeps}
 
 COMMANDS = ("run", "plan", "check", "fetch", "status", "tasks")
 
-DONE, FAILED, WRONG, AGAIN, INTERRUPTED = 0, 1, 2, 75, 130
+DONE, FAILED, WRONG, MISSED, AGAIN, INTERRUPTED = 0, 1, 2, 3, 75, 130
 """Exit codes. 75 is EX_TEMPFAIL of sysexits.h: a failure that passes when it is tried again."""
 
 WARNED_S = 300.0
@@ -365,6 +366,7 @@ def _conclude(
 ) -> int:
     """Write and print the tables of the `whole` sweep; the exit code, which is about the cells that have `ended`."""
     from sweep.record import Status
+    from sweep.results.expectations import check
     from sweep.results.report import csv_text, failures, markdown
     from sweep.results.store import write_file
 
@@ -384,7 +386,13 @@ def _conclude(
     failed = [record for record in ended.values() if record.status is Status.FAILED]
     if failed:
         print(f"\n{failures(failed)}")
-    return FAILED if failed else DONE
+    checked = check(config.models, config.tasks, shown)
+    missed = [one for one in checked if not one.met]
+    if checked:
+        print(f"expected {len(checked) - len(missed)} of {len(checked)} numbers are as the sweep file expects them")
+    for one in missed:
+        print(f"         {one.said}")
+    return FAILED if failed else MISSED if missed else DONE
 
 
 def _said_of_wandb(outcome: "Outcome") -> str:

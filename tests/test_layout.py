@@ -31,6 +31,7 @@ ORDER = [
     "reading",
     "compare",
     "references",
+    "expectations",
     "mirror",
     "tracking",
     "report",

@@ -557,7 +557,7 @@ def _settings(
         "think_end_token": model.think_end_token,
         "fewshot_as_multiturn": _as_multiturn(cell),
         "system_instruction": model.system_instruction,
-        "task": asdict(cell.task),
+        "task": {name: value for name, value in asdict(cell.task).items() if name != "expect"},
         "seeds": asdict(cell.seeds),
         "num_fewshot": dict(results["n-shot"]),
         "samples": {name: n["effective"] for name, n in results["n-samples"].items()},

@@ -25,6 +25,16 @@ class Scoring(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """A number that a finished cell should have; missing it makes the sweep end with exit code 3."""
+
+    value: float
+    """On lm-eval's scale: 0.6861 of an accuracy, not 68.61."""
+    tolerance: float
+    """How far off it may be in either direction. Two standard errors of the metric leave one false alarm in twenty."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """One model of the sweep, after `defaults`, `variants`, `checkpoints` and `adapters` have been resolved."""
 
@@ -90,6 +100,8 @@ class Model:
     """Environment variables of the server process."""
     tasks: tuple[str, ...] = ()
     """Only these tasks, or with a leading `!` all but these; empty means all."""
+    expect: dict[str, dict[str, Expectation]] = field(default_factory=dict)
+    """What its numbers should be, by task and then as in a task's `expect`, which it replaces."""
     server_python: str | None = None
     """Absolute path of the Python whose vLLM serves this model; unset means the one that runs the sweep. So two
     versions of vLLM can be compared in one sweep."""
@@ -127,6 +139,9 @@ class Task:
     """Confirms a task that executes code which the model wrote."""
     include_path: str | None = None
     """Absolute folder with the user's own task YAML."""
+    expect: dict[str, Expectation] = field(default_factory=dict)
+    """What every model's numbers should be, by lm-eval's `metric,filter`; `acc` means `acc,none`, and a subtask's name
+    may stand before it: `mmlu_anatomy/acc`. It changes no number and costs no cell."""
     on_overflow: Overflow = Overflow.ERROR
     """What happens when a prompt does not fit into `max_model_len`: fail the cell before anything is sent, or cut the
     context from the left as stock lm-eval does, counted and said in the record."""

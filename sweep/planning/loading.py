@@ -41,6 +41,7 @@ from sweep.masking import MASK, SECRET_LEAST, is_secret, masked, passwords
 from sweep.planning.config import (
     CellOverride,
     Device,
+    Expectation,
     Model,
     NodeGroup,
     RayConfig,
@@ -305,15 +306,17 @@ class _Options:
     """vLLM's options by name, in either spelling."""
 
 
+_EXPECT = _Named(get_type_hints(Expectation), plain=False)
 _ENV = _Named(str | int | float, plain=False)  # `OMP_NUM_THREADS: 8` needs no quotes
 _VARIANT = {key: kind for key, kind in get_type_hints(Model).items() if key not in ("entry", "adapter")} | {
     "env": _ENV,
     "server": _Options,
     "checkpoints": tuple[str, ...],
     "adapters": _Named(str),
+    "expect": _Named(_EXPECT),
 }
 _ENTRY = _VARIANT | {"variants": _Named(_VARIANT)}
-_TASK = get_type_hints(Task) | {"num_fewshot": int | tuple[int, ...] | None}
+_TASK = get_type_hints(Task) | {"num_fewshot": int | tuple[int, ...] | None, "expect": _EXPECT}
 _SUITE = {"tasks": _Named(_TASK)}
 _FILE = _SUITE | {
     "extends": str | tuple[str, ...],
@@ -680,7 +683,28 @@ def _model(draft: _Draft, grids: Mapping[str, list[str]], env: Mapping[str, str]
     for choice in settings.get("tasks", ()):
         bare = choice.removeprefix("!")
         chosen += [choice[: -len(bare)] + name for name in grids.get(bare, [bare])]
-    return Model(**settings | {"tasks": tuple(chosen)})
+    expect: dict[str, dict[str, Expectation]] = {}
+    # What is said of a grid holds for each of its shots, unless one of them has its own word.
+    for task, said in sorted(settings.get("expect", {}).items(), key=lambda item: item[0] not in grids):
+        for name in grids.get(task, [task]):
+            expect[name] = {**expect.get(name, {}), **_expectations(draft, said, task)}
+    return Model(**settings | {"tasks": tuple(chosen), "expect": expect})
+
+
+def _expectations(draft: _Draft, settings: Mapping[str, Any], *below: str) -> dict[str, Expectation]:
+    """An `expect` as data. Raises _Mistake where a value or tolerance is missing or cannot be meant."""
+    found = {}
+    for name, own in settings.items():
+        key = ".".join((*below, name))
+        for part in ("value", "tolerance"):
+            if part not in own:
+                raise draft.mistake("expect", f"{key}: {part} is missing; write {{value: 0.69, tolerance: 0.02}}")
+        if own["tolerance"] < 0:
+            raise draft.mistake("expect", f"{key}: tolerance wants 0 or more, got {own['tolerance']:g}")
+        if name.count(",") > 1 or not name.strip(",") or name != name.replace(" ", ""):
+            raise draft.mistake("expect", f"{key}: wants lm-eval's metric,filter, as in exact_match,strict-match")
+        found[name] = Expectation(**own)
+    return found
 
 
 def _python(draft: _Draft) -> str:
@@ -707,7 +731,7 @@ def _task(draft: _Draft, limit: float | None) -> Task:
             raise draft.mistake("include_path", f"no folder {folder!r}{nearest_file(Path(folder))}")
     if settings.get("limit") is None:
         settings["limit"] = limit
-    return Task(**settings)
+    return Task(**settings | {"expect": _expectations(draft, settings.get("expect", {}))})
 
 
 def _local(text: str) -> str:
@@ -781,6 +805,11 @@ def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None
     excluded = [choice.startswith("!") for choice in model.tasks]
     if any(excluded) and not all(excluded):
         raise draft.mistake("tasks", "either all or none of the names start with '!'")
+    for name in model.expect:
+        if name not in tasks:
+            raise draft.mistake("expect", f"no task {name!r} in this sweep{_near(name, tasks)}")
+        if model.tasks and (f"!{name}" in model.tasks or (name not in model.tasks and not any(excluded))):
+            raise draft.mistake("expect", f"the model does not run {name!r}: its `tasks` leave it out")
     for name in (choice.removeprefix("!") for choice in model.tasks):
         if name not in tasks:
             raise draft.mistake("tasks", f"no task {name!r} in this sweep{_near(name, tasks)}")

@@ -446,7 +446,7 @@ def _cell_fingerprint(model: ModelPlan, task: Task, seeds: Seeds, task_files: st
             "chat": model.model.chat,
             **chosen,
             "system_instruction": model.model.system_instruction,
-            "task": {k: v for k, v in asdict(task).items() if k not in ("include_path", "unsafe_code")},
+            "task": {k: v for k, v in asdict(task).items() if k not in ("include_path", "unsafe_code", "expect")},
             "task_files": task_files,
             "seeds": asdict(seeds),
             "lm_eval": version("lm_eval"),
