@@ -34,8 +34,15 @@ EXACT_FLIPS = 12
 """Documents that differ up to which every pattern of signs is looked at, 4,096 of them."""
 FLIPS = 9_999
 """Random patterns of signs beyond that: with the observed one p has steps of 0.0001."""
+FLIPS_AT_ONCE = 1_111
+ENOUGH = 100
+"""So many patterns as far out settle a p without the rest: it is known to a tenth of itself, and it is not small."""
 FAR = 20
-"""Fewer random patterns as far out than this tell too little; the saddlepoint takes over."""
+"""Fewer than this tell too little; the saddlepoint takes over."""
+HOPELESS = 5.0
+"""Standard deviations beyond which no pattern is tried: fewer than 1 in 100,000 come as far (Hoeffding)."""
+AT_ONCE = 4_000_000
+"""Numbers in one array of pairs by documents; 32 MB."""
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -218,7 +225,8 @@ def permutation(units: Floats) -> Floats:
 
     The paired permutation test of Fisher (1935), The Design of Experiments, §21: exact over all signs where up to
     EXACT_FLIPS differences are not 0. Otherwise FLIPS random ones, (hits + 1) / (flips + 1) after Phipson and Smyth
-    (2010), Stat. Appl. Genet. Mol. Biol. 9:39; where too few of these come as far, the tail is that of `saddlepoint`:
+    (2010), Stat. Appl. Genet. Mol. Biol. 9:39, or fewer where p is large, after Besag and Clifford (1991), Biometrika
+    78:301; where too few of these come as far, the tail is that of `saddlepoint`:
     else no p could be small enough for the correction over thousands of comparisons.
     """
     total = np.abs(units.sum(axis=1))
@@ -235,18 +243,18 @@ def permutation(units: Floats) -> Floats:
         signs = 1.0 - 2.0 * ((np.arange(2**width)[:, None] >> np.arange(width)) & 1)
         p[few] = (np.abs(packed @ signs.T) >= reached[few, None]).mean(axis=1)
 
-    many = np.flatnonzero(differing > EXACT_FLIPS)
-    if len(many):
-        rows = units[many].astype(np.float32)
-        hits = np.zeros(len(many), dtype=np.int64)
-        random = np.random.default_rng(0)
-        for start in range(0, FLIPS, 500):
-            flips = min(500, FLIPS - start)
-            signs32 = random.integers(0, 2, size=(rows.shape[1], flips), dtype=np.int8).astype(np.float32) * 2 - 1
-            hits += (np.abs(rows @ signs32) >= reached[many, None]).sum(axis=1)
-        p[many] = (hits + 1) / (FLIPS + 1)
-        if len(far := many[hits < FAR]):
-            p[far] = saddlepoint(units[far])
+    many = differing > EXACT_FLIPS
+    out = total > HOPELESS * np.sqrt((units**2).sum(axis=1))
+    hits, tried = np.zeros(len(units), dtype=np.int64), 0
+    random = np.random.default_rng(0)
+    while tried < FLIPS and len(rows := np.flatnonzero(many & ~out & (hits < ENOUGH))):
+        # The same signs for every pair, whichever others are tested with it; single precision is twice as fast.
+        signs32 = random.integers(0, 2, size=(units.shape[1], FLIPS_AT_ONCE), dtype=np.int8).astype(np.float32) * 2 - 1
+        tried += FLIPS_AT_ONCE
+        hits[rows] += (np.abs(units[rows].astype(np.float32) @ signs32) >= reached[rows, None]).sum(axis=1)
+        p[rows] = (hits[rows] + 1) / (tried + 1)
+    if len(far := np.flatnonzero(many & (hits < FAR))):
+        p[far] = saddlepoint(units[far])
     return p
 
 
@@ -465,10 +473,9 @@ class _Make:
 
 @dataclass(frozen=True)
 class _Block:
-    """Comparisons of one model with several on one target."""
+    """Comparisons of several pairs on one target."""
 
-    first: str
-    others: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
     whole: bool
     """Paired by prompts too."""
     made: Estimates
@@ -513,17 +520,12 @@ def _task(
         if len(weightings) > 1:
             left_out(f"{task}: {_called(target)} is weighted in two ways by different models' runs")
             continue
-        partners: dict[str, list[str]] = defaultdict(list)
-        for a, b in pairs:
-            if a in able and b in able:
-                partners[a].append(b)
-        if partners:
+        able_pairs = [(a, b) for a, b in pairs if a in able and b in able]
+        if able_pairs:
             by_size = weightings.pop() if weightings else True
             names = list(dict.fromkeys(leaf for make in able.values() for leaf in make.leaves))
             table = _Table(leaves, names, target, list(able), shared=sources)
-            blocks = [
-                block for first, others in partners.items() for block in table.blocks(first, others, bool(by_size))
-            ]
+            blocks = list(table.blocks(able_pairs, bool(by_size)))
             for a, b in table.strangers:
                 left_out(f"{task}: {_called(target)} of {a} and {b}: fewer than two documents in common")
             higher = next(iter(able.values())).higher_is_better
@@ -676,36 +678,43 @@ class _Table:
         self.strangers: list[tuple[str, str]] = []
         """Pairs without enough documents in common; filled by `blocks`."""
 
-    def blocks(self, first: str, others: Sequence[str], by_size: bool) -> Iterator[_Block]:
-        """The comparisons of `others` with `first`: by prompts where any agree, otherwise by documents alone."""
+    def blocks(self, pairs: Sequence[tuple[str, str]], by_size: bool) -> Iterator[_Block]:
+        """The comparisons of these pairs: by prompts where any agree, otherwise by documents alone."""
         answered = {whole: ~np.isnan(values) for whole, (values, _, _) in self._ways.items()}
-        row, rows = self._rows[first], np.array([self._rows[model] for model in others])
-        common = {whole: (flags[row] & flags[rows]).sum(axis=1) for whole, flags in answered.items()}
+        firsts, seconds = (np.array([self._rows[pair[side]] for pair in pairs], dtype=np.intp) for side in (0, 1))
+        common = {whole: _in_common(flags)[firsts, seconds] for whole, flags in answered.items()}
         for whole in (True, False):
             chosen = (common[True] > 0) == whole
             enough = common[whole] >= 2
-            self.strangers += [(first, others[i]) for i in np.flatnonzero(chosen & ~enough)]
-            if not (chosen & enough).any():
-                continue
+            self.strangers += [pairs[i] for i in np.flatnonzero(chosen & ~enough)]
             picked = np.flatnonzero(chosen & enough)
             values, starts, sources = self._ways[whole]
-            made = estimates(
-                np.broadcast_to(values[row], (len(picked), values.shape[1])),
-                values[rows[picked]],
-                starts=starts,
-                by_size=by_size,
-                clusters=sources if sources is None else _truly_shared(sources, answered[whole][row]),
-                binary=self.binary,
-            )
+            clusters = sources if sources is None else _truly_shared(sources, answered[whole].any(axis=0))
             held = answered[whole].sum(axis=1)
-            yield _Block(
-                first,
-                tuple(others[i] for i in picked),
-                whole,
-                made,
-                held[row] + held[rows[picked]] - 2 * common[whole][picked],
-                np.maximum(common[False] - common[True], 0)[picked] if whole else np.zeros(len(picked), dtype=np.int64),
-            )
+            step = max(1, AT_ONCE // values.shape[1])
+            for part in (picked[start : start + step] for start in range(0, len(picked), step)):
+                a, b = firsts[part], seconds[part]
+                again = common[False][part] - common[True][part] if whole else np.zeros(len(part), dtype=np.int64)
+                yield _Block(
+                    tuple(pairs[i] for i in part),
+                    whole,
+                    estimates(
+                        values[a],
+                        values[b],
+                        starts=starts,
+                        by_size=by_size,
+                        clusters=clusters,
+                        binary=self.binary,
+                    ),
+                    held[a] + held[b] - 2 * common[whole][part],
+                    np.maximum(again, 0),
+                )
+
+
+def _in_common(answered: Flags) -> NDArray[np.int64]:
+    """Documents that each two models have both answered."""
+    flags = answered.astype(np.float64)
+    return np.rint(flags @ flags.T).astype(np.int64)
 
 
 def _truly_shared(sources: NDArray[np.intp], answered: Flags) -> NDArray[np.intp] | None:
@@ -724,24 +733,12 @@ def _comparisons(
     binary: bool,
     by_size: bool,
 ) -> Iterator[Comparison]:
-    p_values: list[Floats] = [np.empty(0)] * len(blocks)
-    flipped: dict[tuple[bool, int], list[int]] = defaultdict(list)
-    """Blocks whose units are of one kind: they are tested together, with one set of random signs."""
-    for index, block in enumerate(blocks):
-        if binary and by_size and block.made.clusters is None:
-            p_values[index] = mcnemar(block.made.only_a, block.made.only_b)
-        else:
-            flipped[block.whole, block.made.units.shape[1]].append(index)
-    for members in flipped.values():
-        tested = permutation(np.concatenate([blocks[index].made.units for index in members]))
-        cuts = np.cumsum([len(blocks[index].others) for index in members])[:-1]
-        for index, part in zip(members, np.split(tested, cuts), strict=True):
-            p_values[index] = part
-    for block, p in zip(blocks, p_values, strict=True):
+    for block in blocks:
         made = block.made
         exact = binary and by_size and made.clusters is None
+        p = mcnemar(made.only_a, made.only_b) if exact else permutation(made.units)
         columns = zip(
-            block.others,
+            block.pairs,
             *(getattr(made, name).tolist() for name in ("n", "value_a", "value_b", "difference", "stderr")),
             *(getattr(made, name).tolist() for name in ("low", "high", "detectable", "strata")),
             p.tolist(),
@@ -750,15 +747,15 @@ def _comparisons(
             block.reprompted.tolist(),
             strict=True,
         )
-        for other, n, value_a, value_b, difference, stderr, low, high, least, strata, chance, g, lone, new in columns:
+        for (a, b), n, value_a, value_b, difference, stderr, low, high, least, strata, chance, g, lone, new in columns:
             yield Comparison(
                 task=task,
                 subtask=target.name,
                 metric=target.metric,
                 filter=target.filter,
                 higher_is_better=higher,
-                model_a=block.first,
-                model_b=other,
+                model_a=a,
+                model_b=b,
                 n=n,
                 unpaired=lone,
                 value_a=value_a,
@@ -773,7 +770,7 @@ def _comparisons(
                 strata=strata,
                 clusters=g,
                 detectable=least,
-                notes=tuple(_notes(said[block.first], said[other], whole=block.whole, reprompted=new, clusters=g)),
+                notes=tuple(_notes(said[a], said[b], whole=block.whole, reprompted=new, clusters=g)),
             )
 
 

@@ -7,6 +7,7 @@ lm-eval beyond the layout of its sample files.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,6 +151,7 @@ def _samples(path: Path) -> Iterator[Sample]:
 def _outcomes(path: Path) -> Iterator[Outcome]:
     subtask = _subtask(path)
     names: tuple[str, ...] = ()
+    fields: dict[str, str] = {}
     decoder = _row_decoder(names)
     with boundary(StoreError, f"read {path}"), path.open("rb") as lines:
         for line in lines:
@@ -158,10 +160,12 @@ def _outcomes(path: Path) -> Iterator[Outcome]:
                 names = (*names, *(name for name in row.metrics if name not in names))
                 decoder = _row_decoder(names)
                 row = _decoded(decoder, line)
-            values = tuple((name, getattr(row, f"value_{names.index(name)}")) for name in row.metrics)
+                fields = {name: f"value_{index}" for index, name in enumerate(names)}
+            values = tuple([(name, getattr(row, fields[name])) for name in row.metrics])
             yield Outcome(subtask, row.filter, row.doc_hash, row.prompt_hash, row.target_hash, row.doc.copy(), values)
 
 
+@lru_cache(maxsize=64)
 def _row_decoder(metrics: tuple[str, ...]) -> "msgspec.json.Decoder[Any]":
     """Reads these metrics and the hashes of a line and skips the rest of it: prompts and answers are most of a file."""
     fixed = [(name, str) for name in ("filter", "doc_hash", "prompt_hash", "target_hash")]
