@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from sweep import ROOT
-from sweep.cli import ABANDONED, AGAIN, AT_WORK, DONE, FAILED, INTERRUPTED, USAGE, WRONG, Arguments, main, parse
+from sweep.cli import ABANDONED, AGAIN, AT_WORK, DONE, FAILED, INTERRUPTED, MISSED, USAGE, WRONG, Arguments, main, parse
 from sweep.errors import ConfigError
 from sweep.planning.plan import Cell, Plan, ServerPlan
 from sweep.record import Record, Score, Status
@@ -445,8 +445,25 @@ def test_the_exit_code_says_how_a_launch_ended_and_whether_it_is_worth_another(
     assert re.search(words, output())
 
 
+def test_a_number_that_is_not_as_expected_is_exit_code_3_and_a_line(runner: Runner, output: Output) -> None:
+    """Checked again by every launch, as expectations change no cell; a failed cell says more than a missed number."""
+    met = "tasks.gsm8k.expect.acc={value: 0.52, tolerance: 0.02}"
+    assert main(["conf=small", met]) == DONE
+    assert re.search(r"expected (\d) of \1 numbers are as the sweep file expects them", output())
+    ran = len(runner.ran)
+    missed = "models.first.expect.gsm8k.acc={value: 0.6, tolerance: 0.02}"
+    assert main(["conf=small", met, missed]) == MISSED
+    assert "first/gsm8k: acc is 0.5000, not expected: 0.6 ± 0.02 (-0.1000)" in output()
+    unknown = "models.first.expect.gsm8k.accc={value: 0.5, tolerance: 0.02}"
+    assert main(["conf=small", unknown]) == MISSED
+    assert "accc cannot be checked against 0.5 ± 0.02: there is no such number; did you mean" in output()
+    assert len(runner.ran) == ran
+    runner.fails = {"first/gsm8k"}
+    assert main(["conf=small", missed, "only=first/gsm8k"]) == FAILED
+
+
 def test_help_and_readme_name_the_exit_codes_that_there_are() -> None:
-    of_commands = (DONE, FAILED, WRONG, AT_WORK, ABANDONED, AGAIN, INTERRUPTED)
+    of_commands = (DONE, FAILED, WRONG, MISSED, AT_WORK, ABANDONED, AGAIN, INTERRUPTED)
     codes = {str(code) for code in (*of_commands, *(128 + number for number in SIGNALS))}
     said = USAGE.partition("exit codes")[2].partition("sweeps here")[0]
     assert set(re.findall(r"\b\d+\b", said)) == codes

@@ -11,7 +11,7 @@ import yaml
 from sweep import ROOT
 from sweep.errors import ConfigError
 from sweep.masking import is_secret, secret_variables
-from sweep.planning.config import CellOverride, Device, NodeGroup, Overflow, Seeds, SweepConfig
+from sweep.planning.config import CellOverride, Device, Expectation, NodeGroup, Overflow, Seeds, SweepConfig
 from sweep.planning.loading import dump, load, load_cluster, secrets_of
 
 SMALL = """
@@ -882,3 +882,56 @@ def test_the_shipped_cluster_is_eight_gpus_on_one_node():
 )
 def test_what_a_model_asks_of_its_nodes_is_checked(overrides, where):
     assert where in refused(SMALL, *overrides)
+
+
+# --- What is expected of the numbers ---------------------------------------------------------------------------------
+
+
+def test_expectations_stand_in_tasks_and_models_and_a_grid_passes_them_on():
+    config = loaded(
+        """
+models:
+  qwen:
+    path: org/qwen
+    expect:
+      gsm8k: {"exact_match,strict-match": {value: 0.7, tolerance: 0.02}}
+      gsm8k-0shot: {"exact_match,strict-match": {value: 0.1, tolerance: 0.05}}
+tasks:
+  gsm8k: {num_fewshot: [0, 5]}
+  mmlu: {expect: {acc: {value: 1, tolerance: 0}}}
+"""
+    )
+    assert config.tasks["mmlu"].expect == {"acc": Expectation(value=1.0, tolerance=0.0)}
+    assert config.models["qwen"].expect == {
+        "gsm8k-0shot": {"exact_match,strict-match": Expectation(value=0.1, tolerance=0.05)},
+        "gsm8k-5shot": {"exact_match,strict-match": Expectation(value=0.7, tolerance=0.02)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "message"),
+    [
+        ("", "expect: {acc: {value: 0.5}}", "tasks.gsm8k.expect: acc: tolerance is missing; write {value"),
+        (
+            "",
+            "expect: {acc: {value: 0.5, tolerance: -1}}",
+            "tasks.gsm8k.expect: acc: tolerance wants 0 or more, got -1",
+        ),
+        ("", "expect: {acc: 0.5}", "tasks.gsm8k.expect.acc: wants a mapping, got 0.5"),
+        (
+            "",
+            "expect: {acc: {value: a lot, tolerance: 0}}",
+            "tasks.gsm8k.expect.acc.value: wants a number, got 'a lot'",
+        ),
+        ("", 'expect: {"acc, none": {value: 1, tolerance: 0}}', "acc, none: wants lm-eval's metric,filter"),
+        ("expect: {gsm: {acc: {value: 1, tolerance: 0}}}", "", "no task 'gsm' in this sweep; did you mean 'gsm8k'?"),
+        (
+            "tasks: ['!gsm8k'], expect: {gsm8k: {acc: {value: 1, tolerance: 0}}}",
+            "",
+            "models.qwen.expect: the model does not run 'gsm8k': its `tasks` leave it out",
+        ),
+    ],
+)
+def test_an_expectation_that_cannot_be_meant_is_refused(model, task, message):
+    text = f"models: {{qwen: {{path: org/qwen, {model}}}}}\ntasks: {{gsm8k: {{num_fewshot: 5, {task}}}, mmlu: }}"
+    assert message in refused(text)
