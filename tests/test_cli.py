@@ -629,7 +629,7 @@ def test_a_number_that_is_not_as_expected_is_exit_code_3_and_a_line(runner: Runn
     assert "first/gsm8k: acc is 0.5000, not expected: 0.6 ± 0.02 (-0.1000)" in output()
     unknown = "models.first.expect.gsm8k.accc={value: 0.5, tolerance: 0.02}"
     assert main(["conf=small", unknown]) == MISSED
-    assert "accc cannot be checked against 0.5 ± 0.02: there is no such number; did you mean" in output()
+    assert "accc cannot be checked against 0.5 ± 0.02: there is no such number, only acc,none" in output()
     assert len(runner.ran) == ran
     runner.fails = {"first/gsm8k"}
     assert main(["conf=small", missed, "only=first/gsm8k"]) == FAILED

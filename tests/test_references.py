@@ -120,7 +120,7 @@ def test_a_local_copy_is_known_by_the_name_of_its_folder(tmp_path: Path) -> None
         ({"value": 68.61}, r"scores\[0\]\.value: .*<= 1.*; values are on lm-eval's scale of 0 to 1$"),
         ({"vlaue": 0.5}, r"scores\[0\]: .*unknown field 'vlaue'$"),
         ({"source": "pp"}, r"scores\[0\]\.source: no source 'pp'; did you mean 'p'\?$"),
-        ({"settings": {"chat": "yes"}}, r"scores\[0\]\.settings\.chat: Expected .*bool.*"),
+        ({"settings": {"chat": "yes"}}, r"settings\.chat: Expected .*bool.*"),
     ],
     ids=str,
 )

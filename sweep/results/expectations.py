@@ -42,11 +42,13 @@ def expected(model: Model, task: Task, task_name: str) -> dict[str, Expectation]
 def _checked(record: Record, name: str, expectation: Expectation) -> Checked:
     cell = f"{record.model}/{record.task}"
     known = dict(reversed(list(_named(record.scores))))
-    score = known.get(name if "," in name else f"{name},none")
+    full = name if "," in name else f"{name},none"
+    score = known.get(full)
     wanted = f"{expectation.value:g} ± {expectation.tolerance:g}"
     if score is None:
-        near = nearest(name, known) or f"; it has {', '.join(sorted(known)) or 'no numbers'}"
-        said = f"{cell}: {name} cannot be checked against {wanted}: there is no such number{near}"
+        own = ", ".join(one for one in known if "/" not in one) or "none at all"
+        there = f"there is no such number, only {own}{nearest(full, known)}"
+        said = f"{cell}: {name} cannot be checked against {wanted}: {there}"
         return Checked(cell=cell, name=name, expected=expectation, value=None, met=False, said=said)
     away = score.value - expectation.value
     # 0.70 is within 0.68 ± 0.02, whatever binary fractions make of it.
