@@ -115,6 +115,19 @@ if [[ $kind == cpu ]]; then
     pip uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
 
+# --- A browser for the tests of the page -------------------------------------------------------------------------------
+
+# Nothing but those tests needs it, so nothing fails without it.
+if ! command -v chromium >/dev/null; then
+    apt() { timeout 600 env DEBIAN_FRONTEND=noninteractive apt-get -qq -y "$@" >/dev/null 2>&1; }
+    if [[ $EUID == 0 && -f /etc/debian_version ]] &&
+        { apt install --no-install-recommends chromium || { apt update && apt install --no-install-recommends chromium; }; }; then
+        say "installed chromium, in which the tests open report.html"
+    else
+        say "there is no chromium: tests that open report.html in a browser are skipped (Debian: apt-get install chromium)"
+    fi
+fi
+
 # --- Does it work ----------------------------------------------------------------------------------------------------
 
 say "checking that the packages work together"

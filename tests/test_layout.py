@@ -35,6 +35,9 @@ ORDER = [
     "mirror",
     "tracking",
     "report",
+    "answers",
+    "charts",
+    "page",
     # serving
     "supervisor",
     "vllm_plugin",
@@ -87,6 +90,8 @@ OWNERS = {
     "wandb": {"mirror"},
     "lm_eval": {"lm", "evaluation"},  # tasks.py finds its folder without importing it
     "scipy": {"compare"},
+    "jinja2": {"page"},
+    "vl_convert": {"charts"},
     "vllm": {"forced_decoding", "vllm_parser"},  # in vLLM's own process, and a script
 }
 """The only modules that may import a foreign library, at whatever depth of their code."""

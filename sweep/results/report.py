@@ -42,13 +42,13 @@ def markdown(records: Sequence[Record], models: Sequence[str], *, subtasks: bool
     notes: list[str] = []
     by_task = _by_task(records, models)
     for task, by_model in by_task.items():
-        blocks = _blocks(by_model)
+        blocks = same_settings(by_model)
         failed = {model: record for model, record in by_model.items() if record.status is Status.FAILED}
         for number, block in enumerate(blocks, start=1):
             mark = f" [{number}]" if len(blocks) > 1 else ""
             table += _rows(f"{task}{mark}", task, block | failed, models, subtasks=subtasks)
             if mark:
-                notes.append(f"{task}{mark}, {', '.join(block)}: {_differences(number - 1, blocks)}")
+                notes.append(f"{task}{mark}, {', '.join(block)}: {differences(number - 1, blocks)}")
 
     kept = [record for by_model in by_task.values() for record in by_model.values()]
     reasons = _folded((record, [reason(record)]) for record in kept if record.status is Status.FAILED)
@@ -143,7 +143,7 @@ def _by_task(records: Iterable[Record], models: Sequence[str]) -> dict[str, dict
     }
 
 
-def _blocks(by_model: Mapping[str, Record]) -> list[dict[str, Record]]:
+def same_settings(by_model: Mapping[str, Record]) -> list[dict[str, Record]]:
     """The finished cells of one task, apart where their terms differ; one empty block when none has finished."""
     blocks: list[tuple[dict[str, str], dict[str, Record]]] = []
     for model, record in by_model.items():
@@ -173,7 +173,7 @@ def _terms(record: Record) -> dict[str, str]:
     return terms
 
 
-def _differences(index: int, blocks: Sequence[Mapping[str, Record]]) -> str:
+def differences(index: int, blocks: Sequence[Mapping[str, Record]]) -> str:
     """`shots of gsm8k 5, documents of gsm8k 40`: what in one block is not the same in all blocks."""
     terms = [_terms(next(iter(block.values()))) for block in blocks]
     names = dict.fromkeys(name for known in terms for name in known)

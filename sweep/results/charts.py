@@ -1,0 +1,255 @@
+"""Charts as SVG, drawn by Vega-Lite while the page is made. The only module that knows vl_convert.
+
+No script is needed to show them, so they print, open offline and cost the reader no time. Colours are CSS variables of
+the page, which knows light from dark; the texts in them are escaped by Vega.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+VEGA_LITE = "5.20"
+"""The language's version that the specifications here are written in; vl_convert brings several."""
+
+WIDTH = 190
+"""Of a plot without its labels: with them it is as wide as a phone, so text keeps its size there."""
+
+_INK, _MUTED, _LINE, _ACCENT, _GREY, _FILL = (
+    f"var(--{name})" for name in ("ink", "muted", "line", "accent", "grey", "fill")
+)
+
+_CONFIG = {
+    "aria": False,  # the page describes each chart in a sentence and has the numbers in a table
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": _MUTED,
+        "titleColor": _MUTED,
+        "titleFontWeight": "normal",
+        "gridColor": _LINE,
+        "domain": False,
+        "tickColor": _LINE,
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A model's number in a chart."""
+
+    model: str
+    value: float
+    stderr: float | None
+    published: float | None = None
+    comparable: bool = False
+    """Whether the published number was measured with the same settings."""
+    billions: float | None = None
+    """Parameters, where they are known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A server's life or a cell on the timeline. Times are seconds since the sweep began."""
+
+    row: int
+    lane: int
+    """Of `lanes`, from the top: cells that run at the same time on one server."""
+    lanes: int
+    kind: str
+    """`starting`, `ready` or `cell`."""
+    start: float
+    end: float
+    text: str = ""
+
+
+def task_chart(points: Sequence[Point], metric: str) -> str:
+    """Values with 95 % intervals, a line a model in the order given, and what was published."""
+    rows = [
+        {
+            "model": point.model,
+            "value": point.value,
+            "text": f"{point.value:.4f}",
+            "low": point.value - 1.96 * (point.stderr or 0),
+            "high": point.value + 1.96 * (point.stderr or 0),
+            **({} if point.published is None else {"same" if point.comparable else "other": point.published}),
+        }
+        for point in points
+    ]
+    x = {"type": "quantitative", "scale": {"zero": False, "nice": True}, "axis": {"title": metric, "tickCount": 4}}
+    layers: list[dict[str, Any]] = [
+        {
+            "mark": {"type": "rule", "color": _ACCENT, "strokeWidth": 2, "opacity": 0.55},
+            "encoding": {"x": {"field": "low", **x}, "x2": {"field": "high"}},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 46, "color": _ACCENT, "opacity": 1},
+            "encoding": {"x": {"field": "value", **x}},
+        },
+        {
+            "mark": {"type": "text", "align": "left", "color": _INK, "fontSize": 11},
+            "encoding": {"x": {"value": WIDTH + 14}, "text": {"field": "text"}},
+        },
+    ]
+    for name, colour in (("same", _INK), ("other", _GREY)):
+        if any(name in row for row in rows):
+            mark = {"type": "point", "shape": "diamond", "size": 70, "color": colour, "strokeWidth": 1.6, "opacity": 1}
+            layers.append(
+                {
+                    "mark": mark,
+                    "transform": [{"filter": f"isValid(datum.{name})"}],
+                    "encoding": {"x": {"field": name, **x}},
+                }
+            )
+    y = {
+        "field": "model",
+        "type": "nominal",
+        "sort": None,
+        "axis": {"title": None, "labelColor": _INK, "labelLimit": 105, "ticks": False, "labelPadding": 6},
+    }
+    return _svg(
+        {"data": {"values": rows}, "width": WIDTH, "height": {"step": 18}, "encoding": {"y": y}, "layer": layers}
+    )
+
+
+def size_chart(points: Sequence[Point], metric: str, *, higher_is_better: bool) -> str:
+    """Parameters against value; labelled are models that are clearly above all smaller ones."""
+    known = sorted((p for p in points if p.billions is not None), key=lambda p: (p.billions or 0, -p.value))
+    rows = []
+    best: float | None = None
+    apart = 0.07 * (max(point.value for point in known) - min(point.value for point in known))  # or labels overlap
+    for point in known:
+        leads = best is None or (point.value > best + apart if higher_is_better else point.value < best - apart)
+        best = point.value if leads else best
+        rows.append(
+            {
+                "billions": point.billions,
+                "value": point.value,
+                "low": point.value - 1.96 * (point.stderr or 0),
+                "high": point.value + 1.96 * (point.stderr or 0),
+                "label": point.model if leads else "",
+            }
+        )
+    sizes = [point.billions or 0 for point in known]
+    middle = ((known[0].billions or 1) * (known[-1].billions or 1)) ** 0.5
+    x = {
+        "field": "billions",
+        "type": "quantitative",
+        "scale": {"type": "log", "nice": False, "domain": [sizes[0] / 1.3, sizes[-1] * 1.3]},
+        "axis": {
+            "title": "parameters, billions (log scale)",
+            "grid": False,
+            "values": _ticks(sizes[0], sizes[-1]),
+            "format": "~g",
+        },
+    }
+    y = {"type": "quantitative", "scale": {"zero": False}, "axis": {"title": metric, "tickCount": 5}}
+    label = {"type": "text", "fontSize": 10, "color": _INK, "dy": -9, "stroke": None}
+    layers: list[dict[str, Any]] = [
+        {
+            "mark": {"type": "rule", "color": _ACCENT, "opacity": 0.35},
+            "encoding": {"y": {"field": "low", **y}, "y2": {"field": "high"}},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 40, "color": _ACCENT, "opacity": 0.9},
+            "encoding": {"y": {"field": "value", **y}},
+        },
+    ]
+    for align, test in (("left", "<"), ("right", ">=")):  # towards the middle, so that no label leaves the plot
+        layers.append(
+            {
+                "mark": {**label, "align": align},
+                "transform": [{"filter": f"datum.billions {test} {middle!r}"}],
+                "encoding": {"y": {"field": "value", **y}, "text": {"field": "label"}},
+            }
+        )
+    return _svg({"data": {"values": rows}, "width": 280, "height": 190, "encoding": {"x": x}, "layer": layers})
+
+
+def timeline_chart(bars: Sequence[Bar], rows: Sequence[str], end_s: float) -> str:
+    """Rows of servers, what they did over time, and the cells that ran on them."""
+    height, width = 34, 860
+    unit, per = ("hours", 3600) if end_s > 7200 else ("minutes", 60) if end_s > 180 else ("seconds", 1)
+    values = []
+    for bar in bars:
+        top = bar.row * height + 4.0
+        low, high = (top, top + 12) if bar.kind != "cell" else (top + 14, top + 26)
+        if bar.kind == "cell":
+            each = (high - low) / bar.lanes
+            low, high = low + bar.lane * each, low + (bar.lane + 1) * each - (0.6 if bar.lanes > 1 else 0)
+        shown = bar.text if (bar.end - bar.start) / end_s * width > 6.2 * len(bar.text) else ""
+        values.append(
+            {"kind": bar.kind, "a": bar.start / per, "b": bar.end / per, "low": low, "high": high, "text": shown}
+        )
+    x = {
+        "field": "a",
+        "type": "quantitative",
+        "scale": {"domain": [0, end_s / per], "nice": False},
+        "axis": {"title": unit, "grid": True},
+    }
+    y = {
+        "field": "low",
+        "type": "quantitative",
+        "scale": {"domain": [0, len(rows) * height], "reverse": True, "nice": False},
+        "axis": None,
+    }
+    colour = {
+        "field": "kind",
+        "type": "nominal",
+        "legend": None,
+        "scale": {"domain": ["starting", "ready", "cell"], "range": [_GREY, _FILL, _ACCENT]},
+    }
+    layers: list[dict[str, Any]] = [
+        {
+            "mark": {"type": "rect", "stroke": "var(--bg)", "strokeWidth": 0.5},
+            "encoding": {"x": x, "x2": {"field": "b"}, "y": y, "y2": {"field": "high"}, "color": colour},
+        },
+        {
+            "mark": {
+                "type": "text",
+                "align": "left",
+                "baseline": "top",
+                "dx": 3,
+                "dy": 2,
+                "fontSize": 9,
+                "color": _INK,
+            },
+            "transform": [{"filter": "datum.kind == 'ready' && datum.text != ''"}],
+            "encoding": {"x": x, "y": y, "text": {"field": "text"}},
+        },
+        {
+            "data": {"values": [{"y": number * height + 16, "label": label} for number, label in enumerate(rows)]},
+            "mark": {"type": "text", "align": "right", "fontSize": 11, "color": _INK, "limit": 150},
+            "encoding": {"x": {"value": -8}, "y": {**y, "field": "y"}, "text": {"field": "label"}},
+        },
+    ]
+    return _svg({"data": {"values": values}, "width": width, "height": len(rows) * height, "layer": layers})
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 3, 10, 30 … within the range and next to it."""
+    every = [base * 10.0**power for power in range(-4, 5) for base in (1, 3)]
+    return [tick for tick in every if low / 1.3 <= tick <= high * 1.3]
+
+
+def _svg(specification: Mapping[str, Any]) -> str:
+    import vl_convert  # an engine of 80 MB, which no command needs that makes no page
+
+    drawn: str = vl_convert.vegalite_to_svg(
+        {
+            "background": None,
+            "padding": {"left": 12, "right": 4, "top": 4, "bottom": 4},
+            "config": _CONFIG,
+            **specification,
+        },
+        vl_version=VEGA_LITE,
+    )
+    return re.sub(r"<[^<>]*>", _lean, drawn)
+
+
+def _lean(tag: re.Match[str]) -> str:
+    """Without what is decoration to Vega and bytes to the reader: a wide sweep has tens of thousands of such nodes."""
+    without = re.sub(r' (?:role|aria-roledescription|aria-hidden|pointer-events|class|xmlns:xlink)="[^"]*"', "", tag[0])
+    return re.sub(r"(\d+\.\d{2})\d+", r"\1", without)

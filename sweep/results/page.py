@@ -1,0 +1,745 @@
+"""The sweep as one HTML file, `report.html`, that opens anywhere and asks no network for anything.
+
+Charts are drawn and tables written when the page is made; a script of the page sorts, filters, compares and opens the
+samples. Whatever comes from outside (prompts, answers, errors, names) is text: the template escapes it, data for the
+script is compressed, and a policy in the page lets no other script run and nothing be fetched.
+"""
+
+import base64
+import gzip
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Any
+
+import jinja2
+import msgspec
+import yaml
+from markupsafe import Markup
+
+from sweep import __version__
+from sweep.record import Record, Score, Status
+from sweep.results.answers import Block, blocks
+from sweep.results.charts import Bar, Point, size_chart, task_chart, timeline_chart
+from sweep.results.compare import Comparison, leaders
+from sweep.results.reading import Sweep
+from sweep.results.references import Published
+from sweep.results.report import caveats, differences, reason, same_settings
+from sweep.results.store import read_cells
+from sweep.results.timeline import Span
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+OPEN_CHARTS = 8
+"""Charts that are unfolded at first: more than that many make a page that nobody scrolls through."""
+
+PRINTED_COLUMNS = 5
+"""Tasks side by side on paper."""
+
+_QUANTIZED = re.compile(r"(?i)[-_.](awq|gptq|int[48]|fp8|nf4|w\d+a\d+|bnb|4bit|8bit|marlin|nvfp4)(?=[-_.]|$)")
+Key = tuple[str, str, str, str]
+"""Task, subtask, metric and filter: what makes two numbers comparable."""
+
+_ARROWS = {True: "↑", False: "↓", None: ""}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A number that models are compared by: one task, metric and filter."""
+
+    task: str
+    subtask: str
+    """lm-eval's name of what is scored: the task, or one of several that a tag stands for."""
+    metric: str
+    filter: str
+    higher_is_better: bool | None
+    version: str
+    shots: str
+    samples: str
+    """Documents; a range where models differ."""
+    main: bool
+    """The first of its task; the others are shown on request."""
+    common: tuple[str, ...] = ()
+    """Caveats that every cell of the task has, digits left out."""
+
+    @property
+    def arrow(self) -> str:
+        return _ARROWS[self.higher_is_better]
+
+    @property
+    def label(self) -> str:
+        return self.metric if self.filter in ("", "none") else f"{self.metric}, {self.filter}"
+
+    @property
+    def key(self) -> Key:
+        return self.task, self.subtask, self.metric, self.filter
+
+    @property
+    def title(self) -> str:
+        return self.task if self.subtask == self.task else f"{self.task} ({self.subtask})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What stands in the leaderboard for a model and a column."""
+
+    score: Score | None = None
+    missing: str = ""
+    """Why there is no number: `failed`, `owed`, or nothing for a cell that is not part of the sweep."""
+    best: bool = False
+    """Shown to be better than every other model."""
+    leading: bool = False
+    """No other model is shown to be better."""
+    said: tuple[str, ...] = ()
+    """What bends this number and not those of all others."""
+    block: int = 0
+    """Number of the group with the same settings, where models differ in them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    column: Column
+    svg: Markup
+    said: str
+    """The chart in words."""
+    open: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """The same said of several cells."""
+
+    text: str
+    cells: tuple[tuple[str, str], ...]
+    """A cell and what was said of it in full."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    model: str
+    gpu_hours: float | None
+    shared: bool
+    """Its servers served other models too: the GPU-hours are theirs together."""
+    starts: int
+    start_s: float | None
+    """Until its servers were ready, on average."""
+    wall_s: float
+    asked: int
+    reused: int
+    prompt_tokens: int
+    generated_tokens: int
+    tokens_per_s: float | None
+    """Prompt and generated, over the time in which a cell had requests out, summed over cells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    model: str
+    full: str
+    comparisons: tuple[Comparison, ...]
+    """The quantised model against the full one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    published: Published
+    ours: Score | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Of a model, to run it again."""
+
+    model: str
+    path: str
+    commit: str
+    dtype: str
+    quantization: str
+    chat: str
+    billions: str
+    methods: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """All that the template shows."""
+
+    sweep: Sweep
+    made: str
+    lmsweep: str
+    digest: tuple[str, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+    chunks: tuple[tuple[int, ...], ...]
+    notes: tuple[str, ...]
+    pairs: bool
+    charts: tuple[Chart, ...]
+    sizes: tuple[Chart, ...]
+    unsized: tuple[str, ...]
+    references: tuple[Reference, ...]
+    quantized: tuple[Quantized, ...]
+    bends: tuple[Fold, ...]
+    failed: tuple[Fold, ...]
+    lost: tuple[Fold, ...]
+    speeds: tuple[Speed, ...]
+    gpu_hours: float | None
+    timeline: Markup | None
+    launches: int
+    blocks: tuple[Block, ...]
+    private: tuple[str, ...]
+    facts: tuple[Facts, ...]
+    versions: tuple[tuple[str, int], ...]
+    settings: str
+    commands: tuple[tuple[str, str], ...]
+    data: Mapping[str, str] = field(default_factory=dict)
+
+
+def page(
+    sweep: Sweep, comparisons: Sequence[Comparison], published: Sequence[Published], *, samples: bool = True
+) -> str:
+    """`report.html`. Without `samples` no document, prompt or answer is in it. Raises StoreError."""
+    columns = _columns(sweep)
+    rows = _rows(sweep, columns, comparisons)
+    sizes = {model: _billions(sweep, model) for model in sweep.models}
+    charts = _charts(sweep, columns, published, sizes)
+    kept = blocks(sweep) if samples else ()
+    view = _View(
+        sweep=sweep,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        lmsweep=__version__,
+        digest=digest(sweep, comparisons),
+        columns=columns,
+        rows=rows,
+        chunks=_chunks(columns),
+        notes=_differing(sweep),
+        pairs=bool(comparisons),
+        charts=charts,
+        sizes=_size_charts(sweep, columns, sizes),
+        unsized=tuple(model for model, size in sizes.items() if size is None),
+        references=tuple(Reference(published=p, ours=_ours(sweep, p)) for p in published),
+        quantized=_quantized(sweep, comparisons),
+        bends=_folds((r, text, _kind(text)) for r in sweep.records for text in caveats(r)),
+        failed=_folds((r, (r.error or "").strip(), reason(r)) for r in sweep.records if r.status is Status.FAILED),
+        lost=_lost(sweep.timeline.servers),
+        speeds=tuple(_speed(sweep, model) for model in sweep.models),
+        gpu_hours=sweep.timeline.gpu_s / 3600 if sweep.timeline.servers else None,
+        timeline=_timeline(sweep),
+        launches=len(sweep.timeline.launches),
+        blocks=kept,
+        private=tuple(
+            b.task for b in kept if sweep.config.get("tasks", {}).get(b.task, {}).get("share_samples") is False
+        ),
+        facts=tuple(_facts(sweep, model) for model in sweep.models),
+        versions=_versions(sweep.records),
+        settings=yaml.safe_dump(dict(sweep.config), sort_keys=False, allow_unicode=True, width=100),
+        commands=_commands(sweep),
+        data={"comparisons": _packed(_comparison_table(comparisons))} if comparisons else {},
+    )
+    return _rendered(view)
+
+
+def digest(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """What the sweep says, in a few sentences."""
+    done = [record for record in sweep.records if record.status is Status.DONE]
+    failed = len(sweep.records) - len(done)
+    models = len({record.model for record in done})
+    tasks = len({record.task for record in done})
+    lines = [
+        f"{_count(len(done), 'cell')} done ({_count(models, 'model')} on {_count(tasks, 'task')})"
+        + (f", {failed} failed" if failed else "")
+        + (f", {missing} still to run" if (missing := sweep.owed - failed) > 0 else "")
+        + "."
+    ]
+    if comparisons:
+        main = {column.key: column for column in _columns(sweep) if column.main}
+        alone = Counter(
+            of.best for of in leaders(comparisons) if of.best and (of.task, of.subtask, of.metric, of.filter) in main
+        )
+        if alone:
+            named = ", ".join(f"{model} on {_count(count, 'task')}" for model, count in alone.most_common(3))
+            more = len(alone) - 3
+            lines.append(
+                f"Shown to be better than all others: {named}{f' and {more} more models' if more > 0 else ''}."
+            )
+        undecided = len(main) - sum(alone.values())
+        if undecided:
+            lines.append(f"On {_count(undecided, 'task')} no single model is shown to be better than all others.")
+        shown = sum(c.verdict != "no difference shown" for c in comparisons)
+        lines.append(
+            f"{shown:,} of {_count(len(comparisons), 'paired comparison')} show a difference, "
+            "corrected for their number."
+        )
+    bent = sum(bool(caveats(record)) for record in done)
+    lines.append(
+        f"{_count(bent, 'cell')} {'has' if bent == 1 else 'have'} something that could bend a number; see Caveats."
+        if bent
+        else "Nothing was truncated, empty or stopped by a limit."
+    )
+    asked, reused = sum(r.counts.asked for r in done), sum(r.counts.reused for r in done)
+    held = sweep.timeline.gpu_s
+    cost = "" if not held else f"{held / 3600:,.1f} GPU-hours; " if held >= 3600 else f"{held / 60:,.1f} GPU-minutes; "
+    lines.append(f"{cost}{asked:,} requests computed, {reused:,} answers reused.")
+    return tuple(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _columns(sweep: Sweep) -> tuple[Column, ...]:
+    found: list[Column] = []
+    for task in sweep.tasks:
+        records = [r for r in sweep.records if r.task == task and r.status is Status.DONE]
+        common = set.intersection(*({_kind(text) for text in caveats(r)} for r in records)) if records else set()
+        of_task: dict[tuple[str, str, str], list[Score]] = {}
+        for record in records:
+            for score in record.scores:
+                if not score.depth:
+                    of_task.setdefault((score.task, score.metric, score.filter), []).append(score)
+        for number, ((name, metric, by), scores) in enumerate(of_task.items()):
+            sizes = sorted({score.samples for score in scores if score.samples is not None})
+            shots = sorted({"–" if score.num_fewshot is None else str(score.num_fewshot) for score in scores})
+            found.append(
+                Column(
+                    task=task,
+                    subtask=name,
+                    metric=metric,
+                    filter=by,
+                    higher_is_better=scores[0].higher_is_better,
+                    version=", ".join(sorted({score.version for score in scores})),
+                    shots=", ".join(shots),
+                    samples="" if not sizes else f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,}–{sizes[-1]:,}",
+                    main=number == 0,
+                    common=tuple(sorted(common)),
+                )
+            )
+    return tuple(found)
+
+
+def _rows(
+    sweep: Sweep, columns: Sequence[Column], comparisons: Sequence[Comparison]
+) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
+    leading = {(of.task, of.subtask, of.metric, of.filter): of for of in leaders(comparisons)}
+    records = {(r.model, r.task): r for r in sweep.records}
+    groups = _settings_groups(sweep)
+    planned = set(_planned(sweep))
+
+    def cell(model: str, column: Column) -> Cell:
+        record = records.get((model, column.task))
+        if record is None:
+            return Cell(missing="owed" if (model, column.task) in planned else "")
+        if record.status is Status.FAILED:
+            return Cell(missing="failed", said=(reason(record),))
+        score = _score(record, column)
+        of = leading.get(column.key)
+        return Cell(
+            score=score,
+            best=of is not None and of.best == model,
+            leading=of is not None and of.best is None and model in of.models,
+            said=tuple(text for text in caveats(record) if _kind(text) not in column.common),
+            block=groups.get(column.task, {}).get(model, 0),
+        )
+
+    return tuple((model, tuple(cell(model, column) for column in columns)) for model in sweep.models)
+
+
+def _planned(sweep: Sweep) -> list[tuple[str, str]]:
+    return [(key.split("/", 1)[0], key.split("/", 1)[1]) for key in read_cells(sweep.directory)]
+
+
+def _score(record: Record, column: Column) -> Score | None:
+    return _top(record, column.subtask, column.metric, column.filter)
+
+
+def _top(record: Record, subtask: str, metric: str, by: str) -> Score | None:
+    wanted = (subtask, metric, by)
+    return next((s for s in record.scores if not s.depth and (s.task, s.metric, s.filter) == wanted), None)
+
+
+def _by_model(sweep: Sweep, task: str) -> dict[str, Record]:
+    return {record.model: record for record in sweep.records if record.task == task}
+
+
+def _settings_groups(sweep: Sweep) -> dict[str, dict[str, int]]:
+    """Task -> model -> number of its group, of tasks that did not run with the same settings for all."""
+    found: dict[str, dict[str, int]] = {}
+    for task in sweep.tasks:
+        groups = same_settings(_by_model(sweep, task))
+        if len(groups) > 1:
+            found[task] = {model: number for number, group in enumerate(groups, start=1) for model in group}
+    return found
+
+
+def _differing(sweep: Sweep) -> tuple[str, ...]:
+    notes = []
+    for task in sweep.tasks:
+        groups = same_settings(_by_model(sweep, task))
+        if len(groups) > 1:
+            notes += [
+                f"{task} [{number + 1}], {', '.join(group)}: {differences(number, groups)}"
+                for number, group in enumerate(groups)
+            ]
+    return tuple(notes)
+
+
+def _chunks(columns: Sequence[Column]) -> tuple[tuple[int, ...], ...]:
+    main = [number for number, column in enumerate(columns) if column.main]
+    return tuple(tuple(main[at : at + PRINTED_COLUMNS]) for at in range(0, len(main), PRINTED_COLUMNS))
+
+
+def _charts(
+    sweep: Sweep, columns: Sequence[Column], published: Sequence[Published], sizes: Mapping[str, float | None]
+) -> tuple[Chart, ...]:
+    said = {(p.model, p.task, p.subtask, p.metric, p.filter): p for p in published}
+    found: list[Chart] = []
+    for column in columns:
+        points = _points(sweep, column, said, sizes)
+        if not column.main or not points:
+            continue
+        first, last = points[0], points[-1]
+        sentence = (
+            f"{column.title}, {column.label}: {_count(len(points), 'model')}, from {first.model} with "
+            f"{first.value:.4f} to {last.model} with {last.value:.4f}; the numbers are in the leaderboard."
+        )
+        svg = Markup(task_chart(points, f"{column.label} {column.arrow}".strip()))
+        found.append(Chart(column=column, svg=svg, said=sentence, open=len(found) < OPEN_CHARTS))
+    return tuple(found)
+
+
+def _points(
+    sweep: Sweep,
+    column: Column,
+    published: Mapping[tuple[str, *Key], Published],
+    sizes: Mapping[str, float | None],
+) -> list[Point]:
+    """Best first."""
+    points = []
+    for model, record in _by_model(sweep, column.task).items():
+        score = _score(record, column)
+        if score is not None:
+            known = published.get((model, *column.key))
+            points.append(
+                Point(
+                    model=model,
+                    value=score.value,
+                    stderr=score.stderr,
+                    published=known.value if known else None,
+                    comparable=bool(known and not known.differs),
+                    billions=sizes.get(model),
+                )
+            )
+    return sorted(points, key=lambda point: point.value, reverse=column.higher_is_better is not False)
+
+
+def _size_charts(sweep: Sweep, columns: Sequence[Column], sizes: Mapping[str, float | None]) -> tuple[Chart, ...]:
+    found: list[Chart] = []
+    for column in columns:
+        points = [point for point in _points(sweep, column, {}, sizes) if point.billions is not None]
+        if column.main and len({point.billions for point in points}) > 1:
+            small, large = min(points, key=lambda p: p.billions or 0), max(points, key=lambda p: p.billions or 0)
+            sentence = (
+                f"{column.title}, {column.label} against parameters: from {small.model} ({small.billions:g} billion) "
+                f"with {small.value:.4f} to {large.model} ({large.billions:g} billion) with {large.value:.4f}."
+            )
+            svg = size_chart(
+                points,
+                f"{column.label} {column.arrow}".strip(),
+                higher_is_better=column.higher_is_better is not False,
+            )
+            found.append(Chart(column=column, svg=Markup(svg), said=sentence, open=len(found) < 3))
+    return tuple(found)
+
+
+def _model(sweep: Sweep, model: str) -> Mapping[str, Any]:
+    """What the config says of it, or else its records do."""
+    known: Mapping[str, Any] | None = sweep.config.get("models", {}).get(model)
+    return known or next((record.settings for record in sweep.records if record.model == model), {})
+
+
+def _billions(sweep: Sweep, model: str) -> float | None:
+    """Parameters, from the weights where they lie here unquantised, else from what the model is called."""
+    asked = _model(sweep, model)
+    path = str(asked.get("path") or "")
+    if not _is_quantized(sweep, model):
+        counted = _counted(path)
+        if counted:
+            return counted / 1e9
+    for name in (PurePath(path).name, model):
+        found = re.search(r"(?i)(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name)
+        if found:
+            return float(found[1]) / (1 if found[2].lower() == "b" else 1000)
+    return None
+
+
+@cache
+def _counted(path: str) -> int | None:
+    """Numbers in the safetensors files of a local folder, by their headers."""
+    folder = Path(path)
+    files = sorted(folder.glob("*.safetensors")) if path and folder.is_dir() else []
+    total = 0
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                content = opened.read(int.from_bytes(opened.read(8), "little"))
+            header = msgspec.json.decode(content, type=dict[str, dict[str, Any]])
+        except (OSError, msgspec.MsgspecError):
+            return None  # not for this page to complain about: vLLM has read it or has said why not
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total or None
+
+
+def _is_quantized(sweep: Sweep, model: str) -> bool:
+    asked = _model(sweep, model)
+    name = PurePath(str(asked.get("path") or "")).name
+    return bool(asked.get("quantization") or _QUANTIZED.search(name) or _QUANTIZED.search(model))
+
+
+def _quantized(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[Quantized, ...]:
+    """Models whose name says that they are another one of the sweep in fewer bits, asked in the same way."""
+    pairs = []
+    for model in sweep.models:
+        if not _is_quantized(sweep, model):
+            continue
+        names = {_QUANTIZED.sub("", PurePath(str(_model(sweep, model).get("path") or "")).name).lower()}
+        names.add(_QUANTIZED.sub("", model).lower())
+        for full in sweep.models:
+            other = _model(sweep, full)
+            same = other.get("chat", False) == _model(sweep, model).get("chat", False)
+            if (
+                not _is_quantized(sweep, full)
+                and same
+                and names & {PurePath(str(other.get("path") or "")).name.lower(), full.lower()}
+            ):
+                pairs.append((model, full))
+                break
+    main = {column.key for column in _columns(sweep) if column.main}
+    found = []
+    for model, full in pairs:
+        both = []
+        for c in comparisons:
+            if {c.model_a, c.model_b} == {model, full} and (c.task, c.subtask, c.metric, c.filter) in main:
+                both.append(c if c.model_b == model else turned(c))
+        found.append(Quantized(model=model, full=full, comparisons=tuple(both)))
+    return tuple(found)
+
+
+def turned(c: Comparison) -> Comparison:
+    """The same comparison with `a` and `b` in each other's place."""
+    return replace(
+        c,
+        model_a=c.model_b,
+        model_b=c.model_a,
+        value_a=c.value_b,
+        value_b=c.value_a,
+        difference=-c.difference,
+        low=-c.high,
+        high=-c.low,
+    )
+
+
+def _ours(sweep: Sweep, published: Published) -> Score | None:
+    record = sweep.record(published.model, published.task)
+    if record is None:
+        return None
+    return _top(record, published.subtask, published.metric, published.filter)
+
+
+def _kind(text: str) -> str:
+    """A sentence without its numbers, so that cells which differ in them alone are folded together."""
+    return re.sub(r"\d[\d,.]*\d|\d", "N", text)
+
+
+def _folds(said: Iterable[tuple[Record, str, str]]) -> tuple[Fold, ...]:
+    """(record, the whole text, what it is folded by) -> most cells first."""
+    by_kind: dict[str, list[tuple[str, str]]] = {}
+    for record, text, kind in said:
+        by_kind.setdefault(kind, []).append((f"{record.model}/{record.task}", text))
+    folds = [Fold(text=_told(kind, [text for _, text in cells]), cells=tuple(cells)) for kind, cells in by_kind.items()]
+    return tuple(sorted(folds, key=lambda fold: -len(fold.cells)))
+
+
+def _told(kind: str, texts: Sequence[str]) -> str:
+    """One sentence for all of `texts`, which are alike but for their numbers."""
+    counts = [re.match(r"(\d+) of (\d+) (requests .*)", text) for text in texts]
+    if counts[0] and all(counts):
+        some, of = (sum(int(count[group]) for count in counts if count) for group in (1, 2))
+        return f"{some:,} of {of:,} {counts[0][3]}"
+    return texts[0] if len(set(texts)) == 1 and "\n" not in texts[0] else kind
+
+
+def _lost(servers: Iterable[Span]) -> tuple[Fold, ...]:
+    by_reason: dict[str, list[tuple[str, str]]] = {}
+    for span in servers:
+        if span.reason:
+            by_reason.setdefault(_kind(span.reason), []).append((span.name, span.reason))
+    return tuple(Fold(text=kind, cells=tuple(cells)) for kind, cells in by_reason.items())
+
+
+def _speed(sweep: Sweep, model: str) -> Speed:
+    done = [r for r in sweep.records if r.model == model and r.status is Status.DONE]
+    entry = _entry(sweep, model)
+    lives = [span for span in sweep.timeline.servers if span.server == entry]
+    waits = [span.ready - span.start for span in lives if span.ready is not None]
+    prompt, generated = (sum(getattr(r.counts, n) for r in done) for n in ("prompt_tokens", "generated_tokens"))
+    request_s = sum(r.request_s for r in done)
+    return Speed(
+        model=model,
+        gpu_hours=sum((span.end - span.start) * span.gpus for span in lives) / 3600 if lives else None,
+        shared=sum(_entry(sweep, other) == entry for other in sweep.models) > 1,
+        starts=len(lives),
+        start_s=sum(waits) / len(waits) if waits else None,
+        wall_s=sum(r.wall_s for r in done),
+        asked=sum(r.counts.asked for r in done),
+        reused=sum(r.counts.reused for r in done),
+        prompt_tokens=prompt,
+        generated_tokens=generated,
+        tokens_per_s=(prompt + generated) / request_s if request_s and prompt + generated else None,
+    )
+
+
+def _entry(sweep: Sweep, model: str) -> str:
+    return str(sweep.config.get("models", {}).get(model, {}).get("entry") or model)
+
+
+def _timeline(sweep: Sweep) -> Markup | None:
+    """Servers by node, each row a seat that one server after the other took; the time between launches is cut out."""
+    servers, cells = sweep.timeline.servers, sweep.timeline.cells
+    if not servers:
+        return None
+    launches = sweep.timeline.launches
+    edges = [(span.start, span.end) for span in launches] or [
+        (min(span.start for span in servers), max(span.end for span in (*servers, *cells)))
+    ]
+
+    def since(moment: float) -> float:
+        return sum(min(moment, end) - start for start, end in edges if moment > start)
+
+    free: dict[str, list[float]] = {}
+    seats: list[tuple[str, int]] = []
+    seat_by_life: dict[int, tuple[str, int]] = {}
+    for number, span in enumerate(servers):
+        node = span.on or "–"
+        ends = free.setdefault(node, [])
+        lane = next((index for index, end in enumerate(ends) if end <= span.start), len(ends))
+        ends[lane : lane + 1] = [span.end]
+        seat_by_life[number] = (node, lane)
+        if (node, lane) not in seats:
+            seats.append((node, lane))
+    seats.sort()
+    bars = []
+    for number, span in enumerate(servers):
+        row = seats.index(seat_by_life[number])
+        ready = span.ready if span.ready is not None else span.end
+        start, middle, end = since(span.start), since(ready), since(span.end)
+        bars.append(Bar(row=row, lane=0, lanes=1, kind="starting", start=start, end=middle))
+        if end > middle:
+            bars.append(
+                Bar(row=row, lane=0, lanes=1, kind="ready", start=middle, end=end, text=span.server or span.name)
+            )
+        mine = [
+            c
+            for c in cells
+            if _entry(sweep, c.name.split("/", 1)[0]) == span.server and span.start <= c.start <= span.end
+        ]
+        lanes: list[float] = []
+        placed = []
+        for c in mine:
+            lane = next((index for index, until in enumerate(lanes) if until <= c.start), len(lanes))
+            lanes[lane : lane + 1] = [c.end]
+            placed.append((lane, c))
+        bars += [
+            Bar(row=row, lane=lane, lanes=len(lanes), kind="cell", start=since(c.start), end=since(c.end))
+            for lane, c in placed
+        ]
+    end_s = max(1.0, *(bar.end for bar in bars))
+    return Markup(timeline_chart(bars, [f"{node} · {lane + 1}" for node, lane in seats], end_s))
+
+
+def _facts(sweep: Sweep, model: str) -> Facts:
+    asked = _model(sweep, model)
+    records = [r for r in sweep.records if r.model == model and r.status is Status.DONE]
+    methods = Counter[str]()
+    for record in records:
+        methods.update(record.settings.get("methods", {}))
+    templates = {str(sha)[:12] for r in records if (sha := r.settings.get("chat_template_sha"))}
+    size = _billions(sweep, model)
+    return Facts(
+        model=model,
+        path=str(asked.get("path") or asked.get("url") or ""),
+        commit=str(_plan(sweep).get("models", {}).get(model, {}).get("commit") or "")[:12],
+        dtype=str(asked.get("dtype") or ""),
+        quantization=str(asked.get("quantization") or ("by its name" if _is_quantized(sweep, model) else "")),
+        chat=f"template {', '.join(sorted(templates))}" if templates else "yes" if asked.get("chat") else "",
+        billions="" if size is None else f"{size:.3g} B" if size >= 1 else f"{size * 1000:.3g} M",
+        methods=", ".join(f"{name} {count:,}" for name, count in methods.most_common()),
+    )
+
+
+def _plan(sweep: Sweep) -> Mapping[str, Any]:
+    plan: Mapping[str, Any] = msgspec.json.decode(sweep.directory.plan.read_bytes())
+    return plan
+
+
+def _commands(sweep: Sweep) -> tuple[tuple[str, str], ...]:
+    servers = _plan(sweep).get("servers", {})
+    return tuple((name, " ".join(server.get("command") or ())) for name, server in servers.items())
+
+
+def _versions(records: Iterable[Record]) -> tuple[tuple[str, int], ...]:
+    """Which versions computed how many cells, most first."""
+    counted = Counter(", ".join(f"{name} {v}" for name, v in r.versions.items()) for r in records if r.versions)
+    return tuple(counted.most_common())
+
+
+def _comparison_table(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Names once, then a row of numbers for each comparison; as page.js reads it."""
+    names: dict[str, dict[Any, int]] = {key: {} for key in ("models", "columns", "tests", "notes")}
+
+    def number(kind: str, value: Any) -> int:
+        return names[kind].setdefault(value, len(names[kind]))
+
+    def lean(value: float) -> float | None:
+        return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
+
+    rows = [
+        [
+            number("columns", (c.task if c.subtask == c.task else f"{c.task} ({c.subtask})", c.metric, c.filter)),
+            number("models", c.model_a),
+            number("models", c.model_b),
+            c.n,
+            c.unpaired,
+            *(lean(v) for v in (c.value_a, c.value_b, c.difference, c.low, c.high, c.p_adjusted, c.detectable)),
+            number("tests", c.test),
+            [number("notes", note) for note in c.notes],
+            {"better": 1, "worse": -1, "differs": 2}.get(c.verdict, 0),
+        ]
+        for c in comparisons
+    ]
+    return {"rows": rows, **{key: list(known) for key, known in names.items()}}
+
+
+def _packed(content: Any) -> str:
+    return base64.b64encode(gzip.compress(msgspec.json.encode(content), mtime=0)).decode()
+
+
+def _rendered(view: _View) -> str:
+    environment = jinja2.Environment(
+        autoescape=True,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (TEMPLATES / "page.js").read_text()
+    return environment.get_template("page.html").render(
+        v=view,
+        style=Markup((TEMPLATES / "page.css").read_text()),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
