@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +41,8 @@ class Opened:
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     usable_s: float = 0.0
+    computed_s: float = 0.0
+    """Of the processor, by the page's own process until it was usable: what a machine that is free would take."""
 
     def texts(self, selector: str) -> list[str]:
         return [text.strip() for text in self.page.locator(selector).all_inner_texts()]
@@ -64,9 +65,13 @@ def opened(browser: Any, path: Path, **context: Any) -> Opened:
     tab.on("console", lambda m: found.errors.append(m.text) if m.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: found.errors.append(str(error)))
     tab.on("request", lambda request: found.requests.append(request.url))
+    metrics = tab.context.new_cdp_session(tab)
+    metrics.send("Performance.enable")
     tab.goto(path.as_uri())
     tab.wait_for_selector("html[data-ready=yes]", state="attached")
     found.usable_s = tab.evaluate("performance.now()") / 1000
+    figures = metrics.send("Performance.getMetrics")["metrics"]
+    found.computed_s = next(figure["value"] for figure in figures if figure["name"] == "ProcessTime")
     return found
 
 
@@ -384,16 +389,10 @@ def test_forty_models_thirty_tasks_and_a_hundred_thousand_samples_stay_usable(br
     assert path.stat().st_size < BYTES
     assert not any(f"{noun} are left out" in path.read_text() for noun in ("documents", "characters"))
 
-    # The promise is for a machine that has a core to spare; on one that has not, a fixed amount of work says how much
-    # slower it is.
+    # On a machine whose cores are all taken, the time by the clock says who else works there.
     found = opened(browser, path)
-    slower = 1.0
-    if found.usable_s > USABLE_S:
-        spun, before = time.process_time(), time.monotonic()
-        while time.process_time() - spun < 0.5:
-            pass
-        slower = max(1.0, (time.monotonic() - before) / 0.5)
-    assert found.usable_s < USABLE_S * slower, f"{found.usable_s:.1f} s on a machine {slower:.1f} times slower"
+    busy = os.getloadavg()[0] > (os.cpu_count() or 1)
+    assert (found.computed_s if busy else found.usable_s) < USABLE_S
 
     found.page.fill("#find-model", "chat-awq")
     expect(found.page.locator("#shown")).to_contain_text("13 models")
