@@ -3,13 +3,13 @@
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
 from sweep.record import Counts, Record, Score, Status
 from sweep.results.answers import blocks
@@ -21,6 +21,9 @@ from sweep.results.references import Published
 from tests.synthetic import NASTY, write
 
 CHROMIUM = shutil.which("chromium")
+
+expect.set_options(timeout=30_000)
+"""Conditions are waited for with `expect`: the policy of the page forbids `wait_for_function`, which evaluates text."""
 
 USABLE_S = 3.0
 """The promise: forty models, thirty tasks and 100,000 samples are ready to be used so soon."""
@@ -38,6 +41,8 @@ class Opened:
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     usable_s: float = 0.0
+    computed_s: float = 0.0
+    """Of the processor, by the page's own process until it was usable: what a machine that is free would take."""
 
     def texts(self, selector: str) -> list[str]:
         return [text.strip() for text in self.page.locator(selector).all_inner_texts()]
@@ -45,8 +50,6 @@ class Opened:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
@@ -62,9 +65,13 @@ def opened(browser: Any, path: Path, **context: Any) -> Opened:
     tab.on("console", lambda m: found.errors.append(m.text) if m.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: found.errors.append(str(error)))
     tab.on("request", lambda request: found.requests.append(request.url))
+    metrics = tab.context.new_cdp_session(tab)
+    metrics.send("Performance.enable")
     tab.goto(path.as_uri())
     tab.wait_for_selector("html[data-ready=yes]", state="attached")
     found.usable_s = tab.evaluate("performance.now()") / 1000
+    figures = metrics.send("Performance.getMetrics")["metrics"]
+    found.computed_s = next(figure["value"] for figure in figures if figure["name"] == "ProcessTime")
     return found
 
 
@@ -221,10 +228,10 @@ def test_a_column_sorts_both_ways_by_keyboard_and_says_so(view: Opened) -> None:
 @in_browser
 def test_models_tasks_and_metrics_are_filtered(view: Opened, small: Sweep) -> None:
     view.page.fill("#find-model", "AWQ")
-    view.page.wait_for_function("document.getElementById('shown').textContent.startsWith('1 model,')")
+    expect(view.page.locator("#shown")).to_contain_text("1 model,")
     assert view.texts("#board tbody tr:visible th") == [small.models[2]]
     view.page.fill("#find-task", "generation")
-    view.page.wait_for_function("document.getElementById('shown').textContent.endsWith('2 columns')")
+    expect(view.page.locator("#shown")).to_contain_text("2 columns")
     view.page.check("#all-metrics")
     assert view.page.inner_text("#shown") == "1 model, 4 columns"
 
@@ -250,7 +257,7 @@ def samples_of(view: Opened, task: str) -> None:
     view.page.wait_for_selector("#s-list details")
     label = next(text for text in view.texts("#s-task option") if text.startswith(f"{task} "))
     view.page.select_option("#s-task", label=label)
-    view.page.wait_for_function("document.getElementById('s-count').textContent.includes('document')")
+    expect(view.page.locator("#s-count")).to_contain_text("document")
 
 
 @in_browser
@@ -258,7 +265,7 @@ def test_a_script_in_a_sample_is_shown_as_text_and_never_runs(view: Opened, smal
     title = view.page.title()
     samples_of(view, small.tasks[0])
     view.page.fill("#s-text", "</script><script>")
-    view.page.wait_for_function("document.querySelectorAll('#s-list details').length === 1")
+    expect(view.page.locator("#s-list details")).to_have_count(1)
     view.page.locator("#s-list summary").first.click()
     view.page.wait_for_selector("#s-list pre")
     assert NASTY[0] in view.page.locator("#s-list pre").first.inner_text()
@@ -382,19 +389,13 @@ def test_forty_models_thirty_tasks_and_a_hundred_thousand_samples_stay_usable(br
     assert path.stat().st_size < BYTES
     assert not any(f"{noun} are left out" in path.read_text() for noun in ("documents", "characters"))
 
-    # The promise is for a machine that has a core to spare; on one that has not, a fixed amount of work says how much
-    # slower it is.
+    # On a machine whose cores are all taken, the time by the clock says who else works there.
     found = opened(browser, path)
-    slower = 1.0
-    if found.usable_s > USABLE_S:
-        spun, before = time.process_time(), time.monotonic()
-        while time.process_time() - spun < 0.5:
-            pass
-        slower = max(1.0, (time.monotonic() - before) / 0.5)
-    assert found.usable_s < USABLE_S * slower, f"{found.usable_s:.1f} s on a machine {slower:.1f} times slower"
+    busy = os.getloadavg()[0] > (os.cpu_count() or 1)
+    assert (found.computed_s if busy else found.usable_s) < USABLE_S
 
     found.page.fill("#find-model", "chat-awq")
-    found.page.wait_for_function("/^13 models/.test(document.getElementById('shown').textContent)")
+    expect(found.page.locator("#shown")).to_contain_text("13 models")
     found.page.locator("#board thead button").nth(1).click()
     figures = [number(text) for text in found.texts("#board tbody tr:visible td:nth-child(2)") if text[:1].isdigit()]
     assert figures == sorted(figures, reverse=True)
@@ -404,7 +405,7 @@ def test_forty_models_thirty_tasks_and_a_hundred_thousand_samples_stay_usable(br
         samples_of(found, task)
         found.page.select_option("#s-which", "score")
         found.page.fill("#s-text", "script>")
-        found.page.wait_for_function("document.querySelectorAll('#s-list details').length <= 25")
+        expect(found.page.locator("#s-count")).to_contain_text(" of 84")
     assert found.page.evaluate("document.documentElement.scrollWidth") == 1280
     assert found.errors == []
     assert found.requests == [path.as_uri()]
