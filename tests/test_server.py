@@ -896,6 +896,42 @@ def test_real_vllm_that_loses_its_port_is_started_again(
     assert running() == []
 
 
+@pytest.mark.long
+@pytest.mark.vllm
+def test_real_vllm_answers_in_two_parts_as_in_one(tiny_model: Path, tmp_path: Path) -> None:
+    """Two processes of one machine play the nodes, each with one layer of two, over gloo."""
+    version = pytest.importorskip("vllm.version", reason="vLLM is not installed").__version__
+    # vLLM's command line tool looks for a distribution of its own name, which that for CPUs does not have; by the
+    # version vLLM tells which of them it is.
+    metadata = tmp_path / "named" / f"vllm-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version.partition('+')[0]}+cpu\n")
+    common: dict[str, Any] = {"path": str(tiny_model), "env": {"PYTHONPATH": str(metadata.parents[1])}}
+    body = {"model": "m", "prompt": [5, 6, 7, 8], "max_tokens": 8, "temperature": 0, "logprobs": 1, "echo": True}
+
+    alone = real(tmp_path / "alone", **common)
+    expected = ask(alone.start(), "/v1/completions", body)[1]["choices"][0]["logprobs"]["token_logprobs"]
+    alone.stop()
+
+    first, second = (real(tmp_path / name, **common, nodes=2) for name in ("first", "second"))
+    for one in (first, second):
+        one.plan = replace(one.plan, gpus=1.0)  # that many GPUs would be its share
+    with ThreadPoolExecutor() as pool:
+        following = pool.submit(second.follow, replace(first.meet(2), rank=1))
+        try:
+            status, answer = ask(first.start(), "/v1/completions", body)
+            assert status == 200
+            got = answer["choices"][0]["logprobs"]["token_logprobs"]
+            assert got[0] is None
+            assert got[1:] == pytest.approx(expected[1:], abs=1e-3)
+            headless().kill()
+            assert isinstance(following.exception(60), ServerFault)
+        finally:
+            second.stop()
+            first.stop()
+    assert running() == []
+
+
 def real(folder: Path, **changes: Any) -> Server:
     changes = {"max_model_len": 512, "startup_timeout_s": 300.0, "dtype": "float32", **changes}
     return Server(plan(gpus=0.0, **changes), name="m-0", api_key=KEY, gpu_ids=[], log_path=folder / "m-0.log")

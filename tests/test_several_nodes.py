@@ -212,6 +212,7 @@ def test_a_server_is_lost_with_any_of_its_parts_and_stopped_when_nothing_is_left
 def test_a_part_that_cannot_start_fails_the_server_with_its_cause(seen: Seen) -> None:
     assert seen.refused_words == ["ServerFailed"]
     assert seen.refused.error.startswith("m-1.1 ended: out of memory while loading")
+    assert seen.refused.error.endswith("\nThe cause may stand in the log of another part of this server: m-1")
     assert not seen.refused.passing
 
 

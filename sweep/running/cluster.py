@@ -646,7 +646,11 @@ class Cluster:
             taken, reason = self._taken(part, error), f"{part} did not start: {self._of_ray(error)}"
             return ServerFailed(life=life, error=reason, passing=True, infrastructure=taken)
         if isinstance(error.cause, SweepError):
-            return ServerFailed(life=life, error=str(error.cause), passing=isinstance(error.cause, ServerFault))
+            others = ", ".join(name for name in self._parts(life) if name != part)
+            # What one part ends of is often another's end.
+            aside = f"\nThe cause may stand in the log of another part of this server: {others}" if others else ""
+            passing = isinstance(error.cause, ServerFault)
+            return ServerFailed(life=life, error=f"{error.cause}{aside}", passing=passing)
         log.info("%s did not start", part, exc_info=error)
         return ServerFailed(life=life, error=f"{part} did not start: {_named(error.cause)}")
 

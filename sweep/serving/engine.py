@@ -245,6 +245,12 @@ def command(
     return [*program(python, serves=part is None or not part.rank), *told]
 
 
+def first_part(plan: ServerPlan, *, port: int) -> ServerPart | None:
+    """As it would be on this machine; None for a server of one node."""
+    nodes = plan.model.nodes
+    return ServerPart(rank=0, nodes=nodes, address="127.0.0.1", port=port) if nodes > 1 else None
+
+
 def program(python: str, *, serves: bool = True) -> list[str]:
     """What takes vLLM's arguments: vLLM of this Python, or LMSWEEP_ENGINE."""
     return _double() or [python, "-m", *((MODULE,) if serves else HEADLESS)]
@@ -634,7 +640,7 @@ def _verdict(python: str, servers: Sequence[ServerPlan], say: Callable[[str], ob
         raise _Unasked(f"{origin}vLLM is not installed for {python}: install lmsweep[gpu] or lmsweep[cpu] there")
     if (refusal := supported(installed.version)) is not None:
         raise _Unasked(f"{origin}{python}: {refusal}")
-    options = [_options(server, host="127.0.0.1", port=1024, part=_first(server)) for server in servers]
+    options = [_options(server, host="127.0.0.1", port=1024, part=first_part(server, port=1025)) for server in servers]
     question = msgspec.json.encode([[(o.key, o.flag, o.arguments) for o in some] for some in options])
     names = [[server.name, *server.model.env] for server in servers]
     path = _cache(
@@ -651,12 +657,6 @@ def _verdict(python: str, servers: Sequence[ServerPlan], say: Callable[[str], ob
         temporary.write_bytes(msgspec.json.encode(verdict))
         temporary.replace(path)
     return verdict
-
-
-def _first(server: ServerPlan) -> ServerPart | None:
-    """An example of what its first node is told; None for a server of one node."""
-    nodes = server.model.nodes
-    return ServerPart(rank=0, nodes=nodes, address="127.0.0.1", port=1025) if nodes > 1 else None
 
 
 _Said = TypeVar("_Said", bound=msgspec.Struct)
