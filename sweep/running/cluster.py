@@ -664,9 +664,9 @@ class Cluster:
             if life in self._starting.values():
                 yield from self._end(life, self._unstarted(life, part, error), gone=part)
                 return
-            taken = not isinstance(error, RayTaskError) and self._taken(part, error)
-            reason = str(error.cause) if isinstance(error, RayTaskError) else f"{part}: {self._of_ray(error)}"
-            yield ServerLost(life=life, reason=reason, infrastructure=taken)
+            taken = self._taken(part, error)
+            told = str(error.cause).partition("\n")[0] if isinstance(error, RayTaskError) else self._of_ray(error)
+            yield ServerLost(life=life, reason=f"lost its part {part}: {told}", infrastructure=taken)
             yield from self._end(life, ServerStopped(life=life), gone=part)
 
     def _lost(self, sentinel: Any) -> Iterator[ClusterEvent]:
