@@ -20,7 +20,7 @@ from sweep.results.store import RunDirectory
 from sweep.running.costs import Costs
 from sweep.running.inventory import Node, shortages, total_gpus
 from sweep.running.simulate import Outcome, forecast
-from sweep.serving.engine import command, extras, notices, variables
+from sweep.serving.engine import command, extras, first_part, notices, variables
 
 PORT = 20000
 """Stands for the free port that a server gets when it starts."""
@@ -97,6 +97,8 @@ def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator
         if not is_local(server.model.path) and server.revision is None:
             yield f"    the commit of {server.model.path} is not known here; it is asked for when the sweep runs"
         yield f"    {_variables(server)}{shlex.join(masked(argument, hidden) for argument in _command(server))}"
+        if server.model.nodes > 1:
+            yield "    on its first node; on each of the others the same as --headless, with a --node-rank of its own"
         yield from (f"    {notice}" for notice in notices(server))
     if absent := missing_block(plan):
         yield ""
@@ -107,7 +109,8 @@ def _command(server: ServerPlan) -> list[str]:
     """As it will be started where its device decides so; `auto` is shown as for a GPU."""
     python = server.model.server_python or "python"
     added = extras(server, on_cpu=server.model.device is Device.CPU)
-    return command(server, python=python, host="127.0.0.1", port=PORT, extras=added)
+    part = first_part(server, port=PORT + 1)
+    return command(server, python=python, host="127.0.0.1", port=PORT, extras=added, part=part)
 
 
 def _variables(server: ServerPlan) -> str:
@@ -124,6 +127,8 @@ def _needs(server: ServerPlan) -> str:
     if server.external:
         return f"no GPU of ours, concurrency {server.model.concurrency}"
     where = {"gpu": gpus, "cpu": "CPU", "auto": f"{gpus} where there are any, else CPU"}[server.model.device]
+    if server.model.nodes > 1:
+        where = f"{gpus} on each of {server.model.nodes} nodes"
     return f"{where}{most}, concurrency {server.model.concurrency}"
 
 

@@ -13,13 +13,15 @@ Answers
 
 From vLLM's arguments: --model, --tokenizer, --served-model-name, --lora-modules, --host, --port, --max-model-len
 (2048), --max-num-seqs (256; more wait, and the metrics say so), --logits-processors (ours forces continuations),
---enable-scale-out (with /inference/v1/generate). The rest is accepted and has no effect.
+--enable-scale-out (with /inference/v1/generate), and of a server of several nodes --nnodes, --node-rank, --master-addr,
+--master-port and --headless: the first part serves when all others have come to it, and does not notice when one of
+them dies, as a GPU that waits for another's does not. The rest is accepted and has no effect.
 
 Options of its own, each as `--stand-in-NAME VALUE` or as the environment variable `STAND_IN_NAME` in capitals (`env:`
 of a model gives it to one server); see `Options` for what they mean:
-    start_delay_s latency_s die_after die_mark hang_after mute_after refuse refuse_forced lose_port null_logprobs
-    null_chat_logprobs no_chat no_tokenize no_echo echo_shift echo_offset echo_clip busy_above other_tokenizer end_every
-    vocabulary tree leftovers ignore_term requests_log
+    start_delay_s latency_s die_after die_mark hang_after mute_after refuse refuse_forced refuse_headless lose_port
+    null_logprobs null_chat_logprobs no_chat no_tokenize no_echo echo_shift echo_offset echo_clip busy_above
+    other_tokenizer end_every vocabulary tree leftovers ignore_term requests_log
 """
 
 import argparse
@@ -75,6 +77,8 @@ class Options:
     """1 has no /tokenize, 2 shows no token ids in completions either."""
     refuse_forced: str = ""
     """What a start ends with where ForcedDecoding is among its logits processors."""
+    refuse_headless: str = ""
+    """What the start of a part that serves nothing ends with."""
     no_echo: int = 0
     """1 gives log-probabilities of generated tokens only, `echo` or not."""
     echo_shift: int = 0
@@ -563,6 +567,23 @@ while True:
 """
 
 
+def meet(address: str, port: int, others: int) -> list[socket.socket]:
+    """The other parts of a server of several nodes, once all have come."""
+    with socket.create_server((address, port)) as listener:
+        return [listener.accept()[0] for _ in range(others)]
+
+
+def follow(address: str, port: int) -> int:
+    """The exit code of a part that serves nothing, when the first part is gone."""
+    while True:
+        try:
+            with socket.create_connection((address, port)) as first:
+                first.recv(1)
+                return 1
+        except ConnectionRefusedError:  # it has not come yet
+            time.sleep(0.05)
+
+
 def main() -> None:
     options, rest = Options.parse(sys.argv[1:])
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -576,7 +597,14 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--logits-processors", nargs="+", default=[])
     parser.add_argument("--enable-scale-out", action="store_true")
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--master-addr")
+    parser.add_argument("--master-port", type=int)
+    parser.add_argument("--headless", action="store_true")
     found, _ = parser.parse_known_args(rest)
+    if found.headless:
+        sys.exit(options.refuse_headless.replace("\\n", "\n") or follow(found.master_addr, found.master_port))
     if options.refuse_forced and found.logits_processors:
         sys.exit(options.refuse_forced)
     if options.refuse:
@@ -596,6 +624,7 @@ def main() -> None:
     if options.ignore_term:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(options.start_delay_s)
+    others = meet(found.master_addr, found.master_port, found.nnodes - 1) if found.nnodes > 1 else []
 
     names = found.served_model_name or [found.model]
     adapters = {module.partition("=")[0]: names[0] for module in found.lora_modules}
@@ -624,6 +653,8 @@ def main() -> None:
     try:
         asyncio.run(serve())
     finally:
+        for other in others:
+            other.close()
         if child is not None:
             child.terminate()
             with suppress(subprocess.TimeoutExpired):

@@ -25,10 +25,12 @@ from sweep.serving.engine import (
     SUPPORTED,
     TAIL_PREFILL,
     Extras,
+    ServerPart,
     command,
     environment,
     examine,
     extras,
+    network,
     notices,
     program,
     served_names,
@@ -225,6 +227,98 @@ def test_an_option_of_older_recipes_that_may_change_an_answer_is_never_dropped(o
     assert notices(given) == ()
 
 
+# Of several nodes
+
+
+def parts(given: ServerPlan) -> list[str]:
+    """The command line of each part."""
+    nodes = given.model.nodes
+    return [
+        shlex.join(
+            command(
+                given,
+                python="py",
+                host="10.0.0.7",
+                port=20000,
+                part=ServerPart(rank=rank, nodes=nodes, address="10.0.0.7", port=20001),
+            )
+        )
+        for rank in range(nodes)
+    ]
+
+
+def test_of_a_server_of_several_nodes_the_first_part_serves_and_the_others_are_headless() -> None:
+    first, second, third = parts(plan(tensor_parallel=8, gpus=8, nodes=3))
+    assert first == (
+        "py -m vllm.entrypoints.openai.api_server --model org/m --served-model-name m --host 10.0.0.7 --port 20000"
+        " --dtype auto --generation-config vllm --disable-uvicorn-access-log --tensor-parallel-size 8"
+        " --pipeline-parallel-size 3 --distributed-executor-backend mp --nnodes 3 --node-rank 0"
+        " --master-addr 10.0.0.7 --master-port 20001"
+    )
+    assert second == (
+        first.replace("-m vllm.entrypoints.openai.api_server", "-m vllm.entrypoints.cli.main serve")
+        .replace(" --host 10.0.0.7 --port 20000", "")
+        .replace("--node-rank 0", "--node-rank 1")
+        + " --headless"
+    )
+    assert third == second.replace("--node-rank 1", "--node-rank 2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({"gpus": 1}, {"pipeline": "2"}),
+        ({"gpus": 8, "tensor_parallel": 8}, {"tensor": "8", "pipeline": "2"}),
+        ({"gpus": 8, "tensor_parallel": 16}, {"tensor": "16", "pipeline": "1"}),
+        ({"gpus": 8, "tensor_parallel": 4}, {"tensor": "4", "pipeline": "4"}),
+        (
+            {
+                "gpus": 4,
+                "tensor_parallel": 2,
+                "server": {"pipeline-parallel-size": 2, "prefill_context_parallel_size": 2},
+            },
+            {"tensor": "2", "pipeline": "2", "prefill-context": "2"},
+        ),
+    ],
+)
+def test_the_layers_are_split_over_what_tensor_parallelism_leaves(
+    changes: dict[str, Any], sizes: dict[str, str]
+) -> None:
+    for line in parts(plan(nodes=2, **changes)):
+        assert dict(re.findall(r"--([a-z-]+)-parallel-size (\d+)", line)) == sizes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"gpus": 8, "tensor_parallel": 3},
+            r"nodes: 2 nodes of 8 GPUs hold 16, and vLLM is to use 15: 3 \(tensor_.*size\) x 5 \(pipeline_",
+        ),
+        ({"server": {"pipeline_parallel_size": 1}}, "nodes: 2 nodes of 1 GPUs hold 2, .* use 1: no parallelism"),
+        ({"server": {"data_parallel_size": 2}}, r"server\.data_parallel_size: .* for more of it give `replicas`"),
+        ({"server": {"distributed_executor_backend": "ray"}}, r"server\.distributed_executor_backend: .*; got ray"),
+        ({"server": {"nnodes": 2}}, r"server\.nnodes: not set here; use `nodes`"),
+        ({"server": {"headless": True}}, r"server\.headless: not set here; use `nodes`"),
+    ],
+)
+def test_gpus_of_several_nodes_that_do_not_add_up_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"models\.m\.{said}"):
+        arguments(plan(nodes=2, **changes))
+
+
+def test_the_parts_of_a_server_stay_on_the_network_that_administrators_chose_or_where_nodes_know_each_other() -> None:
+    ours = network("10.0.0.7", "eth1")
+    given = environment(plan(nodes=2), api_key=KEY, gpu_ids=["0"], base=ours)
+    assert (given["VLLM_HOST_IP"], given["GLOO_SOCKET_IFNAME"]) == ("10.0.0.7", "eth1")
+    theirs = {"VLLM_HOST_IP": "10.9.9.9", "GLOO_SOCKET_IFNAME": "ib0"}
+    given = environment(
+        plan(nodes=2, env={"GLOO_SOCKET_IFNAME": "ib1"}), api_key=KEY, gpu_ids=["0"], base=ours | theirs
+    )
+    assert (given["VLLM_HOST_IP"], given["GLOO_SOCKET_IFNAME"]) == ("10.9.9.9", "ib1")
+    assert network("10.0.0.7", None) == {"VLLM_HOST_IP": "10.0.0.7"}
+
+
 def test_of_a_server_that_someone_else_runs_nothing_is_said() -> None:
     assert notices(plan(path="", url="http://h:1", env={"VLLM_USE_V1": "0"})) == ()
 
@@ -277,8 +371,12 @@ def test_the_installed_vllm_understands_everything_that_we_say() -> None:
             "disable_log_requests": True,
         },
     )
+    large = plan(tensor_parallel=4, gpus=4, nodes=2)
+    part = ServerPart(rank=1, nodes=2, address="10.0.0.7", port=20001)
+    headless = command(large, python="py", host="", port=0, part=part)[4:]
     code = (
         "import json, sys\n"
+        "from vllm.entrypoints.cli.serve import ServeSubcommand\n"
         "from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args\n"
         "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
         "found = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])\n"
@@ -286,6 +384,11 @@ def test_the_installed_vllm_understands_everything_that_we_say() -> None:
         "print(json.dumps([found.served_model_name, [m.name for m in found.lora_modules], found.enable_prefix_caching,"
         " found.disable_uvicorn_access_log, found.hf_overrides, found.logits_processors, found.generation_config,"
         " found.gpu_memory_utilization, found.tensor_parallel_size]))\n"
+        "parsers = FlexibleArgumentParser().add_subparsers(dest='subparser')\n"
+        f"found = ServeSubcommand().subparser_init(parsers).parse_args({headless})\n"
+        "ServeSubcommand().validate(found)\n"
+        "print(json.dumps([found.headless, found.nnodes, found.node_rank, found.master_addr, found.master_port,"
+        " found.tensor_parallel_size, found.pipeline_parallel_size]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *arguments(fullest)[3:]],
@@ -294,7 +397,9 @@ def test_the_installed_vllm_understands_everything_that_we_say() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == [["m"], ["l"], False, True, {"a": 1}, ["a:B"], "vllm", 0.46, 2]
+    found, part_found = map(json.loads, done.stdout.splitlines()[-2:])
+    assert found == [["m"], ["l"], False, True, {"a": 1}, ["a:B"], "vllm", 0.46, 2]
+    assert part_found == [True, 2, 1, "10.0.0.7", 20001, 4, 2]
 
 
 # The environment
@@ -681,6 +786,7 @@ def test_neither_another_engine_nor_someone_elses_server_is_examined(monkeypatch
 @pytest.mark.vllm
 def test_the_installed_vllm_accepts_a_good_set_and_names_every_mistake_of_a_bad_one() -> None:
     vllm = pytest.importorskip("vllm.version", reason="vLLM is not installed").__version__
+    large = plan(name="large", tensor_parallel=4, gpus=4, nodes=2)
     good = plan(
         name="good",
         gpus=0.5,
@@ -700,7 +806,7 @@ def test_the_installed_vllm_accepts_a_good_set_and_names_every_mistake_of_a_bad_
         },
     )
     unfit = plan(name="unfit", server={"enable_auto_tool_choice": True})
-    shown = refused(good, bad, unfit)
+    shown = refused(good, large, bad, unfit)
     assert [line.partition(f": vLLM {vllm} ")[0] for line in shown] == [
         "models.bad.dtype",
         "models.bad.server.max_num_seq",

@@ -51,13 +51,14 @@ def test_what_fits_on_one_node_passes(servers: dict[str, ServerPlan], there: lis
     require(servers, there)
 
 
-def test_a_server_across_nodes_is_planned_and_refused_at_a_launch() -> None:
-    (plain,) = plans(("a", Device.GPU, 8)).values()
+def test_a_server_of_several_nodes_needs_them_all_and_their_gpus() -> None:
+    (plain,) = plans(("a", Device.AUTO, 8)).values()
     servers = {"a": replace(plain, model=replace(plain.model, nodes=2))}
-    there = [node("x", 8), node("y", 8)]
-    assert shortages(servers, there) == []
-    with pytest.raises(ResourceError, match=r"models\.a\.nodes: .* not started yet; serve a yourself"):
-        require(servers, there)
+    require(servers, [node("x", 8), node("y", 8)])
+    with pytest.raises(ResourceError, match="a needs 8 GPUs on each of 2 nodes; 1 node has so many"):
+        require(servers, [node("x", 8), node("y", 2)])
+    with pytest.raises(ResourceError, match="a needs 8 GPUs on each of 2 nodes; there is none here"):
+        require(servers, [node("x", 0), node("y", 0)])
 
 
 def test_everything_that_can_never_fit_is_named_at_once() -> None:

@@ -877,6 +877,10 @@ def test_the_shipped_cluster_is_eight_gpus_on_one_node():
         (["models.qwen.nodes=0"], "models.qwen.nodes: wants 1 or more, got 0"),
         (["models.qwen.nodes=2", "models.qwen.device=cpu"], "models.qwen.nodes: splits a model over GPUs of several"),
         (["models.qwen.nodes=2", "models.qwen.gpus=0.5"], "models.qwen.nodes: takes whole GPUs of each node"),
+        (
+            ["models.qwen.nodes=2", "models.qwen.gpus=4", "models.qwen.tensor_parallel=16"],
+            "models.qwen.gpus: tensor_parallel spans 16 whole GPUs, got 4 on each of 2 nodes",
+        ),
         (["models.qwen.gpu_memory_gb=0"], "models.qwen.gpu_memory_gb: wants more than 0 GB, got 0.0"),
     ],
 )

@@ -86,6 +86,15 @@ def test_a_plan_is_cells_tasks_and_servers_with_their_commands() -> None:
     ]
 
 
+def test_of_a_server_of_several_nodes_the_first_part_is_shown() -> None:
+    large = Model(path="org/base", revision=COMMIT, device=Device.AUTO, tensor_parallel=8, nodes=2)
+    shown = lines(sweep(models={"large": large}))
+    start = shown.index("servers")
+    assert shown[start + 1] == "  large: 8 GPUs on each of 2 nodes, concurrency auto"
+    assert "--pipeline-parallel-size 2 --distributed-executor-backend mp --nnodes 2 --node-rank 0" in shown[start + 2]
+    assert shown[start + 3].startswith("    on its first node; on each of the others the same as --headless")
+
+
 def test_a_server_that_someone_else_runs_has_an_address_and_no_command() -> None:
     theirs = Model(url="http://node7:8000", tokenizer="org/base", served_model_name="org/x", revision="v2")
     config = sweep(models={"theirs": theirs})

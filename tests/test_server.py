@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,86 @@ def test_the_death_of_the_server_is_told_at_once_and_stop_waits_until_nothing_is
     assert any(child.is_running() for child in children)
     one.stop()
     assert not any(child.is_running() for child in children)
+    assert running() == []
+
+
+# A server of several nodes, whose parts meet on this one
+
+
+@pytest.fixture
+def two_parts(bench: Bench) -> Iterator[Callable[..., tuple[Server, Server, Future[None]]]]:
+    """The first part, not started, and the second, which follows it in the background."""
+    with ThreadPoolExecutor() as pool:
+
+        def make(**options: Any) -> tuple[Server, Server, Future[None]]:
+            first, second = bench(gpus=1, **options), bench(gpus=1, **options)
+            for one in (first, second):
+                one.plan = replace(one.plan, model=replace(one.plan.model, nodes=2))
+            return first, second, pool.submit(second.follow, replace(first.meet(2), rank=1))
+
+        yield make
+        for one in bench.servers:  # the pool waits for those who follow
+            one.stop()
+
+
+Parts = Callable[..., tuple[Server, Server, "Future[None]"]]
+
+
+def headless() -> psutil.Process:
+    [found] = [p for p in running() if "--headless" in p.cmdline() and "--grace" not in p.cmdline()]
+    return found
+
+
+def test_the_first_part_of_a_server_is_ready_when_the_other_has_come_and_each_is_stopped_by_itself(
+    two_parts: Parts,
+) -> None:
+    first, second, following = two_parts()
+    endpoint = first.start()
+    assert ask(endpoint, "/v1/models")[0] == 200
+    environment = headless().environ()
+    assert environment["VLLM_HOST_IP"] == "127.0.0.1"
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "the others (m-0.1) have logs of their own" in first.log_path.read_text()
+    second.stop()
+    assert following.exception(15) is None
+    assert first.alive()
+    first.stop()
+    assert running() == []
+
+
+def test_a_part_that_is_killed_says_so_when_nothing_of_it_is_left(two_parts: Parts) -> None:
+    first, _, following = two_parts()
+    first.start()
+    headless().kill()
+    error = following.exception(15)
+    assert isinstance(error, ServerFault)
+    assert re.match(r"m-1 ended: was killed by SIGKILL .*; see .*m-1\.log\n", str(error))
+    assert [process for process in running() if "--headless" in process.cmdline()] == []
+
+
+def test_a_part_ends_with_the_first_and_a_start_that_waits_for_another_can_be_stopped(two_parts: Parts) -> None:
+    first, _, following = two_parts()
+    first.start()
+    first.stop()
+    assert re.match("m-1 ended: exited with code 1;", str(following.exception(15)))
+
+    first, _, following = two_parts(refuse_headless="RuntimeError: CUDA out of memory")
+    with ThreadPoolExecutor() as pool:
+        starting = pool.submit(first.start)
+        error = following.exception(15)
+        assert not isinstance(error, ServerFault)
+        assert str(error).startswith("m-3 ended: out of memory while loading")
+        first.stop()
+        assert "was stopped while it started" in str(starting.exception(15))
+
+
+def test_a_first_part_that_loses_a_port_leaves_another_try_to_the_whole_server(
+    two_parts: Parts, tmp_path: Path
+) -> None:
+    first, second, _ = two_parts(lose_port=tmp_path / "lost")
+    with pytest.raises(ServerFault, match="m-0 did not start: its port was taken by another program; see"):
+        first.start()
+    second.stop()
     assert running() == []
 
 
@@ -812,6 +893,42 @@ def test_real_vllm_that_loses_its_port_is_started_again(
         monkeypatch.setattr(server, "_claim_port", lose)
         with pytest.raises(ServerFault, match="its port was taken by another program, 1 times"):
             real(tmp_path, path=str(tiny_model)).start()
+    assert running() == []
+
+
+@pytest.mark.long
+@pytest.mark.vllm
+def test_real_vllm_answers_in_two_parts_as_in_one(tiny_model: Path, tmp_path: Path) -> None:
+    """Two processes of one machine play the nodes, each with one layer of two, over gloo."""
+    version = pytest.importorskip("vllm.version", reason="vLLM is not installed").__version__
+    # vLLM's command line tool looks for a distribution of its own name, which that for CPUs does not have; by the
+    # version vLLM tells which of them it is.
+    metadata = tmp_path / "named" / f"vllm-{version}.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version.partition('+')[0]}+cpu\n")
+    common: dict[str, Any] = {"path": str(tiny_model), "env": {"PYTHONPATH": str(metadata.parents[1])}}
+    body = {"model": "m", "prompt": [5, 6, 7, 8], "max_tokens": 8, "temperature": 0, "logprobs": 1, "echo": True}
+
+    alone = real(tmp_path / "alone", **common)
+    expected = ask(alone.start(), "/v1/completions", body)[1]["choices"][0]["logprobs"]["token_logprobs"]
+    alone.stop()
+
+    first, second = (real(tmp_path / name, **common, nodes=2) for name in ("first", "second"))
+    for one in (first, second):
+        one.plan = replace(one.plan, gpus=1.0)  # that many GPUs would be its share
+    with ThreadPoolExecutor() as pool:
+        following = pool.submit(second.follow, replace(first.meet(2), rank=1))
+        try:
+            status, answer = ask(first.start(), "/v1/completions", body)
+            assert status == 200
+            got = answer["choices"][0]["logprobs"]["token_logprobs"]
+            assert got[0] is None
+            assert got[1:] == pytest.approx(expected[1:], abs=1e-3)
+            headless().kill()
+            assert isinstance(following.exception(60), ServerFault)
+        finally:
+            second.stop()
+            first.stop()
     assert running() == []
 
 

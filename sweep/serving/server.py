@@ -3,6 +3,8 @@
 What it runs is `engine.py`'s to say, and when a server that still runs counts as dead is `watch.py`'s. Knows nothing
 of Ray: `cluster.py` puts a `Server` into an actor and says which GPUs it has. The process runs under `supervisor.py`,
 which promises that nothing of it outlives us.
+
+A server of several nodes is a `Server` on each: the first (`meet`, then `start`) serves, the others `follow`.
 """
 
 import http.client
@@ -18,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,13 +106,40 @@ class Server:
         self._gpu_ids = gpu_ids
         self._secrets = frozenset(secrets)
         self._host = host
-        self._executable = list(executable or engine.program(plan.model.server_python or sys.executable))
+        self._executable = executable
         self._extras = engine.extras(plan, on_cpu=not gpu_ids)
         self._process: _Process | None = None
         self._port: int | None = None
         """Where it answers, once it does."""
+        self._part: engine.ServerPart | None = None
+        """None on one node."""
+        self._claim: AbstractContextManager[Any] = nullcontext()
+        """Of the port where the parts meet, until all have."""
         self._stopping = threading.Event()
         self._lock = threading.Lock()
+
+    def meet(self, nodes: int) -> engine.ServerPart:
+        """Become the first part of a server of so many nodes, before it starts; what the others have to know."""
+        port, self._claim = _claim_port(self._host)
+        self._part = engine.ServerPart(rank=0, nodes=nodes, address=self._host, port=port)
+        others = ", ".join(part_name(self.name, rank) for rank in range(1, nodes))
+        self._note(f"the first of {nodes} parts, which serves; the others ({others}) have logs of their own beside it")
+        return self._part
+
+    def follow(self, part: engine.ServerPart) -> None:
+        """Be this other part of a server, until it ends or is stopped.
+
+        Raises ServerError as `start` does, unless it was asked to stop; nothing of it is left.
+        """
+        with boundary(ServerError, f"run {self.name}"):
+            self._part = part
+            self.plan = _with_adapters_here(self.plan)
+            self._await_memory()
+            process = self._launch(port=0)
+            process.dead.wait()
+            process.stop()
+            if not self._stopping.is_set():
+                raise self._ended(process, "ended")
 
     def start(self) -> Endpoint:
         """The endpoint, once the server answers; otherwise nothing of it is left.
@@ -118,7 +147,7 @@ class Server:
         Raises ServerError with the cause, the log's end and its path, as ServerFault when another start may succeed.
         """
         shared = 0 < self.plan.gpus < 1
-        with boundary(ServerError, f"start {self.name}"):
+        with boundary(ServerError, f"start {self.name}"), self._claim:
             self.plan = _with_adapters_here(self.plan)
             # Waiting for a turn or for memory is none of the server's own time.
             with gpu.turn(self._gpu_ids, self._stopping) if shared else nullcontext():
@@ -184,6 +213,9 @@ class Server:
             if endpoint is not None:
                 self._port = port
                 return endpoint
+            if self._part is not None:
+                # It may be the one where its other parts wait, who are told of no other.
+                raise self._failure(engine.PORT_TAKEN, offset=0, kind=ServerFault)
             log.info("%s lost port %d to another program and takes another one", self.name, port)
         raise self._failure(f"{engine.PORT_TAKEN}, {PORT_ATTEMPTS} times", offset=0, kind=ServerFault)
 
@@ -200,13 +232,7 @@ class Server:
 
     def _attempt(self, port: int, deadline: float) -> Endpoint | None:
         """None when the port was lost to someone else."""
-        with self._lock:
-            self._go_on()
-            process = self._process = _Process(
-                [*self._executable, *engine.arguments(self.plan, host=self._host, port=port, extras=self._extras)],
-                self._environment(),
-                self.log_path,
-            )
+        process = self._launch(port)
         try:
             if endpoint := self._ready(process, port, deadline):
                 process.become_ready(STOP_GRACE_S)
@@ -216,15 +242,25 @@ class Server:
             cause = self._cause(process)
             if cause and cause.text == engine.PORT_TAKEN:
                 return None
-            kind = ServerFault if cause is None or cause.passing or process.killed else ServerError
-            raise self._failure(process.ending(cause), process.log_offset, kind=kind)
+            raise self._ended(process, "did not start")
         except BaseException:
             process.stop()
             raise
 
+    def _launch(self, port: int) -> "_Process":
+        serves = self._part is None or not self._part.rank
+        program = self._executable or engine.program(self.plan.model.server_python or sys.executable, serves=serves)
+        told = engine.arguments(self.plan, host=self._host, port=port, extras=self._extras, part=self._part)
+        with self._lock:
+            self._go_on()
+            self._process = _Process([*program, *told], self._environment(), self.log_path)
+            return self._process
+
     def _environment(self) -> dict[str, str]:
         # Some secrets have ordinary names: the config knows them by their use, as the key of somebody's server, say.
         base = {k: v for k, v in os.environ.items() if v not in self._secrets or k in engine.HUB_TOKENS}
+        if self._part is not None:
+            base = engine.network(self._host, _interface(self._host)) | base
         return engine.environment(
             self.plan, api_key=self._api_key, gpu_ids=self._gpu_ids, base=base, extras=self._extras
         )
@@ -364,10 +400,28 @@ class Server:
     def _cause(self, process: "_Process") -> "engine.Cause | None":
         return engine.cause_of(self._log_text(process.log_offset))
 
-    def _failure(self, why: str, offset: int, cure: str = "see", kind: type[ServerError] = ServerError) -> ServerError:
+    def _ended(self, process: "_Process", what: str) -> ServerError:
+        """A process that ended unasked, and whether another would."""
+        cause = self._cause(process)
+        kind = ServerFault if cause is None or cause.passing or process.killed else ServerError
+        return self._failure(process.ending(cause), process.log_offset, kind=kind, what=what)
+
+    def _failure(
+        self,
+        why: str,
+        offset: int,
+        cure: str = "see",
+        kind: type[ServerError] = ServerError,
+        what: str = "did not start",
+    ) -> ServerError:
         tail = [line for line in self._log_text(offset).splitlines() if line.strip()][-TAIL_LINES:]
         lines = "\n".join(f"    {line}" for line in tail) or "    (the log is empty)"
-        return kind(f"{self.name} did not start: {why}; {cure} {self.log_path}\nIts last lines:\n{lines}")
+        return kind(f"{self.name} {what}: {why}; {cure} {self.log_path}\nIts last lines:\n{lines}")
+
+
+def part_name(server: str, rank: int) -> str:
+    """Of a part of a server of several nodes; the first is called as the server."""
+    return f"{server}.{rank}" if rank else server
 
 
 class _Process:
@@ -501,6 +555,12 @@ def _lengths(models: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(cards, list):
         return {}
     return {card["id"]: card.get("max_model_len") for card in cards if isinstance(card, dict) and "id" in card}
+
+
+def _interface(host: str) -> str | None:
+    """The network interface of this machine that has the address."""
+    found = psutil.net_if_addrs().items()
+    return next((name for name, has in found if any(address.address == host for address in has)), None)
 
 
 def _memory_share(plan: ServerPlan) -> float:
