@@ -319,7 +319,7 @@ def _report(arguments: Arguments) -> int:
 
     sweep, *others = [read_sweep(root) for root in _kept(arguments)]
     from sweep.reporting import between, write_page
-    from sweep.results.summary import headline
+    from sweep.results.summary import headline, in_lines
 
     if others:
         text = between(sweep, others[0])
@@ -332,7 +332,7 @@ def _report(arguments: Arguments) -> int:
     findings = write_page(sweep)
     directory = sweep.directory
     print(f"page     {directory.page}\ntables   {directory.report}, {directory.csv}")
-    print("\n".join(headline(sweep, findings.comparisons)))
+    print("\n".join(in_lines(headline(sweep, findings.comparisons))))
     if not arguments.publish:
         return DONE
     from sweep.planning.loading import secrets_of
@@ -549,11 +549,11 @@ def _is_shown(directory: "RunDirectory", whole: "Plan") -> bool:
 def _show(sweep: "Sweep", hidden: Sequence[str]) -> None:
     """Make the page and say where it is and what it says; a sweep is finished without it, too."""
     from sweep.reporting import write_page
-    from sweep.results.summary import headline
+    from sweep.results.summary import headline, in_lines
 
     try:
         with boundary(ReportError, "make the page"):
-            said = headline(sweep, write_page(sweep).comparisons)
+            said = in_lines(headline(sweep, write_page(sweep).comparisons))
     except SweepError as error:
         with _logged_to(sweep.directory.driver_log, hidden):
             log.exception("there is no new page")

@@ -19,7 +19,7 @@ def write_page(sweep: Sweep) -> Findings:
     """report.html, and report.md with the comparisons; what was compared. Raises StoreError."""
     findings = examine(sweep)
     html = page(sweep, findings.comparisons, published(sweep))
-    lines = "".join(f"- {line}\n" for line in headline(sweep, findings.comparisons))
+    lines = "".join(f"- {name}: {text}\n" for name, text in headline(sweep, findings.comparisons).items())
     table = markdown(sweep.records, sweep.models)
     with boundary(StoreError, f"write the page to {sweep.directory.root}"):
         write_file(sweep.directory.page, html)

@@ -15,7 +15,7 @@ from sweep.record import Counts, Record, Score, Status
 from sweep.results.answers import blocks
 from sweep.results.charts import Point, task_chart
 from sweep.results.compare import compare, leaders
-from sweep.results.page import digest, page
+from sweep.results.page import page
 from sweep.results.reading import Sweep, read_sweep
 from sweep.results.references import Published
 from tests.synthetic import NASTY, write
@@ -171,12 +171,6 @@ def test_no_model_is_called_best_where_the_difference_may_be_chance(small: Sweep
     nothing = page(small, (), ())
     assert "<strong>" not in nothing
     assert "nothing is marked as better" in nothing
-
-
-def test_the_digest_counts_what_is_done_failed_and_bent(small: Sweep) -> None:
-    lines = " ".join(digest(small, compare(small)))
-    assert "22 cells done (4 models on 6 tasks), 1 failed, 1 still to run." in lines
-    assert "GPU-" in lines
 
 
 def test_an_empty_sweep_makes_a_page(tmp_path: Path) -> None:

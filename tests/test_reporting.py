@@ -24,8 +24,8 @@ def test_the_page_and_the_tables_hold_what_was_compared_and_the_five_lines(sweep
     findings = write_page(sweep)
     assert findings.comparisons
     text = sweep.directory.report.read_text()
-    for line in headline(sweep, findings.comparisons):
-        assert f"- {line}\n" in text
+    for name, said in headline(sweep, findings.comparisons).items():
+        assert f"- {name}: {said}\n" in text
     assert "**Paired comparisons**" in text
     assert sweep.directory.page.read_text().startswith("<!doctype html>")
 

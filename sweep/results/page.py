@@ -32,6 +32,7 @@ from sweep.results.reading import Sweep
 from sweep.results.references import Published
 from sweep.results.report import caveats, differences, reason, same_settings
 from sweep.results.store import read_cells
+from sweep.results.summary import headline
 from sweep.results.timeline import Span
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -173,7 +174,8 @@ class _View:
     sweep: Sweep
     made: str
     lmsweep: str
-    digest: tuple[str, ...]
+    digest: Mapping[str, str]
+    """What the sweep says, by what each line is about."""
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
     chunks: tuple[tuple[int, ...], ...]
@@ -213,7 +215,7 @@ def page(
         sweep=sweep,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         lmsweep=__version__,
-        digest=digest(sweep, comparisons),
+        digest=headline(sweep, comparisons),
         columns=columns,
         rows=rows,
         chunks=_chunks(columns),
@@ -242,50 +244,6 @@ def page(
         data={"comparisons": _packed(_comparison_table(comparisons))} if comparisons else {},
     )
     return _rendered(view)
-
-
-def digest(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
-    """What the sweep says, in a few sentences."""
-    done = [record for record in sweep.records if record.status is Status.DONE]
-    failed = len(sweep.records) - len(done)
-    models = len({record.model for record in done})
-    tasks = len({record.task for record in done})
-    lines = [
-        f"{_count(len(done), 'cell')} done ({_count(models, 'model')} on {_count(tasks, 'task')})"
-        + (f", {failed} failed" if failed else "")
-        + (f", {missing} still to run" if (missing := sweep.owed - failed) > 0 else "")
-        + "."
-    ]
-    if comparisons:
-        main = {column.key: column for column in _columns(sweep) if column.main}
-        alone = Counter(
-            of.best for of in leaders(comparisons) if of.best and (of.task, of.subtask, of.metric, of.filter) in main
-        )
-        if alone:
-            named = ", ".join(f"{model} on {_count(count, 'task')}" for model, count in alone.most_common(3))
-            more = len(alone) - 3
-            lines.append(
-                f"Shown to be better than all others: {named}{f' and {more} more models' if more > 0 else ''}."
-            )
-        undecided = len(main) - sum(alone.values())
-        if undecided:
-            lines.append(f"On {_count(undecided, 'task')} no single model is shown to be better than all others.")
-        shown = sum(c.verdict != "no difference shown" for c in comparisons)
-        lines.append(
-            f"{shown:,} of {_count(len(comparisons), 'paired comparison')} show a difference, "
-            "corrected for their number."
-        )
-    bent = sum(bool(caveats(record)) for record in done)
-    lines.append(
-        f"{_count(bent, 'cell')} {'has' if bent == 1 else 'have'} something that could bend a number; see Caveats."
-        if bent
-        else "Nothing was truncated, empty or stopped by a limit."
-    )
-    asked, reused = sum(r.counts.asked for r in done), sum(r.counts.reused for r in done)
-    held = sweep.timeline.gpu_s
-    cost = "" if not held else f"{held / 3600:,.1f} GPU-hours; " if held >= 3600 else f"{held / 60:,.1f} GPU-minutes; "
-    lines.append(f"{cost}{asked:,} requests computed, {reused:,} answers reused.")
-    return tuple(lines)
 
 
 def _count(number: int, noun: str) -> str:

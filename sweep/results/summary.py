@@ -3,7 +3,7 @@
 Pure, as the tables of report.py are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sweep.record import Status
 from sweep.results.compare import LEVEL, Comparison, Findings, leaders
@@ -14,15 +14,20 @@ PAIRS_MOST = 200
 """Comparisons in report.md; the page has them all, to be searched."""
 
 
-def headline(sweep: Sweep, comparisons: Sequence[Comparison]) -> list[str]:
+def headline(sweep: Sweep, comparisons: Sequence[Comparison]) -> dict[str, str]:
     """Five lines: who leads, which differences may be noise, what failed, what could bend a number, what it cost."""
-    return [
-        f"leads    {_led(sweep, comparisons)}",
-        f"noise    {_noise(comparisons)}",
-        f"failed   {_failed(sweep)}",
-        f"bends    {_bent(sweep)}",
-        f"cost     {_cost(sweep)}",
-    ]
+    return {
+        "leads": _led(sweep, comparisons),
+        "noise": _noise(comparisons),
+        "failed": _failed(sweep),
+        "bends": _bent(sweep),
+        "cost": _cost(sweep),
+    }
+
+
+def in_lines(said: Mapping[str, str]) -> list[str]:
+    """A headline for a terminal."""
+    return [f"{name:<8} {text}" for name, text in said.items()]
 
 
 def _led(sweep: Sweep, comparisons: Sequence[Comparison]) -> str:
@@ -42,7 +47,7 @@ def _led(sweep: Sweep, comparisons: Sequence[Comparison]) -> str:
     said = [f"{model} on {some(tasks)}" for model, tasks in most_first]
     undecided = [f"{of.task} ({some(of.models)})" for of in found if of.best is None]
     if undecided:
-        said.append(f"{'no single model' if said else 'no model is shown to: none'} on {some(undecided)}")
+        said.append(f"no single model on {some(undecided)}")
     return "; ".join(said)
 
 
