@@ -12,7 +12,7 @@ from typing import Any
 VEGA_LITE = "5.20"
 """The language's version that the specifications here are written in; vl_convert brings several."""
 
-WIDTH = 190
+WIDTH = 180
 """Of a plot without its labels: with them it is as wide as a phone, so text keeps its size there."""
 
 _INK, _MUTED, _LINE, _ACCENT, _GREY, _FILL = (
@@ -240,7 +240,8 @@ def _svg(specification: Mapping[str, Any]) -> str:
     drawn: str = vl_convert.vegalite_to_svg(
         {
             "background": None,
-            "padding": {"left": 12, "right": 4, "top": 4, "bottom": 4},
+            # Labels are measured in another font than a reader's system has, which may be a tenth wider.
+            "padding": {"left": 22, "right": 4, "top": 4, "bottom": 4},
             "config": _CONFIG,
             **specification,
         },
