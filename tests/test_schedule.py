@@ -152,28 +152,38 @@ def test_spare_gpus_go_to_replicas_once_every_wanted_server_has_one(seen: View, 
 
 
 @pytest.mark.parametrize(
-    ("replicas", "small", "expected"),
+    ("replicas", "start_s", "small", "expected"),
     [
-        (None, {"work_s": 100.0}, ["start big"]),
-        (1, {"work_s": 100.0}, ["start small"]),
-        (None, {"work_s": 3000.0}, ["start small"]),
+        (None, 2000.0, {"work_s": 100.0}, ["start big"]),
+        (None, 60.0, {"work_s": 100.0}, ["start small"]),
+        (1, 2000.0, {"work_s": 100.0}, ["start small"]),
+        (None, 2000.0, {"work_s": 3000.0}, ["start small"]),
     ],
-    ids=["its turn comes before the end", "nobody else has a use for the GPU", "it would end last"],
+    ids=[
+        "its turn comes before the end",
+        "a replica comes early enough after it",
+        "nobody else has a use for the GPU",
+        "it would end last",
+    ],
 )
 def test_a_small_model_waits_for_a_gpu_that_another_leaves(
-    replicas: int | None, small: dict[str, float], expected: list[str]
+    replicas: int | None, start_s: float, small: dict[str, float], expected: list[str]
 ) -> None:
-    big = server("big", lives=1, work_s=9000.0, replicas=replicas)
-    assert (
-        decided(view(big, server("next", lives=1, work_s=500.0, replicas=2), server("small", **small), gpus=3))
-        == expected
-    )  # type: ignore[arg-type]
+    big = server("big", lives=1, work_s=9000.0, replicas=replicas, start_s=start_s)
+    following = server("next", lives=1, work_s=500.0, replicas=2)
+    assert decided(view(big, following, server("small", **small), gpus=3)) == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("left_s", "starts"), [(0, 0), (100, 0), (101, 1), (1000, 1)])
-def test_a_replica_starts_when_it_has_time_to_do_more_than_its_start_costs(left_s: float, starts: int) -> None:
+@pytest.mark.parametrize(("left_s", "starts"), [(0, 0), (50, 0), (51, 1), (1000, 1)])
+def test_a_replica_starts_when_it_may_be_ready_before_the_work_is_done(left_s: float, starts: int) -> None:
     seen = view(server("a", replicas=2, lives=1, work_s=left_s, start_s=100.0), gpus=2)
     assert len(decided(seen)) == starts
+
+
+def test_hoping_for_a_fast_start_does_not_make_an_end_look_later() -> None:
+    a = server("a", replicas=None, lives=1, work_s=80.0, start_s=100.0)
+    b = server("b", replicas=None, lives=1, work_s=75.0, start_s=100.0)
+    assert decided(view(a, b, gpus=6)) == ["start a", "start b", "start a", "start b"]
 
 
 def test_a_reason_has_the_numbers_that_it_follows_from() -> None:

@@ -17,7 +17,8 @@ sums and sets that change with each `put`.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace, nlargest
+from operator import attrgetter
 
 from sweep.running.inventory import ROUNDING, Need, Node, Places
 
@@ -28,9 +29,20 @@ CELLS_PER_MODEL = 2
 FILLED = 0.5
 """Of the time that GPUs will be free before the end; expectations are not exact enough for all of it."""
 
-DOUBT = 0.3
-"""So much more than expected a model's work may take. What starts slowly and then works fast is the surer of two models
-that would end together: with this, sweeps end earlier on many GPUs (docs/decisions.md)."""
+WORTH_STARTS = 2.0
+"""A model that leaves so many of the longest start before the end leaves its GPUs to replicas and need not wait."""
+
+DOUBT = 2.5
+"""Of the time that a model will work after its starts, counted on top when it is asked which ends last. Work is what
+expectations are wrong about, and a model that ends early leaves its GPUs to those that do not: with this, sweeps end
+earlier on many GPUs (docs/decisions.md)."""
+
+LATEST = 64
+"""So many of the models that end last are looked at for a replica in one decision; on a thousand it would be slow."""
+
+HOPE = 0.5
+"""Of an expected start. A replica is started on a GPU that nobody else wants if it would find work after that: it may
+start faster than expected, and work may take longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +144,8 @@ class _Known:
     live: int
     end_s: float
     """When its live servers will have done its work; 0 without any."""
+    late_s: float
+    """The same with `DOUBT`."""
 
 
 class _Pool:
@@ -167,20 +181,23 @@ class View:
     def put(self, server: ServerView) -> None:
         """The latest of one server; the first calls are in the order of the plan, which decides between equals."""
         name, known = server.name, self._known.get(server.name)
+        changed = known is not None and known.view.need != server.need
         self._hold(known.view.lives if known is not None else (), server)
         known = self._known[name] = _known(server, len(self._known) if known is None else known.order, self.now_s)
         _keep(self.idle, known, bool(known.live and not server.unfinished_cells))
-        _keep(self.open, known, bool(server.waiting and server.load < CELLS_PER_MODEL))
+        _keep(self.open, known, bool(server.waiting and server.running < CELLS_PER_MODEL * max(1, known.live)))
         due = bool(server.unfinished_cells and (server.wanted or server.resting))
         if server.need is None:
             _keep(self.external, known, due and not known.live and not server.resting)
             return
         back = bool(server.resting or server.running)
-        for pool in (self.gpus, self.slots):  # what it needs may have changed with the nodes
-            mine = due and pool is (self.gpus if server.need.gpus else self.slots)
-            _keep(pool.back, known, mine and not known.live and back)
-            _keep(pool.first, known, mine and not known.live and not back)
-            _keep(pool.served, known, mine and 0 < known.live < server.most and not server.resting)
+        mine, other = (self.gpus, self.slots) if server.need.gpus else (self.slots, self.gpus)
+        _keep(mine.back, known, due and not known.live and back)
+        _keep(mine.first, known, due and not known.live and not back)
+        _keep(mine.served, known, due and 0 < known.live < server.most and not server.resting)
+        if changed:  # with the nodes
+            for some in (other.back, other.first, other.served):
+                some.pop(name, None)
 
     def put_nodes(self, nodes: Iterable[Node]) -> None:
         """The cluster as it is now. What lives on a node that is gone holds nothing of the others."""
@@ -192,7 +209,7 @@ class View:
         return self._known[server].view
 
     def _hold(self, before: tuple[LifeView, ...], server: ServerView) -> None:
-        if server.need is None or before == server.lives:
+        if server.need is None or before is server.lives or before == server.lives:
             return
         old, new = {life.name for life in before}, {life.name for life in server.lives}
         for life in before:
@@ -220,9 +237,17 @@ def _keep(some: dict[str, _Known], known: _Known, wanted: bool) -> None:
 
 
 def _known(server: ServerView, order: int, now_s: float) -> _Known:
-    ready_s = [max(now_s, life.ready_at_s) for life in server.lives if life.live]
-    end_s = (server.work_s + sum(ready_s)) / len(ready_s) if ready_s else 0.0
-    return _Known(view=server, order=order, live=len(ready_s), end_s=end_s)
+    live, ready_s = 0, 0.0
+    for life in server.lives:
+        if life.live:
+            live += 1
+            ready_s += life.ready_at_s if life.ready_at_s > now_s else now_s
+    end_s = (server.work_s + ready_s) / live if live else 0.0
+    return _Known(view=server, order=order, live=live, end_s=end_s, late_s=_late_s(server, live, end_s))
+
+
+def _late_s(server: ServerView, live: int, end_s: float) -> float:
+    return end_s + DOUBT * server.work_s / live if live else end_s
 
 
 def schedule(view: View) -> list[Action]:
@@ -259,7 +284,9 @@ def _filled(view: View, pool: _Pool) -> Iterator[StartServer]:
         nodes = filling.place(known, until_s=_alone_s(view, known.view))
         if nodes and not known.view.resting:
             yield StartServer(server=known.view.name, nodes=nodes, reason=f"its cells wait for it, {_owed(known.view)}")
-    served = [(known, known.live, known.end_s) for known in pool.served.values()]
+    served = [
+        (known, known.live, known.end_s) for known in nlargest(LATEST, pool.served.values(), key=attrgetter("late_s"))
+    ]
     later = []
     turns = _Turns(view, pool)
     # The largest of those without a server, then of those with one that which ends last.
@@ -295,10 +322,16 @@ class _Turns:
             k.view.width * k.live * max(0.0, self._horizon_s - max(view.now_s, k.end_s)) for k in pool.served.values()
         )
         """GPU-seconds between the end of what runs and the horizon."""
+        self._start_s = max(k.view.start_s for some in (pool.first, pool.served) for k in some.values())
+        """The longest."""
 
     def can_wait(self, server: ServerView, end_s: float) -> bool:
         takes_s = end_s - self._now_s
-        if 2 * takes_s < self._horizon_s - self._now_s and server.width * takes_s < FILLED * self._left:
+        if (
+            2 * takes_s < self._horizon_s - self._now_s
+            and server.width * takes_s < FILLED * self._left
+            and self._horizon_s - end_s < WORTH_STARTS * self._start_s
+        ):
             self._left -= server.width * takes_s
             return True
         self._left += server.width * max(0.0, self._horizon_s - end_s)
@@ -309,22 +342,19 @@ def _replicas(view: View, served: Iterable[tuple[_Known, int, float]], filling: 
     """One after the other to the model that would end last, should its work be more than expected."""
 
     def entry(known: _Known, live: int, end_s: float) -> tuple[float, int, int, float, _Known]:
-        return -end_s - DOUBT * known.view.work_s / live, known.order, live, end_s, known
+        return -_late_s(known.view, live, end_s), known.order, live, end_s, known
 
     now_s, room = view.now_s, filling.room
     heap = [
-        entry(known, live, end_s)
-        for known, live, end_s in served
-        if known.view.need and known.view.need.gpus <= room and live < known.view.most
+        entry(known, live, end_s) for known, live, end_s in served if known.view.need and known.view.need.gpus <= room
     ]
     heapify(heap)
     while heap:
         _, _, live, end_s, known = heap[0]
         server, left_s = known.view, end_s - now_s
-        then_s = (left_s * live + server.start_s) / (live + 1)
-        # It pays when it will still find something to do: when then_s > start_s, which is the same.
-        pays = left_s > server.start_s
-        nodes = filling.place(known, until_s=now_s + then_s, keep=False) if pays and live < server.most else ()
+        then_s = min(left_s, (left_s * live + server.start_s) / (live + 1))
+        pays = left_s > HOPE * server.start_s and live < server.most
+        nodes = filling.place(known, until_s=now_s + then_s, keep=False) if pays else ()
         if not nodes:
             heappop(heap)
             continue

@@ -110,6 +110,8 @@ class _Server:
     waiting: list[SimulatedCell]
     """The next one last."""
     lives: dict[str, _Life] = field(default_factory=dict)
+    seen: tuple[LifeView, ...] | None = ()
+    """The lives as they are told; None when they have changed since."""
     started: int = 0
     rests_until_s: float = 0.0
     shared_s: float = 0.0
@@ -139,15 +141,14 @@ class _Server:
         self.looked_s = now_s
 
     def view(self, now_s: float) -> ServerView:
-        live, asking = any(life.live for life in self.lives.values()), self.preparing + len(self.at_work)
-        at_work = [(cell.expected_s, max(0.0, mark - self.shared_s) / cell.true_s) for mark, _, cell in self.at_work]
-        left_s = self.ahead_s + sum(expected_s * left for expected_s, left in at_work)
-        done_s = self.done_s + sum(expected_s * (1 - left) for expected_s, left in at_work)
-        return ServerView(
-            name=self.plan.name,
-            need=self.plan.need,
-            replicas=self.plan.replicas,
-            lives=tuple(
+        asking = self.preparing + len(self.at_work)
+        left_s, done_s, shared_s = self.ahead_s, self.done_s, self.shared_s
+        for mark, _, cell in self.at_work:
+            part_s = cell.expected_s * (mark - shared_s) / cell.true_s if mark > shared_s else 0.0
+            left_s += part_s
+            done_s += cell.expected_s - part_s
+        if self.seen is None:
+            self.seen = tuple(
                 LifeView(
                     name=life.name,
                     nodes=life.nodes,
@@ -156,12 +157,19 @@ class _Server:
                     live=life.live,
                 )
                 for life in self.lives.values()
-            ),
+            )
+        return ServerView(
+            name=self.plan.name,
+            need=self.plan.need,
+            replicas=self.plan.replicas,
+            lives=self.seen,
             resting=now_s < self.rests_until_s,
             unfinished_cells=len(self.waiting) + asking + self.ending,
             wanted=bool(self.waiting or asking),
             running=asking,
-            waiting=tuple(cell.key for cell in reversed(self.waiting[-8:])) if live else (),
+            waiting=tuple(cell.key for cell in reversed(self.waiting[-8:]))
+            if any(life.live for life in self.seen)
+            else (),
             work_s=corrected_s(left_s, done_s=done_s, spent_s=self.spent_s),
             start_s=self.plan.start_s,
         )
@@ -306,6 +314,7 @@ class _Simulation:
         )
         server.started += 1
         server.lives[life.name] = life
+        server.seen = None
         self._server_of[life.name] = server
         self._at(self._now_s + plan.starts_s(number), lambda: self._ready(server, life))
         if (dies_after_s := plan.dies_after_s(number)) < math.inf:
@@ -317,6 +326,7 @@ class _Simulation:
             return []
         server.move_on(self._now_s)
         life.ready_s = self._now_s
+        server.seen = None
         server.ready += 1
         return [server]
 
@@ -338,6 +348,7 @@ class _Simulation:
     def _stop(self, server: _Server, life: _Life) -> None:
         server.move_on(self._now_s)
         life.live = False
+        server.seen = None
         server.ready -= life.ready_s is not None
         self._at(self._now_s + STOP_S, lambda: self._gone(server, life))
 
@@ -352,6 +363,7 @@ class _Simulation:
             )
         )
         del server.lives[life.name], self._server_of[life.name]
+        server.seen = None
         return [server]
 
     # Cells.
