@@ -224,9 +224,8 @@ class Server:
         process = self._process
         if not self._extras.options or process is None or not engine.names_extras(self._log_text(process.log_offset)):
             return False
-        self._note(
-            f"it ended because of {' or '.join(self._extras.options)}; it is started again without, to score by echo"
-        )
+        ours = [name for name, value in self._extras.options.items() if "sweep." in str(value)]
+        self._note(f"it ended because of {' or '.join(ours)}; it is started again without, to score by echo")
         self._extras = engine.NO_EXTRAS
         return True
 
