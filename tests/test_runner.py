@@ -352,8 +352,8 @@ def test_the_timeline_tells_what_was_where_when_and_how_it_ended(loop: Loop) -> 
         ("b-0", "b", "n", 0, began, None, back, "gone"),
         ("a-1", "a", "n", 2, back, back, back + 7, "stopping"),
     ]
-    reasons = ["", "no such model", "all cells of its models are finished"]
-    assert [server.reason for server in timeline.servers] == reasons
+    said_of = [(server.lost, server.reason) for server in timeline.servers]
+    assert said_of == [(True, "crashed"), (True, "no such model"), (False, "")]
     assert [(s.name, s.on, s.start, s.end, s.state) for s in timeline.cells] == [
         ("a/t", "evaluator.0", began, began + 15, "waiting"),
         ("a/t", "evaluator.1", back, back + 7, "done"),

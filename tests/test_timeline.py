@@ -1,6 +1,8 @@
 """The timeline: what a driver wrote down is what is drawn, whatever ended the driver."""
 
 import logging
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -63,11 +65,49 @@ def test_what_follows_a_torn_line_is_read(tmp_path: Path) -> None:
     assert [launch.start for launch in timeline.launches] == [2.0]
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"time": "noon"}',
+        b'{"time":1.0,"wh',
+        b'{"time":1.0,"what":"cat","name":"a","state":"ready"}',
+        b"\xff\0",
+        b'"\xff"',
+    ],
+)
+def test_a_damaged_line_costs_itself_and_is_counted(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "timeline.jsonl"
-    path.write_text('{"time": "noon"}\n')
-    with pytest.raises(StoreError, match=rf"read {path}"):
-        read_timeline(path)
+    writer = TimelineWriter(path, clock=lambda: 1.0)
+    writer.add("server", "a-0", "starting", server="a")
+    path.write_bytes(path.read_bytes() + damage + b"\n")
+    writer.add("server", "b-0", "starting", server="b")
+    timeline = read_timeline(path)
+    assert [server.name for server in timeline.servers] == ["a-0", "b-0"]
+    assert timeline.unreadable == 1
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=rf"read {tmp_path}"):
+        read_timeline(tmp_path)
+
+
+def test_a_full_disk_costs_the_events_that_it_refused(tmp_path: Path) -> None:
+    path = tmp_path / "timeline.jsonl"
+    writer = TimelineWriter(path, clock=lambda: 1.0)
+    writer.add("server", "a-0", "starting", server="a")
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, before[1]))
+    try:
+        writer.add("server", "b-0", "starting", server="b")
+        writer.add("server", "c-0", "starting", server="c")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    writer.add("server", "d-0", "starting", server="d")
+    writer.add("server", "e-0", "starting", server="e")
+    timeline = read_timeline(path)
+    assert [server.name for server in timeline.servers] == ["a-0", "d-0", "e-0"]
+    assert timeline.unreadable == 1
 
 
 def test_a_killed_driver_leaves_spans_that_end_with_its_last_word() -> None:
@@ -122,6 +162,28 @@ def test_a_lost_server_holds_its_gpus_until_it_is_gone() -> None:
         ]
     ).servers
     assert (server.ready, server.end, server.state) == (5, 10, "gone")
+    assert (server.lost, server.reason) == (True, "exited with code 1")
+
+
+def test_a_server_is_lost_only_by_its_death_and_not_by_being_stopped() -> None:
+    timeline = spans(
+        [
+            event(0, "launch", "host", "began"),
+            event(0, "server", "a-0", "starting", server="a", reason="3 cells wait for it"),
+            event(0, "server", "b-0", "starting", server="b"),
+            event(0, "server", "c-0", "starting", server="c"),
+            event(1, "server", "b-0", "gone", reason="no such model"),
+            event(5, "server", "a-0", "stopping", reason="all cells done"),
+            event(6, "server", "a-0", "gone"),
+            event(7, "server", "c-0", "stopping", reason="all cells done"),
+            event(8, "launch", "host", "ended"),
+        ]
+    )
+    assert [(server.name, server.lost, server.reason) for server in timeline.servers] == [
+        ("a-0", False, ""),
+        ("b-0", True, "no such model"),
+        ("c-0", False, ""),
+    ]
 
 
 def test_a_disk_that_refuses_the_timeline_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -534,7 +534,7 @@ def _told(kind: str, texts: Sequence[str]) -> str:
 def _lost(servers: Iterable[Span]) -> tuple[Fold, ...]:
     by_reason: dict[str, list[tuple[str, str]]] = {}
     for span in servers:
-        if span.reason:
+        if span.lost:
             by_reason.setdefault(_kind(span.reason), []).append((span.name, span.reason))
     return tuple(Fold(text=kind, cells=tuple(cells)) for kind, cells in by_reason.items())
 

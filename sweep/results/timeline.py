@@ -1,15 +1,17 @@
 """timeline.jsonl: what the driver did when, a line an event; for people, never for a decision.
 
 Events are appended as they happen, so the file of a driver that was killed ends where it ended, perhaps with half a
-line, which is left out, and cut off by the next launch. Launches follow one another in the file.
+line, which is left out, and cut off by the next launch. A full disk may leave half a line in the middle: it costs its
+event and nothing else. Launches follow one another in the file.
 """
 
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -17,14 +19,15 @@ from sweep.errors import StoreError, boundary
 
 log = logging.getLogger(__name__)
 
+What = Literal["launch", "server", "cell"]
+
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line."""
 
     time: float
     """Unix, seconds, by the driver's clock."""
-    what: str
-    """`launch`, `server` or `cell`."""
+    what: What
     name: str
     """A server's life (`qwen-0`), a cell (`model/task`); of a launch the host."""
     state: str
@@ -47,9 +50,11 @@ class TimelineWriter:
         self._clock = clock
         self._refused = False
         self._begun = False
+        self._torn = False
+        """Half a line may stand at the file's end."""
 
     def add(
-        self, what: str, name: str, state: str, *, server: str = "", on: str = "", gpus: float = 0.0, reason: str = ""
+        self, what: What, name: str, state: str, *, server: str = "", on: str = "", gpus: float = 0.0, reason: str = ""
     ) -> None:
         event = Event(
             time=self._clock(), what=what, name=name, state=state, server=server, on=on, gpus=gpus, reason=reason
@@ -58,8 +63,12 @@ class TimelineWriter:
             if not self._begun and self._path.exists():
                 os.truncate(self._path, self._path.read_bytes().rfind(b"\n") + 1)
             self._begun = True
-            with self._path.open("ab") as file:
-                file.write(msgspec.json.encode(event) + b"\n")
+            line = (b"\n" if self._torn else b"") + msgspec.json.encode(event) + b"\n"
+            self._torn = True
+            with self._path.open("ab", buffering=0) as file:
+                if (written := file.write(line)) != len(line):
+                    raise OSError(f"it took {written} of {len(line)} bytes")
+            self._torn = False
         except OSError as error:
             if not self._refused:
                 log.warning("the timeline goes on without %s: %s", self._path, error)
@@ -83,7 +92,9 @@ class Span:
     state: str
     """The last one."""
     reason: str
-    """Of its last event."""
+    """Why it was lost, did not come up or failed; none for what was stopped on purpose."""
+    lost: bool = False
+    """Of a server: it died, or did not come up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +103,8 @@ class Timeline:
     cells: tuple[Span, ...] = ()
     launches: tuple[Span, ...] = ()
     """From `began` to `ended`, or to the last event before the next one."""
+    unreadable: int = 0
+    """Lines that say nothing: half ones that a full disk left, and damage. What they told is missing."""
 
     @property
     def gpu_s(self) -> float:
@@ -101,16 +114,25 @@ class Timeline:
 
 _ENDS = {"launch": ("ended",), "server": ("gone",), "cell": ("waiting", "done", "failed")}
 _BEGINS = {"launch": "began", "server": "starting", "cell": "running"}
+_BAD_ENDS = ("lost", "gone", "failed")
+"""What a reason belongs to that is told of a span; the others say why something was done."""
 
 
 def read_timeline(path: Path) -> Timeline:
-    """The file as spans; empty where there is none. Raises StoreError."""
+    """The file as spans, without lines that cannot be read; empty where there is none. Raises StoreError."""
     if not path.exists():
         return Timeline()
     with boundary(StoreError, f"read {path}"):
         lines = path.read_bytes().splitlines(keepends=True)
-        events = [msgspec.json.decode(line, type=Event) for line in lines if line.endswith(b"\n")]
-    return spans(events)
+    events, unreadable = [], 0
+    for line in lines:
+        if not line.endswith(b"\n") or not line.strip():
+            continue
+        try:
+            events.append(msgspec.json.decode(line, type=Event))
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            unreadable += 1
+    return replace(spans(events), unreadable=unreadable)
 
 
 def spans(events: Iterable[Event]) -> Timeline:
@@ -122,6 +144,7 @@ def spans(events: Iterable[Event]) -> Timeline:
     def close(key: tuple[str, str], end: float) -> None:
         of_it = open_by_name.pop(key)
         first, latest = of_it[0], of_it[-1]
+        reasons = [event.reason for event in of_it if event.state in _BAD_ENDS and event.reason]
         done[key[0]].append(
             Span(
                 name=first.name,
@@ -132,7 +155,8 @@ def spans(events: Iterable[Event]) -> Timeline:
                 ready=next((event.time for event in of_it if event.state == "ready"), None),
                 end=end,
                 state=latest.state,
-                reason=latest.reason,
+                reason=reasons[-1] if reasons else "",
+                lost=first.what == "server" and (bool(reasons) or any(event.state == "lost" for event in of_it)),
             )
         )
 
