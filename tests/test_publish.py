@@ -222,6 +222,52 @@ def test_publish_completes_what_a_killed_driver_left_and_a_second_time_adds_no_h
     assert [row["progress/fraction"] for row in rows[0]] == [0.5]
 
 
+def launch(config: SweepConfig, *fractions: float) -> Outcome:
+    directory = directory_of(config)
+    tracker = mirror_of(config, directory, [SECRET])
+    for fraction in fractions:
+        tracker.overview({"fraction": fraction})
+        tracker.progress("small", {"fraction": fraction})
+    for record in read_sweep(directory.root).records:
+        tracker.cell(record)
+    return tracker.close(120)
+
+
+def synced(config: SweepConfig) -> set[bool]:
+    runs = directory_of(config).wandb.glob("offline-run-*/run-*.wandb")
+    return {run.with_name(f"{run.name}.synced").exists() for run in runs}
+
+
+def test_a_launch_online_sends_first_what_one_before_it_kept_offline(config: SweepConfig, stub: Stub) -> None:
+    """Later, rows of the second would hide that those of the first are missing."""
+    carried_out(config, GSM8K, BROKEN)
+    offline = replace(config, wandb=replace(config.wandb, mode="offline"))
+    assert launch(offline, 0.1, 0.2).mode == "offline"
+    assert synced(config) == {False}
+    assert launch(config, 0.3).errors == ()
+    assert synced(config) == {True}
+    for again in (published, published):
+        require_complete(stub, config, GSM8K, BROKEN)
+        assert again(config).errors == ()
+    for model in (None, "small"):
+        history = run_of(stub, config, model).history
+        assert [row["progress/fraction"] for row in history if ROW in row] == [0.1, 0.2, 0.3]
+
+
+def test_what_a_refused_stream_lost_is_sent_by_the_next_launch_and_not_marked_before(
+    config: SweepConfig, stub: Stub
+) -> None:
+    carried_out(config, GSM8K, BROKEN)
+    launch(replace(config, wandb=replace(config.wandb, mode="offline")), 0.1)
+    stub.fault = always(403, "file_stream")
+    assert "for good" in " ".join(launch(config, 0.2).errors)
+    assert synced(config) == {False}
+    stub.fault = lambda method, path, operation: None
+    assert launch(config, 0.3).errors == ()
+    assert synced(config) == {True}
+    require_complete(stub, config, GSM8K, BROKEN)
+
+
 def test_a_sweep_that_was_never_mirrored_gets_its_history_from_the_timeline(config: SweepConfig, stub: Stub) -> None:
     directory = carried_out(config, GSM8K)
     clock = iter(range(100, 200))

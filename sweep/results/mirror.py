@@ -66,8 +66,9 @@ class History:
     """The rows of all runs on the disk, numbered for each run from the sweep's first launch on."""
 
     def __init__(self, directory: Path) -> None:
-        known = read_history(directory)
-        self._counts = {model: len(rows) for model, rows in known.items()}
+        self.before = known = read_history(directory)
+        """What earlier launches left, by model: W&B may lack some of it."""
+        self._counts = {model: rows[-1][ROW] + 1 for model, rows in known.items()}
         self._elapsed_s = max(
             (row.get("progress/elapsed_s", 0.0) for rows in known.values() for row in rows), default=0.0
         )
@@ -108,6 +109,8 @@ class _Mirror:
         self._unpublished: set[str] = set()
         self._unshown: dict[tuple[str, str], Mapping[str, Any]] = {}
         """Cells whose samples W&B may have and has not, by model and task."""
+        self._caught_up: set[str | None] = set()
+        """Those whose run at W&B has all rows of earlier launches."""
         self._published = -TABLE_S
         self._report: Mapping[str, Any] | None = None
         self._why = _offline_because(start["mode"])
@@ -154,6 +157,7 @@ class _Mirror:
                 for row in rows:
                     if row[ROW] > last:
                         run.log(dict(row))
+                self._caught_up.add(model)
 
     def _cell(self, message: Mapping[str, Any]) -> None:
         model = message["model"]
@@ -200,10 +204,16 @@ class _Mirror:
         if model is not None and exit_code == 0 and not self._why:
             self._upload_files(run, list(self._cells.get(model, {}).values()))
         directory = Path(run.dir).parent
+        finished = False
         with self._attempt(f"the end of run {run.name}"):
             run.finish(exit_code=exit_code)
-        if not self._why and (refused := _refused(directory)):
+            finished = True
+        if self._why:
+            return
+        if refused := _refused(directory):
             self._say(error=f"W&B refused the stream of run {run.name} for good, the rest is missing there: {refused}")
+        elif finished and model in self._caught_up:
+            _mark_synced(directory.parent, run.id)
 
     def _upload_files(self, run: Any, cells: Sequence[Mapping[str, Any]]) -> None:
         """lm-eval's own files: of results all, of samples what may be shared."""
@@ -280,6 +290,9 @@ class _Mirror:
                         raise
                     self._fall_back(f"W&B refused the first run: {error}")
                     self._runs[model] = self._open(model)
+            if self._history and not self._why:
+                # Before any row of this launch: a gap below the last row at W&B would never be seen.
+                self._catch_up(model, self._history.before.get(model, ()))
         return self._runs[model]
 
     def _fall_back(self, why: str) -> None:
@@ -349,6 +362,12 @@ class _Mirror:
             run.log_artifact(spec).wait(timeout=int(INIT_S))
         self._say(model=model, url=run.url or None, offline=bool(self._why), directory=str(Path(run.dir).parent))
         return run
+
+
+def _mark_synced(directory: Path, id: str) -> None:
+    """`wandb sync` leaves a run's offline parts alone from now on: it would add their history a second time."""
+    for part in directory.glob(f"offline-run-*-{id}/run-*.wandb"):
+        part.with_name(f"{part.name}.synced").touch()
 
 
 def _refused(directory: Path) -> str:

@@ -7,7 +7,6 @@ sent whole, tables and files anew, and of its history only the rows that are mis
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from sweep.planning.config import SweepConfig
@@ -58,22 +57,13 @@ def publish(
     for record in sweep.records:
         mirror.cell(record)
     report(mirror, sweep, config, texts or {})
-    outcome = mirror.close(timeout_s)
-    if outcome.mode == "online" and not outcome.errors:
-        _mark_synced(sweep.directory.wandb)
-    return outcome
+    return mirror.close(timeout_s)
 
 
 def report(mirror: Tracker, sweep: Sweep, config: SweepConfig, texts: Mapping[str, str]) -> None:
     """Have the Report made with the next `close`, where it is wanted."""
     if config.wandb.report:
         mirror.report(recipe(sweep, config, texts), share_link=config.wandb.share_link)
-
-
-def _mark_synced(directory: Path) -> None:
-    """`wandb sync` leaves offline runs alone from now on: it would add their history a second time."""
-    for run in directory.glob("offline-run-*/run-*.wandb"):
-        run.with_name(f"{run.name}.synced").touch()
 
 
 def rows_of(sweep: Sweep, model: str | None) -> list[dict[str, Any]]:
