@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -340,8 +341,14 @@ def _report(arguments: Arguments) -> int:
 
     config = _loaded(arguments)
     outcome = publish(sweep, config, secrets=secrets_of(config), texts=_chapters(sweep, findings))
-    print(_said_of_wandb(outcome))
+    print(_said_of_wandb(outcome, "the same command tries again"))
     return DONE if outcome.mode == "online" and not outcome.errors else FAILED
+
+
+def _tables_and_chapters(sweep: "Sweep") -> dict[str, str]:
+    """The tables come first: comparisons may take minutes, in which a batch system may end everything."""
+    _write_tables(sweep)
+    return _chapters(sweep)
 
 
 def _chapters(sweep: "Sweep", findings: "Findings | None" = None) -> dict[str, str]:
@@ -432,7 +439,13 @@ def _run(arguments: Arguments) -> int:
 
                 ends_at_s = ends_at(config.walltime, os.environ, began_s=began_s, now_s=time.time())
                 carried = carry_out(
-                    config, plan, store, api_key=api_key, secrets=hidden, ends_at_s=ends_at_s, texts=_chapters
+                    config,
+                    plan,
+                    store,
+                    api_key=api_key,
+                    secrets=hidden,
+                    ends_at_s=ends_at_s,
+                    texts=_tables_and_chapters,
                 )
     finally:
         store.close()
@@ -442,7 +455,10 @@ def _run(arguments: Arguments) -> int:
     code = _conclude(config, whole, ended, directory, records, stopped=stopped)
     if carried is None:
         return code
-    print(_said_of_wandb(carried.wandb))
+    publish = shlex.join(
+        ["python", "launch.py", "report", f"conf={arguments.conf}", *arguments.overrides, "publish=true"]
+    )
+    print(_said_of_wandb(carried.wandb, f"publish it later with: {publish}"))
     again = "the same command without fresh=true" if arguments.fresh else "the same command"
     warned = carried.signal == signal.SIGTERM and time.time() > ends_at_s - WARNED_S
     if (carried.out_of_time or warned) and not carried.got_on:
@@ -562,15 +578,17 @@ def _show(sweep: "Sweep", hidden: Sequence[str]) -> None:
     print("\n".join([f"page     {sweep.directory.page}", *said]))
 
 
-def _said_of_wandb(outcome: "Outcome") -> str:
+def _said_of_wandb(outcome: "Outcome", later: str) -> str:
+    """`later` is what helps where W&B has not everything."""
     lines = [f"W&B      {outcome.mode}{f' ({outcome.why})' if outcome.why else ''}"]
     if outcome.overview_url:
         lines.append(f"         {outcome.overview_url}")
     if outcome.report_url:
         lines.append(f"         Report: {outcome.report_url}")
-    if outcome.publish:
-        lines.append(f"         publish it later with: {outcome.publish}")
-    return "\n".join([*lines, *(f"         {error}" for error in outcome.errors)])
+    lines += [f"         {error}" for error in outcome.errors]
+    if outcome.mode == "offline" or outcome.errors:
+        lines.append(f"         {later}")
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -20,9 +20,10 @@ import pytest
 
 from sweep import ROOT
 from sweep.cli import ABANDONED, AGAIN, AT_WORK, DONE, FAILED, INTERRUPTED, MISSED, USAGE, WRONG, Arguments, main, parse
-from sweep.errors import ConfigError
+from sweep.errors import ConfigError, StoreError
 from sweep.planning.plan import Cell, Plan, ServerPlan
 from sweep.record import Record, Score, Status
+from sweep.results.reading import Sweep, read_sweep
 from sweep.results.store import RunDirectory, Store, read_commits, read_records
 from sweep.results.tracking import Outcome
 from sweep.running.runner import SIGNALS
@@ -227,7 +228,9 @@ class Runner:
         self.signal = 0
         self.out_of_time = False
         self.got_on = True
+        self.wandb = Outcome(mode="disabled", why="the test says so")
         self.ends_at_s: list[float] = []
+        self.texts: list[Callable[[Any], Any]] = []
         self.ran: list[list[str]] = []
         self.keys: list[str] = []
 
@@ -243,17 +246,17 @@ class Runner:
         texts: Callable[[Any], Any],
     ) -> SimpleNamespace:
         self.ends_at_s.append(ends_at_s)
+        self.texts.append(texts)
         self.ran.append([cell.key for cell in plan.owed])
         self.keys.append(api_key)
         logging.getLogger("sweep.running.runner").info("the key is %s", api_key)
         records = {cell.key: self.record(cell) for cell in plan.owed if cell.key not in self.leaves}
         for record in records.values():
             store.write_record(record, {})
-        wandb = Outcome(mode="disabled", why="the test says so")
         return SimpleNamespace(
             records={**plan.done, **records},
             signal=self.signal,
-            wandb=wandb,
+            wandb=self.wandb,
             out_of_time=self.out_of_time,
             got_on=self.got_on,
         )
@@ -461,7 +464,42 @@ def test_report_publishes_when_it_is_asked_to_and_says_what_came_of_it(
     assert not given
     assert main(["report", "conf=small", "publish=true"]) == code
     assert given == [("small", "small", ["Paired comparisons"])]
-    assert "https://w/b" in output()
+    shown = output()
+    assert "https://w/b" in shown
+    assert ("the same command tries again" in shown) == (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "errors", "said"),
+    [("online", (), False), ("online", ("lost",), True), ("offline", (), True), ("disabled", (), False)],
+)
+def test_what_w_and_b_did_not_get_has_one_command_that_sends_it(
+    runner: Runner, output: Output, mode: str, errors: tuple[str, ...], said: bool
+) -> None:
+    runner.wandb = Outcome(mode=mode, why="", errors=errors, offline=(Path("offline-run-1"),))
+    main(["conf=small", "wandb.group=my night"])
+    shown = output()
+    command = "python launch.py report conf=small 'wandb.group=my night' publish=true"
+    assert (f"publish it later with: {command}" in shown) == said
+    assert ("publish" in shown) == said
+
+
+def test_the_tables_are_there_before_the_chapters_of_the_report_take_their_time(
+    runner: Runner, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["conf=small"])
+    for path in (directory.report, directory.csv):
+        path.unlink()
+    there: list[bool] = []
+
+    def examine(sweep: Sweep) -> Any:
+        there.append(directory.report.exists() and directory.csv.exists())
+        raise StoreError("killed")
+
+    monkeypatch.setattr("sweep.results.compare.examine", examine)
+    with pytest.raises(StoreError, match="killed"):
+        runner.texts[0](read_sweep(directory.root))
+    assert there == [True]
 
 
 def test_export_writes_parquet_where_it_is_told_to(

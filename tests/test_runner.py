@@ -31,6 +31,8 @@ import pytest
 import yaml
 from doubles import by_prompt
 from rich.console import Console
+from test_publish import carried_out
+from test_tracking import GSM8K
 from tokenizers import Tokenizer
 
 from sweep.errors import StoreError
@@ -39,10 +41,11 @@ from sweep.evaluating.concurrency import Controller, Load, Need
 from sweep.evaluating.preflight import Check, Expected, Facts
 from sweep.evaluating.preflight import Outcome as Checked
 from sweep.evaluating.scoring import Method
-from sweep.planning.config import Device, Model, Seeds, Task
+from sweep.planning.config import Device, Model, Seeds, SweepConfig, Task, WandbConfig
 from sweep.planning.plan import Cell, ModelPlan, Plan, ServerPlan
 from sweep.record import Counts, Record, Status
 from sweep.results.claim import Work
+from sweep.results.reading import Sweep
 from sweep.results.store import Response, RunDirectory, Store, read_records, response_key
 from sweep.results.timeline import TimelineWriter, read_timeline
 from sweep.running.cluster import (
@@ -60,7 +63,7 @@ from sweep.running.costs import start_s
 from sweep.running.inventory import Node
 from sweep.running.progress import Terminal
 from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
-from sweep.running.runner import DEATHS_MOST, Runner
+from sweep.running.runner import DEATHS_MOST, Runner, make_report
 from sweep.running.walltime import LEAVE_S, UNLIMITED, Walltime
 from sweep.serving.metrics import Snapshot
 from sweep.serving.server import Endpoint
@@ -2057,3 +2060,46 @@ def test_a_model_whose_server_dies_always_fails_alone_with_the_reason(interrupte
             rf"last: {last} exited with code 1 \(see .*{last}\.log\)",
             str(record.error),
         )
+
+
+# W&B's Report
+
+
+@dataclass
+class Told:
+    """A tracker that keeps what the Report would be made of."""
+
+    online: bool
+    shows: bool = True
+    texts: list[Any] = field(default_factory=list)
+
+    def report(self, recipe: Any, *, share_link: bool) -> None:
+        self.texts.append(recipe["texts"])
+
+
+@pytest.mark.parametrize(
+    ("online", "looks_left", "texts"),
+    [(True, 9, [{"cells": "1"}]), (False, 9, [{}]), (True, 0, []), (True, 1, [])],
+    ids=["online", "offline", "over at once", "over in the middle"],
+)
+def test_the_report_costs_no_time_that_is_not_there(
+    tmp_path: Path, online: bool, looks_left: int, texts: list[Any]
+) -> None:
+    config = SweepConfig(
+        name="night",
+        models={"small": Model(path="org/small")},
+        tasks={"gsm8k": Task(task="gsm8k")},
+        runs_dir=str(tmp_path),
+        wandb=WandbConfig(),
+    )
+    directory = carried_out(config, GSM8K)
+    looks = iter([False] * looks_left)
+
+    def chapters(sweep: Sweep) -> dict[str, str]:
+        assert online
+        return {"cells": str(sum(1 for record in sweep.records if list(sweep.outcomes(record))))}
+
+    told = Told(online=online)
+    store: Any = SimpleNamespace(directory=directory)
+    make_report(told, config, store, chapters, lambda: next(looks, True))  # type: ignore[arg-type]
+    assert told.texts == texts

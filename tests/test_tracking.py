@@ -177,7 +177,7 @@ def test_secrets_are_masked_by_value_by_name_and_in_text(given: Any, left: Any) 
 # Offline
 
 
-def test_without_a_key_the_runs_are_complete_on_disk_and_the_command_to_publish_them_works(
+def test_without_a_key_the_runs_are_complete_on_disk_and_w_and_b_s_own_command_can_send_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = track(tmp_path, models={"small": {"path": "org/small", "env": {"A": f"x{SECRET}"}}})
@@ -199,11 +199,9 @@ def test_without_a_key_the_runs_are_complete_on_disk_and_the_command_to_publish_
     with Stub() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        assert outcome.publish is not None
-        somewhere = tmp_path / "somewhere"
-        somewhere.mkdir()
-        subprocess.run(["bash", "-c", outcome.publish], check=True, stdin=subprocess.DEVNULL, cwd=somewhere)
-        assert not list(somewhere.iterdir())
+        command = [Path(sys.executable).with_name("wandb"), "sync", "--yes", *outcome.offline]
+        environment = {**os.environ, "WANDB_DIR": str(tmp_path)}
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, env=environment)
         assert summary(GSM8K).items() <= small(server).summary.items()
         assert small(server).table("results")["data"]
     assert server.unknown == []

@@ -6,8 +6,8 @@ only queues; one thread masks secrets and writes JSON lines to the child.
 One run per model and one overview run share a group. Run ids are a function of the sweep, so a resumed sweep continues
 its runs. A summary is the result (`eval/<task>/<metric>`), history is progress, tables list every score.
 
-What was lost on the way is not sent again by itself: `Outcome.errors` says it, the run directory still has it, rows of
-the history included, and publish.py sends it.
+What was lost on the way is said in `Outcome.errors`, and the run directory still has it. The next launch that is online
+sends rows of the history that are missing, publish.py everything.
 """
 
 import contextlib
@@ -16,8 +16,6 @@ import logging
 import os
 import queue
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -56,8 +54,6 @@ class Outcome:
     """What did not reach W&B (or the offline runs), in sentences."""
     offline: tuple[Path, ...] = ()
     """The offline runs of this launch."""
-    publish: str | None = None
-    """The command that uploads them, with those of earlier launches of this sweep."""
     report_url: str | None = None
     """Address of the W&B Report; its public one where that was asked for."""
 
@@ -128,6 +124,11 @@ class Tracker:
     def shows(self) -> bool:
         """Whether anything comes of what it is told."""
         return self._process is not None and not self._closing
+
+    @property
+    def online(self) -> bool:
+        """Whether W&B has answered, and shows it now."""
+        return self.shows and self._mode == "online"
 
     def progress(self, model: str, row: Mapping[str, float]) -> None:
         """Add a point to a model's history, each key as `progress/<key>` unless it has a section of its own
@@ -206,13 +207,6 @@ class Tracker:
     def _result(self) -> Outcome:
         if self._unsent:
             self._errors.append(f"{self._unsent} updates were not sent to W&B; the run directory holds the results")
-        publish = None
-        if self._offline:
-            command = "wandb" if shutil.which("wandb") else shlex.quote(str(Path(sys.executable).with_name("wandb")))
-            # All offline runs, not just ours: W&B puts several launches of one run together and skips what it has.
-            where = shlex.quote(str(self._directory))
-            # WANDB_DIR, or it would leave a folder of logs wherever it is run.
-            publish = f"WANDB_DIR={shlex.quote(str(self._directory.parent))} {command} sync --yes {where}/offline-run-*"
         return Outcome(
             mode=self._mode or "offline",
             why=self._why if self._mode else "".join(self._errors[:1]),
@@ -221,7 +215,6 @@ class Tracker:
             report_url=self._report_url,
             errors=tuple(self._errors),
             offline=tuple(self._offline),
-            publish=publish,
         )
 
     @property

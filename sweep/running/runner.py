@@ -9,7 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import FrameType
 
 import msgspec
@@ -25,6 +25,7 @@ from sweep.planning.plan import Cell, Plan, ServerPlan, decided, failure, on_cpu
 from sweep.record import Record, Status
 from sweep.results import publish
 from sweep.results.claim import Work
+from sweep.results.reading import Outcome as Sampled
 from sweep.results.reading import Sweep, read_sweep
 from sweep.results.store import Store, masked_json, write_file
 from sweep.results.timeline import TimelineWriter
@@ -224,7 +225,7 @@ def carry_out(
     ):
         listen(stop)  # Ray has put a handler of its own in place
         require(plan.owed_servers, cluster.inventory)
-        tracker = publish.mirror_of(config, store.directory, secrets)
+        tracker, ended = publish.mirror_of(config, store.directory, secrets), False
         try:
             runner = Runner(
                 plan=plan,
@@ -240,26 +241,51 @@ def carry_out(
                 walltime=walltime,
             )
             number = runner.run(stop)
+            ended = not runner.out_of_time
         finally:
             cluster.close()  # no GPU is held while W&B takes its time
             timeline.add("launch", host, "ended")
-            _report(tracker, config, store, texts)
+            report_end_s = walltime.end_s - TABLES_S - CLOSE_WANDB_S
+            if ended:
+                make_report(tracker, config, store, texts, lambda: bool(stop) or time.monotonic() > report_end_s)
             left_s = walltime.end_s - TABLES_S - time.monotonic()
             outcome = tracker.close(max(0.0, min(CLOSE_WANDB_S, left_s)))
     got_on = store.count() > stored or len(records) > len(plan.done)
     return Carried(records=records, signal=number, wandb=outcome, out_of_time=runner.out_of_time, got_on=got_on)
 
 
-def _report(tracker: Tracker, config: SweepConfig, store: Store, texts: Callable[[Sweep], Mapping[str, str]]) -> None:
-    """The Report of what the records say now; without one the sweep is as good."""
-    if not config.wandb.report or not tracker.shows:
+def make_report(
+    tracker: Tracker,
+    config: SweepConfig,
+    store: Store,
+    texts: Callable[[Sweep], Mapping[str, str]],
+    over: Callable[[], bool],
+) -> None:
+    """The Report of what the records say now; none when there is no time for it, without which the sweep is as good.
+
+    `texts` may read every sample, so offline, where nobody would see them, they are left to `report publish=true`.
+    """
+    if not config.wandb.report or not tracker.shows or over():
         return
     try:
         with boundary(StoreError, "make W&B's Report"):
             sweep = read_sweep(store.directory.root)
-            publish.report(tracker, sweep, config, texts(sweep))
+            watched = _Watched(over=over, **{one.name: getattr(sweep, one.name) for one in fields(sweep)})
+            publish.report(tracker, sweep, config, texts(watched) if tracker.online else {})
     except SweepError as error:
         log.warning("there will be no W&B Report of this launch: %s", error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Watched(Sweep):
+    """Gives the samples of no further cell when it is `over`."""
+
+    over: Callable[[], bool]
+
+    def outcomes(self, record: Record) -> Iterator[Sampled]:
+        if self.over():
+            raise StoreError("there is no time left for it; `report publish=true` makes it")
+        yield from super().outcomes(record)
 
 
 @contextmanager
