@@ -379,6 +379,10 @@ def test_where_all_prompts_differ_documents_are_paired_and_the_reader_is_told_wh
     (one,) = compare(bench.sweep())
     assert (one.n, one.unpaired) == (10, 0)
     assert one.notes == ("prompts differ (chat template): documents are paired, prompts are not",)
+    assert one.same_settings
+    bench.cell("c", "t", {"t": [row(i, prompt=f"other {i}", acc=0.0) for i in range(10)]}, chat=False)
+    (other,) = compare(bench.sweep(), pairs=[("a", "c")])
+    assert not other.same_settings
 
 
 def test_where_some_prompts_differ_these_documents_are_left_out_and_counted(bench: Bench) -> None:
@@ -394,6 +398,7 @@ def test_settings_that_differ_are_named(bench: Bench) -> None:
     bench.answers("b", [1.0, 0.0, 1.0], task="t", num_fewshot={"t": 0}, seeds={"fewshot": 1})
     (one,) = compare(bench.sweep())
     assert one.notes == ("settings differ: shots",)
+    assert not one.same_settings
 
 
 def test_subtasks_of_one_size_and_position_are_never_mixed_up(bench: Bench) -> None:
@@ -514,10 +519,10 @@ def test_two_sweeps_are_compared_cell_by_cell(bench: Bench) -> None:
 def test_nobody_leads_by_noise_and_one_leads_who_is_shown_to_be_better_than_all(bench: Bench) -> None:
     for model, right in (("a", 20), ("b", 21), ("c", 2)):
         bench.answers(model, [1.0] * right + [0.0] * (40 - right))
-    (tied,) = leaders(compare(bench.sweep()))
+    (tied,) = leaders(bench.sweep(), compare(bench.sweep()))
     assert (tied.models, tied.best) == (("a", "b"), None)
     bench.answers("d", [1.0] * 40)
-    (led,) = leaders(compare(bench.sweep()))
+    (led,) = leaders(bench.sweep(), compare(bench.sweep()))
     assert (led.models, led.best) == (("d",), "d")
 
 
@@ -525,8 +530,26 @@ def test_who_is_beaten_by_somebody_does_not_lead_and_a_sole_leader_need_not_be_t
     for model, right in (("a", 26), ("b", 22), ("c", 15)):
         bench.answers(model, [1.0] * right + [0.0] * (40 - right))
     made = [replace(one, p_adjusted=float({one.model_a, one.model_b} != {"b", "c"})) for one in compare(bench.sweep())]
-    (found,) = leaders(made)
+    (found,) = leaders(bench.sweep(), made)
     assert (found.models, found.best) == (("a", "b"), None)
+
+
+def test_a_difference_that_comes_of_other_settings_makes_no_leader(bench: Bench) -> None:
+    for model, right, shots in (("a", 2, 5), ("b", 40, 0)):
+        bench.answers(model, [1.0] * right + [0.0] * (40 - right), num_fewshot={"t": shots})
+    made = compare(bench.sweep())
+    assert made[0].verdict == "better"
+    assert leaders(bench.sweep(), made) == ()
+    bench.answers("c", [0.0] * 40, num_fewshot={"t": 0})
+    (found,) = leaders(bench.sweep(), compare(bench.sweep()))
+    assert (found.models, found.best) == (("b",), None)
+
+
+def test_nobody_is_the_best_beside_a_model_that_was_not_compared(bench: Bench) -> None:
+    for model, right in (("a", 2), ("b", 40), ("c", 39)):
+        bench.answers(model, [1.0] * right + [0.0] * (40 - right))
+    (found,) = leaders(bench.sweep(), compare(bench.sweep(), pairs=[("a", "b")]))
+    assert (found.models, found.best) == (("b",), None)
 
 
 @pytest.mark.slow

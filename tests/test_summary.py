@@ -34,6 +34,7 @@ def pair(a: str, b: str, difference: float, *, task: str = "t", shown: bool = Tr
         "strata": 1,
         "clusters": None,
         "detectable": 0.1,
+        "same_settings": True,
         "notes": (),
     }
     return Comparison(model_a=a, model_b=b, difference=difference, **{**known, **changes})

@@ -46,6 +46,8 @@ AT_ONCE = 4_000_000
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Key = tuple[str, str, str, str]
+"""Task, subtask, metric and filter: a number that models are compared by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,8 @@ class Comparison:
     """Texts that the documents share; None where each document stands alone."""
     detectable: float
     """The smallest true difference that so many documents show four times out of five."""
+    same_settings: bool
+    """Whether both were asked alike, but for what belongs to a model (its chat template, its system instruction)."""
     notes: tuple[str, ...]
 
     @property
@@ -114,8 +118,10 @@ class Leaders:
     metric: str
     filter: str
     models: tuple[str, ...]
+    """Of those that were compared."""
     best: str | None
-    """The one that is shown to be better than each of the others; None where there is none, which is the usual."""
+    """The one that is shown to be better than each other model that has this number; None where there is none, which is
+    the usual."""
 
 
 def compare(sweep: Sweep, *, pairs: Sequence[tuple[str, str]] | None = None) -> tuple[Comparison, ...]:
@@ -149,13 +155,23 @@ def examine_sweeps(a: Sweep, b: Sweep) -> Findings:
     return _findings(cells, [(f"{names[0]}/{model}", f"{names[1]}/{model}") for model in a.models])
 
 
-def leaders(comparisons: Iterable[Comparison]) -> tuple[Leaders, ...]:
-    """Who leads, number by number. Differences that may be noise make nobody a leader and nobody a loser."""
-    groups: dict[tuple[str, str, str, str], list[Comparison]] = defaultdict(list)
+def leaders(sweep: Sweep, comparisons: Iterable[Comparison]) -> tuple[Leaders, ...]:
+    """Who leads, number by number, where any two models were compared under the same settings.
+
+    Differences that may be noise, or that come of other settings, make nobody a leader and nobody a loser. A model that
+    has the number and was not compared is no loser either: nobody is the best beside it.
+    """
+    scored: dict[Key, set[str]] = defaultdict(set)
+    for record in sweep.records:
+        for score in record.scores:
+            if record.status is Status.DONE and not score.depth:
+                scored[record.task, score.task, score.metric, score.filter].add(record.model)
+    groups: dict[Key, list[Comparison]] = defaultdict(list)
     for one in comparisons:
-        groups[one.task, one.subtask, one.metric, one.filter].append(one)
+        if one.same_settings:
+            groups[one.task, one.subtask, one.metric, one.filter].append(one)
     found = []
-    for (task, subtask, metric, filter_name), members in groups.items():
+    for key, members in groups.items():
         models = list(dict.fromkeys(model for one in members for model in (one.model_a, one.model_b)))
         beats: dict[str, set[str]] = {model: set() for model in models}
         for one in members:
@@ -164,6 +180,8 @@ def leaders(comparisons: Iterable[Comparison]) -> tuple[Leaders, ...]:
             elif one.verdict == "worse":
                 beats[one.model_a].add(one.model_b)
         beaten = set().union(*beats.values())
+        rivals = scored[key].union(models)
+        task, subtask, metric, filter_name = key
         found.append(
             Leaders(
                 task=task,
@@ -171,7 +189,7 @@ def leaders(comparisons: Iterable[Comparison]) -> tuple[Leaders, ...]:
                 metric=metric,
                 filter=filter_name,
                 models=tuple(model for model in models if model not in beaten),
-                best=next((model for model in models if len(beats[model]) == len(models) - 1), None),
+                best=next((model for model in models if beats[model] >= rivals - {model}), None),
             )
         )
     return tuple(found)
@@ -770,6 +788,7 @@ def _comparisons(
                 strata=strata,
                 clusters=g,
                 detectable=least,
+                same_settings=_same_settings(said[a], said[b], whole=block.whole),
                 notes=tuple(_notes(said[a], said[b], whole=block.whole, reprompted=new, clusters=g)),
             )
 
@@ -799,11 +818,18 @@ def _said(record: Record) -> _Said:
             "lm-eval": record.versions.get("lm_eval"),
         },
         {
-            "chat template": (record.settings.get("chat"), record.settings.get("chat_template_sha")),
+            "chat template": [
+                record.settings.get(name) or None for name in ("chat", "chat_template_sha", "chat_template_kwargs")
+            ],
             "system instruction": record.settings.get("system_instruction"),
             "turns of the examples": record.settings.get("fewshot_as_multiturn"),
         },
     )
+
+
+def _same_settings(a: _Said, b: _Said, *, whole: bool) -> bool:
+    """Prompts that differ, and nothing of the models tells why, were made under other settings."""
+    return a.numbers == b.numbers and (whole or a.prompts != b.prompts)
 
 
 def _notes(a: _Said, b: _Said, *, whole: bool, reprompted: int, clusters: int | None) -> Iterator[str]:

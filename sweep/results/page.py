@@ -283,7 +283,7 @@ def _columns(sweep: Sweep) -> tuple[Column, ...]:
 def _rows(
     sweep: Sweep, columns: Sequence[Column], comparisons: Sequence[Comparison]
 ) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
-    leading = {(of.task, of.subtask, of.metric, of.filter): of for of in leaders(comparisons)}
+    leading = {(of.task, of.subtask, of.metric, of.filter): of for of in leaders(sweep, comparisons)}
     records = {(r.model, r.task): r for r in sweep.records}
     groups = _settings_groups(sweep)
     planned = set(_planned(sweep))

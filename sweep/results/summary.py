@@ -35,7 +35,7 @@ def _led(sweep: Sweep, comparisons: Sequence[Comparison]) -> str:
     first: dict[str, tuple[str, str, str]] = {}
     for one in comparisons:
         first.setdefault(one.task, (one.subtask, one.metric, one.filter))
-    found = [of for of in leaders(comparisons) if (of.subtask, of.metric, of.filter) == first[of.task]]
+    found = [of for of in leaders(sweep, comparisons) if (of.subtask, of.metric, of.filter) == first[of.task]]
     if not found:
         models = {record.model for record in sweep.records if record.status is Status.DONE}
         return "nobody: there is one model" if len(models) == 1 else "nobody: no number of two models can be compared"
