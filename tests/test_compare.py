@@ -183,6 +183,36 @@ def test_over_strata_value_and_standard_error_are_what_lm_eval_makes_of_the_diff
     assert made.strata[0] == 3
 
 
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize(
+    ("starts", "clusters", "by_size"),
+    [
+        ([0], [0, 0, 0, 0], True),
+        ([0, 2], [0, 0, 1, 1], True),
+        ([0, 1, 2, 3], [0, 0, 1, 1], True),
+        ([0, 1, 2, 3], None, False),
+    ],
+    ids=["one text", "a text for each subtask", "a document for each subtask, of texts", "a document for each subtask"],
+)
+def test_where_nothing_is_known_of_the_spread_there_is_no_interval(
+    starts: list[int], clusters: list[int] | None, by_size: bool, binary: bool
+) -> None:
+    texts = None if clusters is None else np.array(clusters)
+    a, b = flat([0, 0, 1, 0]), flat([1, 1, 0, 1])
+    made = estimates(a, b, starts=np.array(starts), by_size=by_size, clusters=texts, binary=binary)
+    assert made.difference[0] == pytest.approx(0.5)
+    for name in ("stderr", "low", "high", "detectable"):
+        assert np.isnan(getattr(made, name)[0]), name
+    assert not np.isnan(permutation(made.units)[0])
+
+
+def test_a_subtask_with_one_document_is_taken_to_spread_as_the_others_do() -> None:
+    d = flat([1.0, 0.0, 1.0, 0.0, 0.25])
+    made = estimates(np.zeros_like(d), d, starts=np.array([0, 4]), by_size=False)
+    spread = np.var([1, 0, 1, 0], ddof=1)
+    assert made.stderr[0] == pytest.approx(np.sqrt(spread / 4 + spread) / 2)
+
+
 def test_an_answer_that_is_missing_on_either_side_counts_for_neither() -> None:
     nan = np.nan
     made = estimates(flat([1, nan, 0, 1, 0]), flat([0, 1, nan, 1, 1]), starts=np.array([0, 1]))

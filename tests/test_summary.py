@@ -193,4 +193,7 @@ def test_pairs_are_a_table_with_what_is_shown_first_and_notes_together() -> None
     assert notes == "Notes**\n\n- t a : b, t a : c: too few clusters (7)"
     assert left_out == "Not compared**\n\n- t: word_perplexity is no mean over documents\n"
     assert "2 more comparisons are in report.html." in compared(findings, most=1)
+    unknown = pair("a", "b", 0.2, stderr=math.nan, low=math.nan, high=math.nan, detectable=math.nan)
+    last = compared(Findings(comparisons=(unknown,), left_out=())).splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")][8:10] == ["+0.2000 ± –", "–"]
     assert compared(Findings(comparisons=(), left_out=())) == "Nothing could be compared.\n"

@@ -73,7 +73,7 @@ class Comparison:
     difference: float
     """`value_b` - `value_a`."""
     stderr: float
-    """Of the difference."""
+    """Of the difference; it, the interval and `detectable` are NaN where the documents tell nothing of the spread."""
     low: float
     """End of the 95 % interval of the difference."""
     high: float
@@ -385,14 +385,16 @@ def estimates(
     mean = summed(d) / held
     residual = (d - spread(mean)) * valid
     squares = summed(residual**2)
+    # Strata with one document tell nothing of the spread within, and have that of the others.
+    pooled = _ratio(squares.sum(axis=1), n - strata)
     if by_size:
-        # With one document in every stratum nothing is known of the spread within; that over all of them is more.
+        # Where none has more, that over all of them is more.
         alone = n == strata
         overall = ((d - (d.sum(axis=1) / n)[:, None]) ** 2 * valid).sum(axis=1)
-        within = np.where(alone, overall, squares.sum(axis=1))
-        variance = within / (np.where(alone, n - 1, n - strata) * n)
+        variance = np.where(alone, overall / (n - 1), pooled) / n
     else:
-        variance = (squares / (np.maximum(count - 1, 1.0) * held)).sum(axis=1) / strata**2
+        own = np.where(count > 1, _ratio(squares, count - 1), pooled[:, None])
+        variance = np.where(count > 0, own / held, 0.0).sum(axis=1) / strata**2
     freedom = np.maximum(n - strata, 1.0)
     units, groups = weight * d, None
     if clusters is not None:
@@ -401,6 +403,12 @@ def estimates(
         groups = (np.add.reduceat(valid[:, order].astype(np.int64), ends, axis=1) > 0).sum(axis=1)
         together = np.add.reduceat((weight * residual)[:, order], ends, axis=1)
         variance = (together**2).sum(axis=1) * groups / np.maximum(groups - 1, 1)
+        # The residuals of a text that is the whole of its stratum add up to 0, whatever they are.
+        apart = np.repeat(np.arange(len(starts)), widths) * (clusters.max() + 1) + clusters
+        by_both = np.argsort(apart, kind="stable")
+        firsts = np.flatnonzero(np.diff(apart[by_both], prepend=-1))
+        parts = np.logical_or.reduceat(valid[:, by_both], firsts, axis=1).sum(axis=1)
+        variance = np.where(parts > strata, variance, np.nan)
         freedom = np.maximum(groups - 1, 1.0)
         units = np.add.reduceat(units[:, order], ends, axis=1)
 
@@ -435,6 +443,11 @@ def estimates(
         only_a=only_a,
         only_b=only_b,
     )
+
+
+def _ratio(a: Floats, b: Floats) -> Floats:
+    """NaN for what is divided by nothing."""
+    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)
 
 
 # --- From records and samples to arrays ------------------------------------------------------------------------------

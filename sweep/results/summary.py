@@ -3,6 +3,7 @@
 Pure, as the tables of report.py are.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from sweep.record import Status
@@ -133,8 +134,8 @@ def compared(findings: Findings, *, most: int | None = PAIRS_MOST) -> str:
                 str(one.n),
                 f"{one.value_a:.4f}",
                 f"{one.value_b:.4f}",
-                f"{one.difference:+.4f} ± {one.stderr:.4f}",
-                f"{one.low:+.4f} … {one.high:+.4f}",
+                f"{one.difference:+.4f} ± {'–' if math.isnan(one.stderr) else f'{one.stderr:.4f}'}",
+                "–" if math.isnan(one.low) else f"{one.low:+.4f} … {one.high:+.4f}",
                 f"{one.p_adjusted:.4f}",
                 "–" if one.verdict == "no difference shown" else one.verdict,
             )
