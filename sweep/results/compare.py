@@ -41,8 +41,12 @@ FAR = 20
 """Fewer than this tell too little; the saddlepoint takes over."""
 HOPELESS = 5.0
 """Standard deviations beyond which no pattern is tried: fewer than 1 in 100,000 come as far (Hoeffding)."""
-AT_ONCE = 4_000_000
-"""Numbers in one array of pairs by documents; 32 MB."""
+AT_ONCE = 2_000_000
+"""Numbers in one array of pairs by documents: 16 MB, and up to nine such arrays are at work together."""
+PAIRS_AT_ONCE = 1_000
+"""Of few documents; each has EXACT_FLIPS or FLIPS_AT_ONCE sums at once."""
+SIGNS_AT_ONCE = 8_000_000
+"""Random signs in memory together, at 5 bytes each."""
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -265,11 +269,18 @@ def permutation(units: Floats) -> Floats:
     out = total > HOPELESS * np.sqrt((units**2).sum(axis=1))
     hits, tried = np.zeros(len(units), dtype=np.int64), 0
     random = np.random.default_rng(0)
+    documents = SIGNS_AT_ONCE // FLIPS_AT_ONCE // 4 * 4  # the generator draws four signs together
     while tried < FLIPS and len(rows := np.flatnonzero(many & ~out & (hits < ENOUGH))):
         # The same signs for every pair, whichever others are tested with it; single precision is twice as fast.
-        signs32 = random.integers(0, 2, size=(units.shape[1], FLIPS_AT_ONCE), dtype=np.int8).astype(np.float32) * 2 - 1
+        sums = np.zeros((len(rows), FLIPS_AT_ONCE), dtype=np.float32)
+        for start in range(0, units.shape[1], documents):
+            part = units[rows, start : start + documents].astype(np.float32)
+            signs32 = random.integers(0, 2, size=(part.shape[1], FLIPS_AT_ONCE), dtype=np.int8).astype(np.float32)
+            signs32 *= 2
+            signs32 -= 1
+            sums += part @ signs32
         tried += FLIPS_AT_ONCE
-        hits[rows] += (np.abs(units[rows].astype(np.float32) @ signs32) >= reached[rows, None]).sum(axis=1)
+        hits[rows] += (np.abs(sums) >= reached[rows, None]).sum(axis=1)
         p[rows] = (hits[rows] + 1) / (tried + 1)
     if len(far := np.flatnonzero(many & (hits < FAR))):
         p[far] = saddlepoint(units[far])
@@ -447,7 +458,9 @@ def estimates(
 
 def _ratio(a: Floats, b: Floats) -> Floats:
     """NaN for what is divided by nothing."""
-    return np.divide(a, b, out=np.full(np.broadcast(a, b).shape, np.nan), where=b > 0)
+    found: Floats = np.full(np.broadcast(a, b).shape, np.nan)
+    np.divide(a, b, out=found, where=b > 0)
+    return found
 
 
 # --- From records and samples to arrays ------------------------------------------------------------------------------
@@ -556,12 +569,12 @@ def _task(
             by_size = weightings.pop() if weightings else True
             names = list(dict.fromkeys(leaf for make in able.values() for leaf in make.leaves))
             table = _Table(leaves, names, target, list(able), shared=sources)
-            blocks = list(table.blocks(able_pairs, bool(by_size)))
-            for a, b in table.strangers:
-                left_out(f"{task}: {_called(target)} of {a} and {b}: fewer than two documents in common")
+            blocks = table.blocks(able_pairs, bool(by_size))
             higher = next(iter(able.values())).higher_is_better
             for one in _comparisons(task, target, blocks, said, higher, binary=table.binary, by_size=bool(by_size)):
                 found(one)
+            for a, b in table.strangers:
+                left_out(f"{task}: {_called(target)} of {a} and {b}: fewer than two documents in common")
 
 
 def _called(target: _Target) -> str:
@@ -722,7 +735,7 @@ class _Table:
             values, starts, sources = self._ways[whole]
             clusters = sources if sources is None else _truly_shared(sources, answered[whole].any(axis=0))
             held = answered[whole].sum(axis=1)
-            step = max(1, AT_ONCE // values.shape[1])
+            step = max(1, min(AT_ONCE // values.shape[1], PAIRS_AT_ONCE))
             for part in (picked[start : start + step] for start in range(0, len(picked), step)):
                 a, b = firsts[part], seconds[part]
                 again = common[False][part] - common[True][part] if whole else np.zeros(len(part), dtype=np.int64)
@@ -757,7 +770,7 @@ def _truly_shared(sources: NDArray[np.intp], answered: Flags) -> NDArray[np.intp
 def _comparisons(
     task: str,
     target: _Target,
-    blocks: Sequence[_Block],
+    blocks: Iterable[_Block],
     said: Mapping[str, "_Said"],
     higher: bool | None,
     *,
