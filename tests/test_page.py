@@ -166,7 +166,7 @@ def test_a_name_in_a_chart_is_text() -> None:
 
 
 def test_no_model_is_called_best_where_the_difference_may_be_chance(small: Sweep, small_page: Path) -> None:
-    best = [of for of in leaders(compare(small)) if of.best]
+    best = [of for of in leaders(small, compare(small)) if of.best]
     assert small_page.read_text().count("<strong>") >= 2 * len(best)
     nothing = page(small, (), ())
     assert "<strong>" not in nothing

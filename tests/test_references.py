@@ -40,7 +40,14 @@ def record(*, version: str = "3", shots: int | None = 5, counts: Counts | None =
     )
 
 
-def found(tmp_path: Path, ours: Record, *, settings: dict[str, Any] | None = None, **row: Any) -> tuple[Published, ...]:
+def found(
+    tmp_path: Path,
+    ours: Record,
+    *,
+    settings: dict[str, Any] | None = None,
+    models: dict[str, Any] | None = None,
+    **row: Any,
+) -> tuple[Published, ...]:
     stated = STATED | (settings or {})
     stated = {name: value for name, value in stated.items() if value is not None}
     document = {"sources": {"p": SOURCE | {"settings": stated}}, "scores": [ROW | {"source": "p"} | row]}
@@ -48,7 +55,7 @@ def found(tmp_path: Path, ours: Record, *, settings: dict[str, Any] | None = Non
     sweep = Sweep(
         directory=RunDirectory(tmp_path),
         name="s",
-        config={},
+        config={"models": models or {}},
         models=("m",),
         tasks=("gsm8k-5shot",),
         records=(ours,),
@@ -76,6 +83,33 @@ def test_a_published_score_is_comparable_where_all_settings_are_the_same(tmp_pat
         ({"task": {"gen_kwargs": {"temperature": 1}}}, {}, "gen_kwargs: the task's own there, {'temperature': 1} here"),
         ({"quantization": "fp8"}, {}, "quantization: none there, 'fp8' here"),
         ({"system_instruction": "Be brief."}, {}, "system instruction: none there, 'Be brief.' here"),
+        ({"quantization": "unknown"}, {}, "not known here: quantization"),
+        ({"dtype": "float16"}, {}, "dtype: auto there, 'float16' here"),
+        ({"generation_config": "auto"}, {}, "generation config: vllm there, 'auto' here"),
+        ({"revision": "deadbeef"}, {}, "revision: none there, deadbeef here"),
+        ({"path": "/ckpt/sft-run3/Model-3B"}, {}, "a local folder: not known to be these weights"),
+        (
+            {"path": None, "url": "http://somewhere:1", "served_model_name": "Org/Model-3B"},
+            {},
+            "a server at a url: not known to be these weights",
+        ),
+        (
+            {"server": {"kv_cache_dtype": "fp8", "enforce_eager": True}},
+            {},
+            "server: none there, {'kv_cache_dtype': 'fp8'} here",
+        ),
+        ({"server": "unknown"}, {}, "not known here: server"),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            {},
+            "chat template kwargs: none there, {'enable_thinking': False} here",
+        ),
+        ({"task": {"metadata": {"a": 1}}}, {}, "metadata: the task's own there, {'a': 1} here"),
+        (
+            {"task": {"include_path": "/mine"}},
+            {},
+            "task files: lm-eval's there, with a folder of its own here (include_path)",
+        ),
         ({"counts": Counts(truncated=3)}, {}, "3 requests were cut to fit the model here"),
         ({}, {"version": None}, "task version: not stated there, 3 here"),
         ({}, {"harness": "their own"}, "measured with their own, not lm-eval"),
@@ -95,6 +129,21 @@ def test_what_differs_or_is_not_stated_is_named(
     assert one.differs == (difference,)
 
 
+def test_only_a_revision_that_was_chosen_is_another(tmp_path: Path) -> None:
+    """A record holds the commit of the hub's own choice too."""
+    (usual,) = found(tmp_path, record(revision="c0ffee"), models={"m": {"revision": None}})
+    (chosen,) = found(tmp_path, record(revision="c0ffee"), models={"m": {"revision": "step-1000"}})
+    assert (usual.differs, chosen.differs) == ((), ("revision: none there, step-1000 here",))
+
+
+def test_options_that_change_no_number_and_usual_seeds_make_no_difference(tmp_path: Path) -> None:
+    seeds = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+    (same,) = found(tmp_path, record(server={"enforce_eager": True}, seeds=seeds))
+    (other,) = found(tmp_path, record(seeds=seeds | {"fewshot": 1}))
+    assert same.differs == ()
+    assert other.differs[0].startswith("seeds: ")
+
+
 def test_a_version_is_the_same_with_and_without_its_zero(tmp_path: Path) -> None:
     (one,) = found(tmp_path, record(version="3.0"))
     assert one.differs == ()
@@ -107,7 +156,8 @@ def test_the_shots_of_a_group_are_those_of_its_subtasks(tmp_path: Path) -> None:
 
 
 def test_a_local_copy_is_known_by_the_name_of_its_folder(tmp_path: Path) -> None:
-    assert found(tmp_path, record(path="/models/Model-3B"))
+    (copy,) = found(tmp_path, record(path="/models/Model-3B"))
+    assert copy.differs == ("a local folder: not known to be these weights",)
     assert not found(tmp_path, record(path="/models/Model-3B-AWQ"))
     assert not found(tmp_path, record(path="Other/Model-3B"))
     assert not found(tmp_path, record(adapter="org/adapter"))

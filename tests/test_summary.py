@@ -1,5 +1,6 @@
 """What a sweep says in five lines and as a table of pairs: no leader where the difference may be noise."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def pair(a: str, b: str, difference: float, *, task: str = "t", shown: bool = Tr
         "strata": 1,
         "clusters": None,
         "detectable": 0.1,
+        "same_settings": True,
         "notes": (),
     }
     return Comparison(model_a=a, model_b=b, difference=difference, **{**known, **changes})
@@ -61,7 +63,7 @@ def record(model: str, task: str = "t", **changes: Any) -> Record:
             "fingerprint": "f",
             "status": Status.DONE,
             "counts": counts,
-            "scores": (SCORE,),
+            "scores": (replace(SCORE, task=task),),
             **changes,
         }
     )
@@ -92,22 +94,37 @@ def test_a_model_leads_where_it_is_shown_to_be_better_than_each_other_one() -> N
         *(pair(a, b, d) for a, b, d in [("a", "b", 0.2), ("a", "c", -0.1), ("b", "c", -0.3)]),
         *(pair(a, b, 0.01, task="u", shown=False) for a, b in [("a", "b"), ("a", "c"), ("b", "c")]),
     ]
-    lines = headline(sweep(record("a"), record("b"), record("c")), pairs)
+    cells = [record(model, task) for task in ("t", "u") for model in ("a", "b", "c")]
+    lines = headline(sweep(*cells, record("a", "alone")), pairs)
     assert lines["leads"] == "b on t; no single model on u (a, b, c)"
     assert lines["noise"] == (
         "3 of 6 paired differences may be noise (95%, corrected for their number); "
-        "the largest, b against a on u, is +0.0100 with n = 100"
+        "the largest for its documents, b against a on u by acc, is +0.0100 with n = 100"
     )
 
 
 def test_the_model_on_most_tasks_comes_first_and_long_lists_are_counted() -> None:
     pairs = [pair("a", "b", -0.2, task=f"t{n}") for n in range(5)] + [pair("a", "b", 0.2, task="u")]
-    assert headline(sweep(), pairs)["leads"] == "a on t0, t1, t2 and 2 more; b on u"
+    cells = [record(model, task) for task in ("t0", "t1", "t2", "t3", "t4", "u") for model in "ab"]
+    assert headline(sweep(*cells), pairs)["leads"] == "a on t0, t1, t2 and 2 more; b on u"
 
 
-def test_a_task_counts_by_its_first_number() -> None:
-    pairs = [pair("a", "b", 0.2), pair("a", "b", -0.2, metric="acc_norm")]
-    assert headline(sweep(), pairs)["leads"] == "b on t"
+def test_a_task_counts_by_the_first_number_of_its_cells_whichever_was_compared_first() -> None:
+    pairs = [pair("a", "b", -0.2, metric="acc_norm"), pair("a", "b", 0.2)]
+    cells = [record("a"), record("b")]
+    assert headline(sweep(*cells), pairs)["leads"] == "b on t"
+    assert headline(sweep(*cells), pairs[:1])["leads"] == "nobody: no number of two models can be compared"
+
+
+def test_a_difference_is_large_for_its_documents_not_for_the_scale_of_its_metric() -> None:
+    pairs = [
+        pair("a", "b", 3.0, metric="bleu", shown=False, detectable=20.0),
+        pair("a", "b", 0.05, metric="em", filter="strict", shown=False, detectable=0.1),
+        pair("a", "b", 0.9, metric="f1", shown=False, detectable=math.nan),
+    ]
+    noise = headline(sweep(), pairs)["noise"]
+    assert noise.endswith("b against a on t by em,strict, is +0.0500 with n = 100")
+    assert headline(sweep(), pairs[2:])["noise"].endswith("(95%, corrected for their number)")
 
 
 @pytest.mark.parametrize(
@@ -176,4 +193,7 @@ def test_pairs_are_a_table_with_what_is_shown_first_and_notes_together() -> None
     assert notes == "Notes**\n\n- t a : b, t a : c: too few clusters (7)"
     assert left_out == "Not compared**\n\n- t: word_perplexity is no mean over documents\n"
     assert "2 more comparisons are in report.html." in compared(findings, most=1)
+    unknown = pair("a", "b", 0.2, stderr=math.nan, low=math.nan, high=math.nan, detectable=math.nan)
+    last = compared(Findings(comparisons=(unknown,), left_out=())).splitlines()[-1]
+    assert [cell.strip() for cell in last.split("|")][8:10] == ["+0.2000 ± –", "–"]
     assert compared(Findings(comparisons=(), left_out=())) == "Nothing could be compared.\n"

@@ -41,11 +41,17 @@ FAR = 20
 """Fewer than this tell too little; the saddlepoint takes over."""
 HOPELESS = 5.0
 """Standard deviations beyond which no pattern is tried: fewer than 1 in 100,000 come as far (Hoeffding)."""
-AT_ONCE = 4_000_000
-"""Numbers in one array of pairs by documents; 32 MB."""
+AT_ONCE = 2_000_000
+"""Numbers in one array of pairs by documents: 16 MB, and up to nine such arrays are at work together."""
+PAIRS_AT_ONCE = 1_000
+"""Of few documents; each has EXACT_FLIPS or FLIPS_AT_ONCE sums at once."""
+SIGNS_AT_ONCE = 8_000_000
+"""Random signs in memory together, at 5 bytes each."""
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+Key = tuple[str, str, str, str]
+"""Task, subtask, metric and filter: a number that models are compared by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,7 @@ class Comparison:
     difference: float
     """`value_b` - `value_a`."""
     stderr: float
-    """Of the difference."""
+    """Of the difference; it, the interval and `detectable` are NaN where the documents tell nothing of the spread."""
     low: float
     """End of the 95 % interval of the difference."""
     high: float
@@ -86,6 +92,8 @@ class Comparison:
     """Texts that the documents share; None where each document stands alone."""
     detectable: float
     """The smallest true difference that so many documents show four times out of five."""
+    same_settings: bool
+    """Whether both were asked alike, but for what belongs to a model (its chat template, its system instruction)."""
     notes: tuple[str, ...]
 
     @property
@@ -114,8 +122,10 @@ class Leaders:
     metric: str
     filter: str
     models: tuple[str, ...]
+    """Of those that were compared."""
     best: str | None
-    """The one that is shown to be better than each of the others; None where there is none, which is the usual."""
+    """The one that is shown to be better than each other model that has this number; None where there is none, which is
+    the usual."""
 
 
 def compare(sweep: Sweep, *, pairs: Sequence[tuple[str, str]] | None = None) -> tuple[Comparison, ...]:
@@ -149,13 +159,23 @@ def examine_sweeps(a: Sweep, b: Sweep) -> Findings:
     return _findings(cells, [(f"{names[0]}/{model}", f"{names[1]}/{model}") for model in a.models])
 
 
-def leaders(comparisons: Iterable[Comparison]) -> tuple[Leaders, ...]:
-    """Who leads, number by number. Differences that may be noise make nobody a leader and nobody a loser."""
-    groups: dict[tuple[str, str, str, str], list[Comparison]] = defaultdict(list)
+def leaders(sweep: Sweep, comparisons: Iterable[Comparison]) -> tuple[Leaders, ...]:
+    """Who leads, number by number, where any two models were compared under the same settings.
+
+    Differences that may be noise, or that come of other settings, make nobody a leader and nobody a loser. A model that
+    has the number and was not compared is no loser either: nobody is the best beside it.
+    """
+    scored: dict[Key, set[str]] = defaultdict(set)
+    for record in sweep.records:
+        for score in record.scores:
+            if record.status is Status.DONE and not score.depth:
+                scored[record.task, score.task, score.metric, score.filter].add(record.model)
+    groups: dict[Key, list[Comparison]] = defaultdict(list)
     for one in comparisons:
-        groups[one.task, one.subtask, one.metric, one.filter].append(one)
+        if one.same_settings:
+            groups[one.task, one.subtask, one.metric, one.filter].append(one)
     found = []
-    for (task, subtask, metric, filter_name), members in groups.items():
+    for key, members in groups.items():
         models = list(dict.fromkeys(model for one in members for model in (one.model_a, one.model_b)))
         beats: dict[str, set[str]] = {model: set() for model in models}
         for one in members:
@@ -164,6 +184,8 @@ def leaders(comparisons: Iterable[Comparison]) -> tuple[Leaders, ...]:
             elif one.verdict == "worse":
                 beats[one.model_a].add(one.model_b)
         beaten = set().union(*beats.values())
+        rivals = scored[key].union(models)
+        task, subtask, metric, filter_name = key
         found.append(
             Leaders(
                 task=task,
@@ -171,7 +193,7 @@ def leaders(comparisons: Iterable[Comparison]) -> tuple[Leaders, ...]:
                 metric=metric,
                 filter=filter_name,
                 models=tuple(model for model in models if model not in beaten),
-                best=next((model for model in models if len(beats[model]) == len(models) - 1), None),
+                best=next((model for model in models if beats[model] >= rivals - {model}), None),
             )
         )
     return tuple(found)
@@ -247,11 +269,18 @@ def permutation(units: Floats) -> Floats:
     out = total > HOPELESS * np.sqrt((units**2).sum(axis=1))
     hits, tried = np.zeros(len(units), dtype=np.int64), 0
     random = np.random.default_rng(0)
+    documents = SIGNS_AT_ONCE // FLIPS_AT_ONCE // 4 * 4  # the generator draws four signs together
     while tried < FLIPS and len(rows := np.flatnonzero(many & ~out & (hits < ENOUGH))):
         # The same signs for every pair, whichever others are tested with it; single precision is twice as fast.
-        signs32 = random.integers(0, 2, size=(units.shape[1], FLIPS_AT_ONCE), dtype=np.int8).astype(np.float32) * 2 - 1
+        sums = np.zeros((len(rows), FLIPS_AT_ONCE), dtype=np.float32)
+        for start in range(0, units.shape[1], documents):
+            part = units[rows, start : start + documents].astype(np.float32)
+            signs32 = random.integers(0, 2, size=(part.shape[1], FLIPS_AT_ONCE), dtype=np.int8).astype(np.float32)
+            signs32 *= 2
+            signs32 -= 1
+            sums += part @ signs32
         tried += FLIPS_AT_ONCE
-        hits[rows] += (np.abs(units[rows].astype(np.float32) @ signs32) >= reached[rows, None]).sum(axis=1)
+        hits[rows] += (np.abs(sums) >= reached[rows, None]).sum(axis=1)
         p[rows] = (hits[rows] + 1) / (tried + 1)
     if len(far := np.flatnonzero(many & (hits < FAR))):
         p[far] = saddlepoint(units[far])
@@ -367,14 +396,16 @@ def estimates(
     mean = summed(d) / held
     residual = (d - spread(mean)) * valid
     squares = summed(residual**2)
+    # Strata with one document tell nothing of the spread within, and have that of the others.
+    pooled = _ratio(squares.sum(axis=1), n - strata)
     if by_size:
-        # With one document in every stratum nothing is known of the spread within; that over all of them is more.
+        # Where none has more, that over all of them is more.
         alone = n == strata
         overall = ((d - (d.sum(axis=1) / n)[:, None]) ** 2 * valid).sum(axis=1)
-        within = np.where(alone, overall, squares.sum(axis=1))
-        variance = within / (np.where(alone, n - 1, n - strata) * n)
+        variance = np.where(alone, overall / (n - 1), pooled) / n
     else:
-        variance = (squares / (np.maximum(count - 1, 1.0) * held)).sum(axis=1) / strata**2
+        own = np.where(count > 1, _ratio(squares, count - 1), pooled[:, None])
+        variance = np.where(count > 0, own / held, 0.0).sum(axis=1) / strata**2
     freedom = np.maximum(n - strata, 1.0)
     units, groups = weight * d, None
     if clusters is not None:
@@ -383,6 +414,12 @@ def estimates(
         groups = (np.add.reduceat(valid[:, order].astype(np.int64), ends, axis=1) > 0).sum(axis=1)
         together = np.add.reduceat((weight * residual)[:, order], ends, axis=1)
         variance = (together**2).sum(axis=1) * groups / np.maximum(groups - 1, 1)
+        # The residuals of a text that is the whole of its stratum add up to 0, whatever they are.
+        apart = np.repeat(np.arange(len(starts)), widths) * (clusters.max() + 1) + clusters
+        by_both = np.argsort(apart, kind="stable")
+        firsts = np.flatnonzero(np.diff(apart[by_both], prepend=-1))
+        parts = np.logical_or.reduceat(valid[:, by_both], firsts, axis=1).sum(axis=1)
+        variance = np.where(parts > strata, variance, np.nan)
         freedom = np.maximum(groups - 1, 1.0)
         units = np.add.reduceat(units[:, order], ends, axis=1)
 
@@ -417,6 +454,13 @@ def estimates(
         only_a=only_a,
         only_b=only_b,
     )
+
+
+def _ratio(a: Floats, b: Floats) -> Floats:
+    """NaN for what is divided by nothing."""
+    found: Floats = np.full(np.broadcast(a, b).shape, np.nan)
+    np.divide(a, b, out=found, where=b > 0)
+    return found
 
 
 # --- From records and samples to arrays ------------------------------------------------------------------------------
@@ -525,12 +569,12 @@ def _task(
             by_size = weightings.pop() if weightings else True
             names = list(dict.fromkeys(leaf for make in able.values() for leaf in make.leaves))
             table = _Table(leaves, names, target, list(able), shared=sources)
-            blocks = list(table.blocks(able_pairs, bool(by_size)))
-            for a, b in table.strangers:
-                left_out(f"{task}: {_called(target)} of {a} and {b}: fewer than two documents in common")
+            blocks = table.blocks(able_pairs, bool(by_size))
             higher = next(iter(able.values())).higher_is_better
             for one in _comparisons(task, target, blocks, said, higher, binary=table.binary, by_size=bool(by_size)):
                 found(one)
+            for a, b in table.strangers:
+                left_out(f"{task}: {_called(target)} of {a} and {b}: fewer than two documents in common")
 
 
 def _called(target: _Target) -> str:
@@ -691,7 +735,7 @@ class _Table:
             values, starts, sources = self._ways[whole]
             clusters = sources if sources is None else _truly_shared(sources, answered[whole].any(axis=0))
             held = answered[whole].sum(axis=1)
-            step = max(1, AT_ONCE // values.shape[1])
+            step = max(1, min(AT_ONCE // values.shape[1], PAIRS_AT_ONCE))
             for part in (picked[start : start + step] for start in range(0, len(picked), step)):
                 a, b = firsts[part], seconds[part]
                 again = common[False][part] - common[True][part] if whole else np.zeros(len(part), dtype=np.int64)
@@ -726,7 +770,7 @@ def _truly_shared(sources: NDArray[np.intp], answered: Flags) -> NDArray[np.intp
 def _comparisons(
     task: str,
     target: _Target,
-    blocks: Sequence[_Block],
+    blocks: Iterable[_Block],
     said: Mapping[str, "_Said"],
     higher: bool | None,
     *,
@@ -770,6 +814,7 @@ def _comparisons(
                 strata=strata,
                 clusters=g,
                 detectable=least,
+                same_settings=_same_settings(said[a], said[b], whole=block.whole),
                 notes=tuple(_notes(said[a], said[b], whole=block.whole, reprompted=new, clusters=g)),
             )
 
@@ -799,11 +844,18 @@ def _said(record: Record) -> _Said:
             "lm-eval": record.versions.get("lm_eval"),
         },
         {
-            "chat template": (record.settings.get("chat"), record.settings.get("chat_template_sha")),
+            "chat template": [
+                record.settings.get(name) or None for name in ("chat", "chat_template_sha", "chat_template_kwargs")
+            ],
             "system instruction": record.settings.get("system_instruction"),
             "turns of the examples": record.settings.get("fewshot_as_multiturn"),
         },
     )
+
+
+def _same_settings(a: _Said, b: _Said, *, whole: bool) -> bool:
+    """Prompts that differ, and nothing of the models tells why, were made under other settings."""
+    return a.numbers == b.numbers and (whole or a.prompts != b.prompts)
 
 
 def _notes(a: _Said, b: _Said, *, whole: bool, reprompted: int, clusters: int | None) -> Iterator[str]:

@@ -30,7 +30,7 @@ from sweep.results.charts import Bar, Point, size_chart, task_chart, timeline_ch
 from sweep.results.compare import Comparison, leaders
 from sweep.results.reading import Sweep
 from sweep.results.references import Published
-from sweep.results.report import caveats, differences, reason, same_settings
+from sweep.results.report import ARROWS, caveats, differences, reason, same_settings
 from sweep.results.store import read_cells
 from sweep.results.summary import headline
 from sweep.results.timeline import Span
@@ -46,8 +46,6 @@ PRINTED_COLUMNS = 5
 _QUANTIZED = re.compile(r"(?i)[-_.](awq|gptq|int[48]|fp8|nf4|w\d+a\d+|bnb|4bit|8bit|marlin|nvfp4)(?=[-_.]|$)")
 Key = tuple[str, str, str, str]
 """Task, subtask, metric and filter: what makes two numbers comparable."""
-
-_ARROWS = {True: "↑", False: "↓", None: ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,7 @@ class Column:
 
     @property
     def arrow(self) -> str:
-        return _ARROWS[self.higher_is_better]
+        return ARROWS[self.higher_is_better]
 
     @property
     def label(self) -> str:
@@ -283,7 +281,7 @@ def _columns(sweep: Sweep) -> tuple[Column, ...]:
 def _rows(
     sweep: Sweep, columns: Sequence[Column], comparisons: Sequence[Comparison]
 ) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
-    leading = {(of.task, of.subtask, of.metric, of.filter): of for of in leaders(comparisons)}
+    leading = {(of.task, of.subtask, of.metric, of.filter): of for of in leaders(sweep, comparisons)}
     records = {(r.model, r.task): r for r in sweep.records}
     groups = _settings_groups(sweep)
     planned = set(_planned(sweep))

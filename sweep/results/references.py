@@ -4,8 +4,8 @@ A published number and ours are the same quantity only where harness, task versi
 the same. What a source does not state counts as different: the reader sees the number, and why it is no yardstick.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +14,30 @@ import yaml
 
 from sweep import ROOT
 from sweep.errors import ConfigError, nearest
+from sweep.planning.config import Seeds
+from sweep.planning.plan import SPEED_ONLY_OPTIONS, is_local
 from sweep.record import Record, Score, Status
 from sweep.results.reading import Sweep
 
 FOLDER = ROOT / "conf" / "references"
 HARNESS = "lm-eval"
 """What a source's `harness` begins with when its numbers come from the harness that makes ours."""
+USUAL: dict[str, Any] = {
+    "quantization": None,
+    "dtype": "auto",
+    "generation_config": "vllm",
+    "adapter": None,
+    "tokenizer": None,
+    "chat_template_kwargs": {},
+    "think_end_token": None,
+    "system_instruction": None,
+    "server": {},
+    "seeds": asdict(Seeds()),
+}
+"""Settings of a model that change numbers, and the values with which one of its weights alone is measured. Where a
+record has no such setting there was none to choose when it was made."""
+UNKNOWN = "unknown"
+"""A record's word for what a server at a `url` does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +115,10 @@ def published(sweep: Sweep, *, folders: Sequence[Path] = (FOLDER,)) -> tuple[Pub
     """
     files = [read_references(path) for folder in folders for path in sorted(folder.glob("*.yaml"))]
     return tuple(
-        found for record in sweep.records if record.status is Status.DONE for found in _of_record(record, files)
+        found
+        for record in sweep.records
+        if record.status is Status.DONE
+        for found in _of_record(record, _revision(sweep, record), files)
     )
 
 
@@ -126,7 +147,13 @@ def read_references(path: Path) -> References:
     return references
 
 
-def _of_record(record: Record, files: Iterable[References]) -> Iterator[Published]:
+def _revision(sweep: Sweep, record: Record) -> str | None:
+    """The revision that was chosen; None for the hub's own choice, for which a record has a commit too."""
+    asked: Mapping[str, Any] = sweep.config.get("models", {}).get(record.model, record.settings)
+    return asked.get("revision")
+
+
+def _of_record(record: Record, revision: str | None, files: Iterable[References]) -> Iterator[Published]:
     for references in files:
         for one in references.scores:
             ours = _own(record, one)
@@ -144,15 +171,15 @@ def _of_record(record: Record, files: Iterable[References]) -> Iterator[Publishe
                 stderr=one.stderr,
                 source=f"{source.title} ({source.where})",
                 settings=_described(settings),
-                differs=tuple(_differences(settings, record, ours)),
+                differs=(*_other_weights(record, revision), *_differences(settings, record, ours)),
             )
 
 
 def _own(record: Record, one: PublishedScore) -> Score | None:
     """Our number that a published one is about: of the same model, task, metric and filter."""
     path = str(record.settings.get("path") or record.settings.get("served_model_name") or "")
-    local = path.startswith("/") and path.rstrip("/").rpartition("/")[2].lower() == one.model.rpartition("/")[2].lower()
-    if not (local or path.lower() == one.model.lower()) or record.settings.get("adapter") not in (None, "unknown"):
+    local = is_local(path) and path.rstrip("/").rpartition("/")[2].lower() == one.model.rpartition("/")[2].lower()
+    if not (local or path.lower() == one.model.lower()) or record.settings.get("adapter") not in (None, UNKNOWN):
         return None
     wanted = (one.task, one.metric, one.filter)
     return next((s for s in record.scores if (s.task, s.metric, s.filter) == wanted), None)
@@ -176,6 +203,17 @@ def _described(settings: Settings) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _other_weights(record: Record, revision: str | None) -> Iterator[str]:
+    """Why what was measured here may not be the published weights."""
+    here = record.settings
+    if here.get("url") is not None:
+        yield "a server at a url: not known to be these weights"
+    elif is_local(str(here.get("path") or "")):
+        yield "a local folder: not known to be these weights"
+    elif revision is not None:
+        yield f"revision: none there, {revision} here"
+
+
 def _differences(settings: Settings, record: Record, score: Score) -> Iterator[str]:
     here = record.settings
     asked = here.get("task", {})
@@ -190,11 +228,20 @@ def _differences(settings: Settings, record: Record, score: Score) -> Iterator[s
         yield from _differs("examples as turns", settings.fewshot_as_multiturn, bool(here.get("fewshot_as_multiturn")))
     if asked.get("limit") != settings.limit:
         yield f"limit: {_word(settings.limit)} there, {_word(asked.get('limit'))} here"
-    for name in ("system_instruction", "quantization"):
-        if here.get(name) not in (None, "unknown"):
-            yield f"{name.replace('_', ' ')}: none there, {here[name]!r} here"
-    if asked.get("gen_kwargs"):
-        yield f"gen_kwargs: the task's own there, {asked['gen_kwargs']} here"
+    told = {name: here.get(name, usual) for name, usual in USUAL.items()}
+    unknown = [name for name, value in told.items() if value == UNKNOWN]
+    if unknown:
+        yield f"not known here: {', '.join(unknown)}"
+    if "server" not in unknown:
+        told["server"] = {name: value for name, value in told["server"].items() if name not in SPEED_ONLY_OPTIONS}
+    for name, value in told.items():
+        if name not in unknown and value != USUAL[name]:
+            yield f"{name.replace('_', ' ')}: {USUAL[name] or 'none'} there, {value!r} here"
+    for name in ("gen_kwargs", "metadata"):
+        if asked.get(name):
+            yield f"{name}: the task's own there, {asked[name]} here"
+    if asked.get("include_path"):
+        yield "task files: lm-eval's there, with a folder of its own here (include_path)"
     if record.counts.truncated:
         yield f"{record.counts.truncated} requests were cut to fit the model here"
 

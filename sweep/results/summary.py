@@ -3,6 +3,7 @@
 Pure, as the tables of report.py are.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from sweep.record import Status
@@ -31,11 +32,9 @@ def in_lines(said: Mapping[str, str]) -> list[str]:
 
 
 def _led(sweep: Sweep, comparisons: Sequence[Comparison]) -> str:
-    """By the first number of each task; a model leads where it is shown to be better than each of the others."""
-    first: dict[str, tuple[str, str, str]] = {}
-    for one in comparisons:
-        first.setdefault(one.task, (one.subtask, one.metric, one.filter))
-    found = [of for of in leaders(comparisons) if (of.subtask, of.metric, of.filter) == first[of.task]]
+    """By each task's main number; a model leads where it is shown to be better than each other that has it."""
+    main = _main_numbers(sweep)
+    found = [of for of in leaders(sweep, comparisons) if main.get(of.task) == (of.subtask, of.metric, of.filter)]
     if not found:
         models = {record.model for record in sweep.records if record.status is Status.DONE}
         return "nobody: there is one model" if len(models) == 1 else "nobody: no number of two models can be compared"
@@ -51,19 +50,40 @@ def _led(sweep: Sweep, comparisons: Sequence[Comparison]) -> str:
     return "; ".join(said)
 
 
+def _main_numbers(sweep: Sweep) -> dict[str, tuple[str, str, str]]:
+    """Task -> (subtask, metric, filter) of its first finished cell's first number, as in the page's leaderboard."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for record in sweep.records:
+        if record.status is Status.DONE:
+            for score in record.scores:
+                if not score.depth:
+                    found.setdefault(record.task, (score.task, score.metric, score.filter))
+    return found
+
+
 def _noise(comparisons: Sequence[Comparison]) -> str:
     if not comparisons:
         return "nothing was compared"
     unclear = [one for one in comparisons if one.verdict == "no difference shown"]
     certain = f"{LEVEL:.0%}, corrected for their number"
     said = f"{len(unclear)} of {len(comparisons)} paired differences may be noise ({certain})"
-    if unclear:
-        largest = max(unclear, key=lambda one: abs(one.difference))
+    measured = [one for one in unclear if one.detectable > 0]
+    if measured:
+        # Metrics have scales of their own; a difference is large against what its documents can show.
+        largest = max(measured, key=lambda one: abs(one.difference) / one.detectable)
         said += (
-            f"; the largest, {largest.model_b} against {largest.model_a} on {largest.task}, "
-            f"is {largest.difference:+.4f} with n = {largest.n}"
+            f"; the largest for its documents, {largest.model_b} against {largest.model_a} on {_named(largest)} "
+            f"by {_metric(largest)}, is {largest.difference:+.4f} with n = {largest.n}"
         )
     return said
+
+
+def _named(one: Comparison) -> str:
+    return one.task if one.subtask == one.task else f"{one.task} ({one.subtask})"
+
+
+def _metric(one: Comparison) -> str:
+    return one.metric if one.filter == "none" else f"{one.metric},{one.filter}"
 
 
 def _failed(sweep: Sweep) -> str:
@@ -105,19 +125,17 @@ def compared(findings: Findings, *, most: int | None = PAIRS_MOST) -> str:
     shown = sorted(findings.comparisons, key=lambda one: one.verdict == "no difference shown")[:most]
     table = [("Task", "Metric", "a", "b", "n", "a is", "b is", "b - a", "95 %", "p (Holm)", "b is shown to be")]
     for one in shown:
-        name = one.task if one.subtask == one.task else f"{one.task} ({one.subtask})"
-        metric = one.metric if one.filter == "none" else f"{one.metric},{one.filter}"
         table.append(
             (
-                name,
-                f"{metric} {ARROWS[one.higher_is_better]}".rstrip(),
+                _named(one),
+                f"{_metric(one)} {ARROWS[one.higher_is_better]}".rstrip(),
                 one.model_a,
                 one.model_b,
                 str(one.n),
                 f"{one.value_a:.4f}",
                 f"{one.value_b:.4f}",
-                f"{one.difference:+.4f} ± {one.stderr:.4f}",
-                f"{one.low:+.4f} … {one.high:+.4f}",
+                f"{one.difference:+.4f} ± {'–' if math.isnan(one.stderr) else f'{one.stderr:.4f}'}",
+                "–" if math.isnan(one.low) else f"{one.low:+.4f} … {one.high:+.4f}",
                 f"{one.p_adjusted:.4f}",
                 "–" if one.verdict == "no difference shown" else one.verdict,
             )

@@ -160,7 +160,7 @@
       return { column, a, b, n, unpaired, va, vb, difference, low, high, p, detectable, test, notes, verdict };
     });
     const turned = (r) => ({
-      ...r, a: r.b, b: r.a, va: r.vb, vb: r.va, difference: -r.difference, low: -r.high, high: -r.low, verdict: r.verdict === 2 ? 2 : -r.verdict,
+      ...r, a: r.b, b: r.a, va: r.vb, vb: r.va, difference: -r.difference, low: r.high === null ? null : -r.high, high: r.low === null ? null : -r.low, verdict: r.verdict === 2 ? 2 : -r.verdict,
     });
     const byPair = new Map();
     rows.forEach((r) => {
