@@ -15,10 +15,11 @@ from sweep.results.store import write_file
 from sweep.results.summary import compared, headline
 
 
-def write_page(sweep: Sweep) -> Findings:
-    """report.html, and report.md with the comparisons; what was compared. Raises StoreError."""
+def write_page(sweep: Sweep, *, samples: bool = True) -> Findings:
+    """report.html, and report.md with the comparisons; what was compared. Without `samples` no prompt or answer is in them. Raises
+    StoreError."""
     findings = examine(sweep)
-    html = page(sweep, findings.comparisons, published(sweep))
+    html = page(sweep, findings.comparisons, published(sweep), samples=samples)
     lines = "".join(f"- {name}: {text}\n" for name, text in headline(sweep, findings.comparisons).items())
     table = markdown(sweep.records, sweep.models)
     with boundary(StoreError, f"write the page to {sweep.directory.root}"):

@@ -149,6 +149,15 @@ def test_data_that_must_not_be_shared_is_said_at_the_top(small: Sweep) -> None:
     assert "Not for sharing" not in page(gated, (), (), samples=False)
 
 
+def test_data_that_are_known_to_be_gated_are_not_for_sharing_unless_the_sweep_says_so(small: Sweep) -> None:
+    def of(**settings: Any) -> str:
+        asked = {"task": "gpqa_main_zeroshot", **settings}
+        return page(replace(small, config={**small.config, "tasks": {small.tasks[0]: asked}}), (), ())
+
+    assert re.search(rf"holds samples of {small.tasks[0]},.*samples=false", of())
+    assert "Not for sharing" not in of(share_samples=True)
+
+
 def test_what_the_size_does_not_allow_is_counted(small: Sweep) -> None:
     whole = {block.task: block for block in blocks(small)}
     assert not any(block.left_out or block.shortened for block in whole.values())

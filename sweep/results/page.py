@@ -24,6 +24,8 @@ import yaml
 from markupsafe import Markup
 
 from sweep import __version__
+from sweep.errors import ConfigError
+from sweep.planning.config import Task
 from sweep.record import Record, Score, Status
 from sweep.results.answers import Block, blocks
 from sweep.results.charts import Bar, Point, size_chart, task_chart, timeline_chart
@@ -31,6 +33,7 @@ from sweep.results.compare import Comparison, leaders
 from sweep.results.reading import Sweep
 from sweep.results.references import Published
 from sweep.results.report import caveats, differences, reason, same_settings
+from sweep.results.sharing import may_leave
 from sweep.results.store import read_cells
 from sweep.results.summary import headline
 from sweep.results.timeline import Span
@@ -234,9 +237,7 @@ def page(
         timeline=_timeline(sweep),
         launches=len(sweep.timeline.launches),
         blocks=kept,
-        private=tuple(
-            b.task for b in kept if sweep.config.get("tasks", {}).get(b.task, {}).get("share_samples") is False
-        ),
+        private=tuple(block.task for block in kept if _is_private(sweep, block.task)),
         facts=tuple(_facts(sweep, model) for model in sweep.models),
         versions=_versions(sweep.records),
         settings=yaml.safe_dump(dict(sweep.config), sort_keys=False, allow_unicode=True, width=100),
@@ -506,6 +507,21 @@ def _ours(sweep: Sweep, published: Published) -> Score | None:
     if record is None:
         return None
     return _top(record, published.subtask, published.metric, published.filter)
+
+
+def _is_private(sweep: Sweep, task: str) -> bool:
+    """Whether its samples are kept from W&B, too; a task that nobody here knows any more has no data known as gated."""
+    asked = sweep.config.get("tasks", {}).get(task, {})
+    try:
+        return not may_leave(
+            Task(
+                task=str(asked.get("task") or task),
+                share_samples=asked.get("share_samples"),
+                include_path=asked.get("include_path"),
+            )
+        )
+    except ConfigError:
+        return False
 
 
 def _kind(text: str) -> str:
