@@ -158,6 +158,24 @@ def test_data_that_are_known_to_be_gated_are_not_for_sharing_unless_the_sweep_sa
     assert "Not for sharing" not in of(share_samples=True)
 
 
+def test_a_published_score_that_can_be_compared_stands_in_the_chart_before_others(
+    small: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Point] = []
+    monkeypatch.setattr("sweep.results.page.task_chart", lambda points, _: drawn.extend(points) or "")
+    good, other = references(small)
+    page(small, (), (replace(other, model=good.model, value=0.9), good, replace(good, value=0.7)), samples=False)
+    assert [(point.published, point.comparable) for point in drawn if point.published] == [(0.5, True)]
+
+
+def test_a_published_score_of_a_subtask_stands_beside_ours(small: Sweep) -> None:
+    record = next(r for r in small.records if any(score.depth for score in r.scores))
+    score = next(score for score in record.scores if score.depth)
+    named = {"model": record.model, "task": record.task, "subtask": score.task, "metric": score.metric}
+    one = replace(references(small)[0], **named, value=0.0)
+    assert f'<td class="n">+{score.value:.4f}</td>' in page(small, (), (one,), samples=False)
+
+
 def test_what_the_size_does_not_allow_is_counted(small: Sweep) -> None:
     whole = {block.task: block for block in blocks(small)}
     assert not any(block.left_out or block.shortened for block in whole.values())

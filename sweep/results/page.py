@@ -313,11 +313,7 @@ def _planned(sweep: Sweep) -> list[tuple[str, str]]:
 
 
 def _score(record: Record, column: Column) -> Score | None:
-    return _top(record, column.subtask, column.metric, column.filter)
-
-
-def _top(record: Record, subtask: str, metric: str, by: str) -> Score | None:
-    wanted = (subtask, metric, by)
+    wanted = (column.subtask, column.metric, column.filter)
     return next((s for s in record.scores if not s.depth and (s.task, s.metric, s.filter) == wanted), None)
 
 
@@ -355,7 +351,9 @@ def _chunks(columns: Sequence[Column]) -> tuple[tuple[int, ...], ...]:
 def _charts(
     sweep: Sweep, columns: Sequence[Column], published: Sequence[Published], sizes: Mapping[str, float | None]
 ) -> tuple[Chart, ...]:
-    said = {(p.model, p.task, p.subtask, p.metric, p.filter): p for p in published}
+    said: dict[tuple[str, *Key], Published] = {}
+    for p in sorted(published, key=lambda p: bool(p.differs)):  # of several sources, one that can be compared
+        said.setdefault((p.model, p.task, p.subtask, p.metric, p.filter), p)
     found: list[Chart] = []
     for column in columns:
         points = _points(sweep, column, said, sizes)
@@ -503,10 +501,12 @@ def turned(c: Comparison) -> Comparison:
 
 
 def _ours(sweep: Sweep, published: Published) -> Score | None:
+    """Of a task, or of a subtask below it."""
     record = sweep.record(published.model, published.task)
     if record is None:
         return None
-    return _top(record, published.subtask, published.metric, published.filter)
+    wanted = (published.subtask, published.metric, published.filter)
+    return next((s for s in record.scores if (s.task, s.metric, s.filter) == wanted), None)
 
 
 def _is_private(sweep: Sweep, task: str) -> bool:
