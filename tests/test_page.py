@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
@@ -174,6 +175,40 @@ def test_a_published_score_of_a_subtask_stands_beside_ours(small: Sweep) -> None
     named = {"model": record.model, "task": record.task, "subtask": score.task, "metric": score.metric}
     one = replace(references(small)[0], **named, value=0.0)
     assert f'<td class="n">+{score.value:.4f}</td>' in page(small, (), (one,), samples=False)
+
+
+def weights(path: Path, numbers: int) -> None:
+    header = msgspec.json.encode({"w": {"dtype": "F32", "shape": [numbers], "data_offsets": [0, 4 * numbers]}})
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def test_parameters_are_counted_once_and_not_in_what_is_no_safetensors_file(small: Sweep, tmp_path: Path) -> None:
+    def size() -> str:
+        """Of a sweep whose only model lies in the folder, as the page tells it."""
+        config = {**small.config, "models": {small.models[0]: {"path": str(tmp_path / str(len(made)))}}}
+        html = page(replace(small, config=config, models=small.models[:1], records=()), (), ())
+        return re.search(r'<td class="n">([^<]*)</td>', html.split("<h3>Models</h3>")[1])[1]  # type: ignore[index]
+
+    made: list[dict[str, int]] = []
+    by_name = size()
+    for files, index, expected in (
+        ({"model.safetensors": 7_000_000, "consolidated.safetensors": 7_000_000}, (), "7 M"),
+        ({"model-1.safetensors": 2_000_000, "model-2.safetensors": 3_000_000}, (), "5 M"),
+        ({"a.safetensors": 2_000_000, "model.safetensors": 9_000_000}, ("a.safetensors",), "2 M"),
+    ):
+        made.append(files)
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        for name, numbers in files.items():
+            weights(folder / name, numbers)
+        if index:
+            named = {f"layer.{number}": name for number, name in enumerate(index)}
+            (folder / "model.safetensors.index.json").write_bytes(msgspec.json.encode({"weight_map": named}))
+        assert size() == expected
+    made.append({})
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\n")
+    assert size() == by_name
 
 
 def test_what_the_size_does_not_allow_is_counted(small: Sweep) -> None:

@@ -436,19 +436,28 @@ def _billions(sweep: Sweep, model: str) -> float | None:
 
 @cache
 def _counted(path: str) -> int | None:
-    """Numbers in the safetensors files of a local folder, by their headers."""
-    folder = Path(path)
-    files = sorted(folder.glob("*.safetensors")) if path and folder.is_dir() else []
+    """Numbers in the safetensors files of a local folder, by their headers; None where they do not tell."""
     total = 0
-    for file in files:
-        try:
+    try:
+        for file in _weights(Path(path)) if path else ():
             with file.open("rb") as opened:
-                content = opened.read(int.from_bytes(opened.read(8), "little"))
-            header = msgspec.json.decode(content, type=dict[str, dict[str, Any]])
-        except (OSError, msgspec.MsgspecError):
-            return None  # not for this page to complain about: vLLM has read it or has said why not
-        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+                length = int.from_bytes(opened.read(8), "little")
+                if length > file.stat().st_size:
+                    return None  # no safetensors: a pointer of Git LFS, for one
+                header = msgspec.json.decode(opened.read(length), type=dict[str, dict[str, Any]])
+            total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, msgspec.MsgspecError):
+        return None  # not for this page to complain about: vLLM has read it or has said why not
     return total or None
+
+
+def _weights(folder: Path) -> list[Path]:
+    """What transformers would load; beside it the same weights may lie in another form (`consolidated.safetensors`)."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = msgspec.json.decode(index.read_bytes(), type=dict[str, Any]).get("weight_map", {})
+        return [folder / name for name in sorted(set(named.values()))]
+    return sorted(folder.glob("model*.safetensors"))
 
 
 def _is_quantized(sweep: Sweep, model: str) -> bool:
