@@ -434,6 +434,12 @@ def _billions(sweep: Sweep, model: str) -> float | None:
     return None
 
 
+class _Index(msgspec.Struct):
+    """`model.safetensors.index.json`."""
+
+    weight_map: dict[str, str]
+
+
 @cache
 def _counted(path: str) -> int | None:
     """Numbers in the safetensors files of a local folder, by their headers; None where they do not tell."""
@@ -455,7 +461,7 @@ def _weights(folder: Path) -> list[Path]:
     """What transformers would load; beside it the same weights may lie in another form (`consolidated.safetensors`)."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = msgspec.json.decode(index.read_bytes(), type=dict[str, Any]).get("weight_map", {})
+        named = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
         return [folder / name for name in sorted(set(named.values()))]
     return sorted(folder.glob("model*.safetensors"))
 
