@@ -352,7 +352,7 @@ def test_a_sweep_ends_with_where_its_page_is_and_what_it_says(
     start = lines.index(f"page     {directory.page}")
     assert [line.split()[0] for line in lines[start + 1 : start + 6]] == ["leads", "noise", "failed", "bends", "cost"]
     assert directory.page.read_text() == "<p>4 cells"
-    assert "- failed   nothing" in directory.report.read_text()
+    assert "- failed: nothing" in directory.report.read_text()
     assert "|gsm8k" in directory.report.read_text()
 
 

@@ -17,7 +17,7 @@ from sweep.results.answers import blocks
 from sweep.results.charts import Point, task_chart
 from sweep.results.compare import compare, leaders
 from sweep.results.page import page
-from sweep.results.reading import Sweep, read_sweep
+from sweep.results.reading import Sample, Sweep, read_sweep
 from sweep.results.references import Published
 from tests.synthetic import NASTY, write
 
@@ -348,6 +348,52 @@ def test_samples_are_narrowed_to_where_two_models_differ(view: Opened, small: Sw
         view.page.select_option("#s-which", choice)
         count = sum(keep(right[a][key], right[b][key]) for key in right[a])
         assert view.page.inner_text("#s-count").split()[0] == str(count)
+
+
+class Mixed(Sweep):
+    """Its groups' last subtasks have another metric, of which less is better."""
+
+    def samples(self, record: Record) -> Iterator[Sample]:
+        for one in super().samples(record):
+            other = {"error": 1.5 - one.metrics["acc"]}
+            yield replace(one, metrics=other) if one.subtask.endswith("_physics") else one
+
+
+@in_browser
+def test_better_follows_the_metric_and_a_subtask_with_another_one_is_filtered_by_its_own(
+    browser: Any, small: Sweep, tmp_path: Path
+) -> None:
+    def mixed(score: Score) -> Score:
+        own = score.task.endswith("_physics")
+        return replace(score, metric="error", higher_is_better=False) if own else score
+
+    group = next(task for task in small.tasks if task.startswith("group"))
+    records = [r for r in small.records if r.task == group]
+    changed = tuple(replace(record, scores=tuple(map(mixed, record.scores))) for record in records)
+    sweep = Mixed(**{**vars(small), "records": changed, "tasks": (group,)})
+    path = tmp_path / "report.html"
+    path.write_text(page(sweep, (), ()))
+    found = opened(browser, path)
+    samples_of(found, group)
+    assert found.texts("#s-metric option") == ["acc", "acc_norm", "error"]
+    a, b = small.models[0], small.models[3]
+    found.page.select_option("#s-a", label=a)
+    found.page.select_option("#s-b", label=b)
+    values = {
+        model: {(s.subtask, s.doc_id): s.metrics for s in sweep.samples(sweep.record(model, group))}  # type: ignore[arg-type]
+        for model in (a, b)
+    }
+    better = {-1: 0, 0: 0, 1: 0}
+    for key, of_a in values[a].items():
+        name = "acc" if "acc" in of_a else "error"
+        x, y = of_a[name], values[b][key][name]
+        better[((x > y) - (x < y)) * (1 if name == "acc" else -1)] += 1
+    assert any("error" in metrics for metrics in values[a].values())
+    for choice, expected in (("a", better[1]), ("b", better[-1]), ("score", better[1] + better[-1])):
+        found.page.select_option("#s-which", choice)
+        assert found.page.inner_text("#s-count").split()[0] == str(expected)
+    assert found.errors == []
+    found.page.context.close()
 
 
 @in_browser
