@@ -357,10 +357,10 @@ def _report(arguments: Arguments) -> int:
 
 def _chapters(sweep: "Sweep", findings: "Findings | None" = None) -> dict[str, str]:
     """Of W&B's Report, Markdown by title."""
-    from sweep.results.compare import examine
+    from sweep.reporting import examined
     from sweep.results.summary import compared
 
-    return {"Paired comparisons": compared(findings or examine(sweep))}
+    return {"Paired comparisons": compared(findings or examined(sweep))}
 
 
 def _export(arguments: Arguments) -> int:

@@ -235,6 +235,14 @@ def test_no_model_is_called_best_where_the_difference_may_be_chance(small: Sweep
     assert "nothing is marked as better" in nothing
 
 
+def test_what_could_not_be_compared_is_said_with_and_without_comparisons(small: Sweep) -> None:
+    assert "could not be compared" not in page(small, (), (), samples=False)
+    for comparisons in ((), compare(small)):
+        html = page(small, comparisons, (), samples=False, left_out=("acc of <a> has no samples",))
+        assert "<summary>What could not be compared (1)</summary>\n<ul><li>acc of &lt;a&gt; has no samples</li>" in html
+        assert 'href="#pairs"' in html
+
+
 def test_an_empty_sweep_makes_a_page(tmp_path: Path) -> None:
     sweep = read_sweep(write(tmp_path / "none", models=1, tasks=1, samples=1).root)
     assert "No cell failed." in page(replace(sweep, records=()), (), ())
