@@ -44,6 +44,7 @@ lmsweep: many language models, many lm-eval tasks, one command
   python launch.py status conf=NAME [key=value ...] what is done, running, owed, failed; from any machine
   python launch.py report conf=NAME [publish=true]  make report.html, report.md and results.csv anew from the files;
                                                     publish=true: and W&B's runs, with what W&B did not get
+                                                    samples=false: no prompt and no answer in the page
   python launch.py report DIR DIR [to=FILE]         the second sweep against the first, by model and task, document by
                                                     document; DIR is a run directory (runs/NAME)
   python launch.py export conf=NAME [to=DIR]        scores, samples and responses as Parquet, in runs/NAME/export or DIR
@@ -92,6 +93,9 @@ class Arguments:
     only: str | None = None
     fresh: bool = False
     samples: bool = False
+    """Of `plan`."""
+    without_samples: bool = False
+    """Of `report`: `samples=false`."""
     cluster: str | None = None
     """A file that describes one."""
     publish: bool = False
@@ -121,14 +125,20 @@ def parse(arguments: Sequence[str]) -> Arguments:
         else:
             overrides.append(argument)
     if words:
-        _require_directories(command, words, [*options.keys() - {"to"}, *overrides])
+        _require_directories(command, words, [*options.keys() - {"to", "samples"}, *overrides])
     elif "conf" not in options:
         raise ConfigError(f"which sweep? conf=NAME is missing; there are {', '.join(_sweeps()) or 'none here'}")
     if options.get("fresh", "false") not in ("true", "false"):
         raise ConfigError(f"fresh={options['fresh']}: true or false")
-    if options.get("samples", "0") not in ("0", "1"):
+    if command == "report":
+        if options.get("samples", "true") not in ("true", "false"):
+            raise ConfigError(f"samples={options['samples']}: false makes the page without samples")
+        if "samples" in options and len(words) > 1:
+            raise ConfigError("samples= belongs to the page of one sweep; two side by side show none")
+    elif options.get("samples", "0") not in ("0", "1"):
         raise ConfigError(f"samples={options['samples']}: 1 shows the first prompt of each cell, 0 none")
-    if command in ("status", "report", "export") and (wrong := options.keys() - {"conf", *_KEPT}):
+    kept = {"conf", *_KEPT, *(["samples"] if command == "report" else [])}
+    if command in ("status", "report", "export") and (wrong := options.keys() - kept):
         raise ConfigError(f"{min(wrong)}= has no meaning for `{command}`, which tells of the whole run directory")
     if options.get("publish", "false") not in ("true", "false"):
         raise ConfigError(f"publish={options['publish']}: true or false")
@@ -138,8 +148,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError("publish= belongs to `report`")
     if command in ("check", "fetch") and "fresh" in options:
         raise ConfigError(f"fresh= belongs to a run; `{command}` neither reads results nor writes any")
-    if command != "plan" and "samples" in options:
-        raise ConfigError("samples= belongs to `plan`, which renders prompts without running anything")
+    if command not in ("plan", "report") and "samples" in options:
+        raise ConfigError("samples= belongs to `plan`, which renders prompts without running anything, and to `report`")
     if command != "plan" and "cluster" in options:
         raise ConfigError("cluster= belongs to `plan`; a run takes the cluster that it finds (see ray.address)")
     return Arguments(
@@ -150,6 +160,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         only=options.get("only"),
         fresh=options.get("fresh") == "true",
         samples=options.get("samples") == "1",
+        without_samples=options.get("samples") == "false",
         cluster=options.get("cluster"),
         publish=options.get("publish") == "true",
         to=options.get("to"),
@@ -330,7 +341,7 @@ def _report(arguments: Arguments) -> int:
                 write_file(Path(arguments.to), text)
         return DONE
     _write_tables(sweep)
-    findings = write_page(sweep)
+    findings = write_page(sweep, samples=not arguments.without_samples)
     directory = sweep.directory
     print(f"page     {directory.page}\ntables   {directory.report}, {directory.csv}")
     print("\n".join(in_lines(headline(sweep, findings.comparisons))))
@@ -353,10 +364,10 @@ def _tables_and_chapters(sweep: "Sweep") -> dict[str, str]:
 
 def _chapters(sweep: "Sweep", findings: "Findings | None" = None) -> dict[str, str]:
     """Of W&B's Report, Markdown by title."""
-    from sweep.results.compare import examine
+    from sweep.reporting import examined
     from sweep.results.summary import compared
 
-    return {"Paired comparisons": compared(findings or examine(sweep))}
+    return {"Paired comparisons": compared(findings or examined(sweep))}
 
 
 def _export(arguments: Arguments) -> int:

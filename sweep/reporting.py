@@ -4,27 +4,58 @@ It works beside a driver, after one died, and on a run directory that was copied
 the tables and costs them nothing when it cannot be made.
 """
 
-from sweep.errors import StoreError, boundary
-from sweep.record import Status
+from dataclasses import replace
+
+from sweep.errors import ConfigError, StoreError, boundary
+from sweep.record import Record, Status
 from sweep.results.compare import Findings, examine, examine_sweeps
 from sweep.results.page import page
 from sweep.results.reading import Sweep
-from sweep.results.references import published
+from sweep.results.references import Published, published
 from sweep.results.report import markdown
 from sweep.results.store import write_file
 from sweep.results.summary import compared, headline
 
 
-def write_page(sweep: Sweep) -> Findings:
-    """report.html, and report.md with the comparisons; what was compared. Raises StoreError."""
-    findings = examine(sweep)
-    html = page(sweep, findings.comparisons, published(sweep))
+def write_page(sweep: Sweep, *, samples: bool = True) -> Findings:
+    """report.html, and report.md with the comparisons; what was compared. Without `samples` no prompt or answer is in
+    the page. What cannot be read costs its part and is said there. Raises StoreError where nothing can be written.
+    """
+    findings = examined(sweep)
+    references: tuple[Published, ...] = ()
+    troubles = []
+    try:
+        references = published(sweep)
+    except ConfigError as error:
+        troubles.append(f"published scores: {error}")
+    html = page(sweep, findings.comparisons, references, left_out=findings.left_out, troubles=troubles, samples=samples)
     lines = "".join(f"- {name}: {text}\n" for name, text in headline(sweep, findings.comparisons).items())
     table = markdown(sweep.records, sweep.models)
     with boundary(StoreError, f"write the page to {sweep.directory.root}"):
         write_file(sweep.directory.page, html)
         write_file(sweep.directory.report, f"{lines}\n{table}\n**Paired comparisons**\n\n{compared(findings)}")
     return findings
+
+
+def examined(sweep: Sweep) -> Findings:
+    """What was compared; cells whose samples cannot be read are left out and named."""
+    try:
+        return examine(sweep)
+    except StoreError:
+        unread = [(record, _unread(sweep, record)) for record in sweep.records]
+    findings = examine(replace(sweep, records=tuple(record for record, why in unread if why is None)))
+    said = (f"{record.task}: {record.model}: {why}" for record, why in unread if why is not None)
+    return replace(findings, left_out=(*said, *findings.left_out))
+
+
+def _unread(sweep: Sweep, record: Record) -> str | None:
+    """Why the samples of a finished cell cannot be read."""
+    try:
+        for _ in sweep.outcomes(record) if record.status is Status.DONE else ():
+            pass
+    except StoreError as error:
+        return str(error)
+    return None
 
 
 def between(a: Sweep, b: Sweep) -> str:

@@ -54,7 +54,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RAY_ADDRESS", "LMSWEEP_ENGINE", "HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     # Charts take seconds; tests/test_reporting.py makes a real page.
-    monkeypatch.setattr("sweep.reporting.page", lambda sweep, comparisons, published: f"<p>{len(sweep.records)} cells")
+    monkeypatch.setattr("sweep.reporting.page", lambda sweep, *_, **__: f"<p>{len(sweep.records)} cells")
     # Asking vLLM itself takes 15 s each time; tests/test_engine.py does.
     monkeypatch.setattr("sweep.serving.engine.examine", lambda servers, **_: tuple(f"seen {s.name}" for s in servers))
     return tmp_path
@@ -107,6 +107,8 @@ def launch(*arguments: str) -> Said:
         (["export", "conf", "conf"], r"`export` takes one run directory"),
         (["report", "conf", "publish=true"], r"publish has no meaning beside a run directory \(conf\)"),
         (["report", "conf=small", "publish=1"], r"publish=1: true or false"),
+        (["report", "conf=small", "samples=1"], r"samples=1: false makes the page without samples"),
+        (["report", "conf", "conf", "samples=false"], r"samples= belongs to the page of one sweep"),
         (["report", "conf=small", "to=x"], r"to= of `report` belongs to two run directories"),
         (["export", "conf=small", "only=m/t"], r"only= has no meaning for `export`"),
         (["export", "conf=small", "publish=true"], r"publish= belongs to `report`"),
@@ -194,6 +196,7 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(command: str) -> None:
             "report conf=a publish=true x=1",
             Arguments(command="report", words=(), conf="a", overrides=("x=1",), publish=True),
         ),
+        ("report conf=a samples=false", Arguments(command="report", words=(), conf="a", without_samples=True)),
         ("report runs conf to=c.md", Arguments(command="report", words=("runs", "conf"), to="c.md")),
         ("export conf=a to=out", Arguments(command="export", words=(), conf="a", to="out")),
         ("tasks gsm math", Arguments(command="tasks", words=("gsm", "math"))),
@@ -378,7 +381,7 @@ def test_what_was_shown_already_is_not_made_again(runner: Runner, directory: Run
 def test_a_page_that_cannot_be_made_costs_a_line(
     runner: Runner, directory: RunDirectory, output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> str:
+    def broken(*_: Any, **__: Any) -> str:
         raise ZeroDivisionError("a chart without a number")
 
     monkeypatch.setattr("sweep.reporting.page", broken)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
@@ -16,7 +17,7 @@ from sweep.results.answers import blocks
 from sweep.results.charts import Point, task_chart
 from sweep.results.compare import compare, leaders
 from sweep.results.page import page
-from sweep.results.reading import Sweep, read_sweep
+from sweep.results.reading import Sample, Sweep, read_sweep
 from sweep.results.references import Published
 from tests.synthetic import NASTY, write
 
@@ -149,6 +150,67 @@ def test_data_that_must_not_be_shared_is_said_at_the_top(small: Sweep) -> None:
     assert "Not for sharing" not in page(gated, (), (), samples=False)
 
 
+def test_data_that_are_known_to_be_gated_are_not_for_sharing_unless_the_sweep_says_so(small: Sweep) -> None:
+    def of(**settings: Any) -> str:
+        asked = {"task": "gpqa_main_zeroshot", **settings}
+        return page(replace(small, config={**small.config, "tasks": {small.tasks[0]: asked}}), (), ())
+
+    assert re.search(rf"holds samples of {small.tasks[0]},.*samples=false", of())
+    assert "Not for sharing" not in of(share_samples=True)
+
+
+def test_a_published_score_that_can_be_compared_stands_in_the_chart_before_others(
+    small: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Point] = []
+    monkeypatch.setattr("sweep.results.page.task_chart", lambda points, _: drawn.extend(points) or "")
+    good, other = references(small)
+    page(small, (), (replace(other, model=good.model, value=0.9), good, replace(good, value=0.7)), samples=False)
+    assert [(point.published, point.comparable) for point in drawn if point.published] == [(0.5, True)]
+
+
+def test_a_published_score_of_a_subtask_stands_beside_ours(small: Sweep) -> None:
+    record = next(r for r in small.records if any(score.depth for score in r.scores))
+    score = next(score for score in record.scores if score.depth)
+    named = {"model": record.model, "task": record.task, "subtask": score.task, "metric": score.metric}
+    one = replace(references(small)[0], **named, value=0.0)
+    assert f'<td class="n">+{score.value:.4f}</td>' in page(small, (), (one,), samples=False)
+
+
+def weights(path: Path, numbers: int) -> None:
+    header = msgspec.json.encode({"w": {"dtype": "F32", "shape": [numbers], "data_offsets": [0, 4 * numbers]}})
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def test_parameters_are_counted_once_and_not_in_what_is_no_safetensors_file(small: Sweep, tmp_path: Path) -> None:
+    def size() -> str:
+        """Of a sweep whose only model lies in the folder, as the page tells it."""
+        config = {**small.config, "models": {small.models[0]: {"path": str(tmp_path / str(len(made)))}}}
+        html = page(replace(small, config=config, models=small.models[:1], records=()), (), ())
+        return re.search(r'<td class="n">([^<]*)</td>', html.split("<h3>Models</h3>")[1])[1]  # type: ignore[index]
+
+    made: list[dict[str, int]] = []
+    by_name = size()
+    for files, index, expected in (
+        ({"model.safetensors": 7_000_000, "consolidated.safetensors": 7_000_000}, (), "7 M"),
+        ({"model-1.safetensors": 2_000_000, "model-2.safetensors": 3_000_000}, (), "5 M"),
+        ({"a.safetensors": 2_000_000, "model.safetensors": 9_000_000}, ("a.safetensors",), "2 M"),
+    ):
+        made.append(files)
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        for name, numbers in files.items():
+            weights(folder / name, numbers)
+        if index:
+            named = {f"layer.{number}": name for number, name in enumerate(index)}
+            (folder / "model.safetensors.index.json").write_bytes(msgspec.json.encode({"weight_map": named}))
+        assert size() == expected
+    made.append({})
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\n")
+    assert size() == by_name
+
+
 def test_what_the_size_does_not_allow_is_counted(small: Sweep) -> None:
     whole = {block.task: block for block in blocks(small)}
     assert not any(block.left_out or block.shortened for block in whole.values())
@@ -171,6 +233,14 @@ def test_no_model_is_called_best_where_the_difference_may_be_chance(small: Sweep
     nothing = page(small, (), ())
     assert "<strong>" not in nothing
     assert "nothing is marked as better" in nothing
+
+
+def test_what_could_not_be_compared_is_said_with_and_without_comparisons(small: Sweep) -> None:
+    assert "could not be compared" not in page(small, (), (), samples=False)
+    for comparisons in ((), compare(small)):
+        html = page(small, comparisons, (), samples=False, left_out=("acc of <a> has no samples",))
+        assert "<summary>What could not be compared (1)</summary>\n<ul><li>acc of &lt;a&gt; has no samples</li>" in html
+        assert 'href="#pairs"' in html
 
 
 def test_an_empty_sweep_makes_a_page(tmp_path: Path) -> None:
@@ -286,6 +356,52 @@ def test_samples_are_narrowed_to_where_two_models_differ(view: Opened, small: Sw
         view.page.select_option("#s-which", choice)
         count = sum(keep(right[a][key], right[b][key]) for key in right[a])
         assert view.page.inner_text("#s-count").split()[0] == str(count)
+
+
+class Mixed(Sweep):
+    """Its groups' last subtasks have another metric, of which less is better."""
+
+    def samples(self, record: Record) -> Iterator[Sample]:
+        for one in super().samples(record):
+            other = {"error": 1.5 - one.metrics["acc"]}
+            yield replace(one, metrics=other) if one.subtask.endswith("_physics") else one
+
+
+@in_browser
+def test_better_follows_the_metric_and_a_subtask_with_another_one_is_filtered_by_its_own(
+    browser: Any, small: Sweep, tmp_path: Path
+) -> None:
+    def mixed(score: Score) -> Score:
+        own = score.task.endswith("_physics")
+        return replace(score, metric="error", higher_is_better=False) if own else score
+
+    group = next(task for task in small.tasks if task.startswith("group"))
+    records = [r for r in small.records if r.task == group]
+    changed = tuple(replace(record, scores=tuple(map(mixed, record.scores))) for record in records)
+    sweep = Mixed(**{**vars(small), "records": changed, "tasks": (group,)})
+    path = tmp_path / "report.html"
+    path.write_text(page(sweep, (), ()))
+    found = opened(browser, path)
+    samples_of(found, group)
+    assert found.texts("#s-metric option") == ["acc", "acc_norm", "error"]
+    a, b = small.models[0], small.models[3]
+    found.page.select_option("#s-a", label=a)
+    found.page.select_option("#s-b", label=b)
+    values = {
+        model: {(s.subtask, s.doc_id): s.metrics for s in sweep.samples(sweep.record(model, group))}  # type: ignore[arg-type]
+        for model in (a, b)
+    }
+    better = {-1: 0, 0: 0, 1: 0}
+    for key, of_a in values[a].items():
+        name = "acc" if "acc" in of_a else "error"
+        x, y = of_a[name], values[b][key][name]
+        better[((x > y) - (x < y)) * (1 if name == "acc" else -1)] += 1
+    assert any("error" in metrics for metrics in values[a].values())
+    for choice, expected in (("a", better[1]), ("b", better[-1]), ("score", better[1] + better[-1])):
+        found.page.select_option("#s-which", choice)
+        assert found.page.inner_text("#s-count").split()[0] == str(expected)
+    assert found.errors == []
+    found.page.context.close()
 
 
 @in_browser

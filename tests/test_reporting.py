@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 from synthetic import write
 
+from sweep.errors import ConfigError
 from sweep.reporting import between, write_page
+from sweep.results import charts
 from sweep.results.reading import Sweep, read_sweep
 from sweep.results.summary import headline
 
@@ -44,3 +46,74 @@ def test_two_sweeps_say_what_only_one_has_done(root: Path, tmp_path: Path) -> No
     fewer = write(tmp_path / "two", models=2, tasks=3, samples=600, failed=0).root
     text = between(read_sweep(root), read_sweep(fewer))
     assert f"cells are done in {root} only: " in text
+
+
+@pytest.mark.parametrize("damage", ["deleted", "torn"])
+def test_a_sample_file_that_cannot_be_read_costs_its_cell_only_and_is_named(tmp_path: Path, damage: str) -> None:
+    sweep = read_sweep(write(tmp_path / "one", models=3, tasks=3, samples=300, failed=0).root)
+    record = sweep.records[0]
+    (path,) = [sweep.directory.root / name for name in record.files if "samples_" in name]
+    if damage == "deleted":
+        path.unlink()
+    else:
+        path.write_text(path.read_text()[:-40])
+    findings = write_page(sweep)
+    assert any(str(path) in text for text in findings.left_out)
+    assert any(c.task != record.task and record.model in (c.model_a, c.model_b) for c in findings.comparisons)
+    assert all(record.model not in (c.model_a, c.model_b) for c in findings.comparisons if c.task == record.task)
+    html = sweep.directory.page.read_text()
+    assert path.name in html.split('<details class="plain" id="left-out">')[1].split("</details>")[0]
+    told = html.split("Not everything is here.")[1].split("</div>")[0]
+    assert f"samples of {record.model}/{record.task}" in told
+    assert html.count('id="block-') == 3
+
+
+def test_published_scores_that_cannot_be_read_are_missing_and_said(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: Sweep) -> tuple[()]:
+        raise ConfigError("conf/references/x.yaml: line 3: bad YAML")
+
+    monkeypatch.setattr("sweep.reporting.published", broken)
+    write_page(sweep)
+    html = sweep.directory.page.read_text()
+    assert "<li>published scores: conf/references/x.yaml: line 3: bad YAML</li>" in html
+    assert 'id="board"' in html
+
+
+class PanicException(BaseException):
+    """Named as what a panic in Rust becomes in Python."""
+
+
+@pytest.mark.parametrize("error", [PanicException("index out of bounds"), ValueError("bad specification")])
+def test_a_chart_that_cannot_be_drawn_is_missing_and_said(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    import vl_convert
+
+    real, seen = vl_convert.vegalite_to_svg, []
+
+    def first_fails(*arguments: object, **named: object) -> object:
+        seen.append(arguments)
+        if len(seen) == 1:
+            raise error
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(vl_convert, "vegalite_to_svg", first_fails)
+    write_page(sweep)
+    html = sweep.directory.page.read_text()
+    assert f"draw the chart of {sweep.tasks[0]}" in html
+    assert str(error) in html
+    assert "<svg" in html
+    assert f"{sweep.records[0].scores[0].value:.4f}" in html
+
+
+def test_an_interrupt_while_a_chart_is_drawn_is_no_failed_chart(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vl_convert
+
+    def interrupted(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vl_convert, "vegalite_to_svg", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        charts.task_chart([charts.Point(model="m", value=0.5, stderr=None)], "acc")

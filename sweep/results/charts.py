@@ -237,16 +237,20 @@ def _ticks(low: float, high: float) -> list[float]:
 def _svg(specification: Mapping[str, Any]) -> str:
     import vl_convert  # an engine of 80 MB, which no command needs that makes no page
 
-    drawn: str = vl_convert.vegalite_to_svg(
-        {
-            "background": None,
-            # Labels are measured in another font than a reader's system has, which may be a tenth wider.
-            "padding": {"left": 22, "right": 4, "top": 4, "bottom": 4},
-            "config": _CONFIG,
-            **specification,
-        },
-        vl_version=VEGA_LITE,
-    )
+    whole = {
+        "background": None,
+        # Labels are measured in another font than a reader's system has, which may be a tenth wider.
+        "padding": {"left": 22, "right": 4, "top": 4, "bottom": 4},
+        "config": _CONFIG,
+        **specification,
+    }
+    try:
+        drawn: str = vl_convert.vegalite_to_svg(whole, vl_version=VEGA_LITE)
+    except BaseException as error:
+        # A panic of its Rust part is no Exception, and its type cannot be imported.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"vl_convert panicked: {error}") from error
     return re.sub(r"<[^<>]*>", _lean, drawn)
 
 

@@ -11,10 +11,10 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -24,6 +24,8 @@ import yaml
 from markupsafe import Markup
 
 from sweep import __version__
+from sweep.errors import ConfigError, ReportError, boundary
+from sweep.planning.config import Task
 from sweep.record import Record, Score, Status
 from sweep.results.answers import Block, blocks
 from sweep.results.charts import Bar, Point, size_chart, task_chart, timeline_chart
@@ -31,6 +33,7 @@ from sweep.results.compare import Comparison, leaders
 from sweep.results.reading import Sweep
 from sweep.results.references import Published
 from sweep.results.report import ARROWS, caveats, differences, reason, same_settings
+from sweep.results.sharing import may_leave
 from sweep.results.store import read_cells
 from sweep.results.summary import headline
 from sweep.results.timeline import Span
@@ -179,6 +182,10 @@ class _View:
     chunks: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...]
     pairs: bool
+    left_out: tuple[str, ...]
+    """What could not be compared."""
+    troubles: tuple[str, ...]
+    """What the page lacks."""
     charts: tuple[Chart, ...]
     sizes: tuple[Chart, ...]
     unsized: tuple[str, ...]
@@ -201,14 +208,27 @@ class _View:
 
 
 def page(
-    sweep: Sweep, comparisons: Sequence[Comparison], published: Sequence[Published], *, samples: bool = True
+    sweep: Sweep,
+    comparisons: Sequence[Comparison],
+    published: Sequence[Published],
+    *,
+    left_out: Sequence[str] = (),
+    troubles: Sequence[str] = (),
+    samples: bool = True,
 ) -> str:
-    """`report.html`. Without `samples` no document, prompt or answer is in it. Raises StoreError."""
+    """`report.html`. Without `samples` no document, prompt or answer is in it.
+
+    `left_out` is what could not be compared. `troubles` is what the page lacks already; a chart that cannot be drawn
+    and a sample file that cannot be read are told there, too, and cost nothing else.
+    """
+    troubles = list(troubles)
     columns = _columns(sweep)
     rows = _rows(sweep, columns, comparisons)
     sizes = {model: _billions(sweep, model) for model in sweep.models}
-    charts = _charts(sweep, columns, published, sizes)
-    kept = blocks(sweep) if samples else ()
+    charts = _charts(sweep, columns, published, sizes, troubles.append)
+    size_charts = _size_charts(sweep, columns, sizes, troubles.append)
+    timeline = _timeline(sweep, troubles.append)
+    kept = blocks(sweep, unread=troubles.append) if samples else ()
     view = _View(
         sweep=sweep,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -219,8 +239,10 @@ def page(
         chunks=_chunks(columns),
         notes=_differing(sweep),
         pairs=bool(comparisons),
+        left_out=tuple(left_out),
+        troubles=tuple(troubles),
         charts=charts,
-        sizes=_size_charts(sweep, columns, sizes),
+        sizes=size_charts,
         unsized=tuple(model for model, size in sizes.items() if size is None),
         references=tuple(Reference(published=p, ours=_ours(sweep, p)) for p in published),
         quantized=_quantized(sweep, comparisons),
@@ -229,12 +251,10 @@ def page(
         lost=_lost(sweep.timeline.servers),
         speeds=tuple(_speed(sweep, model) for model in sweep.models),
         gpu_hours=sweep.timeline.gpu_s / 3600 if sweep.timeline.servers else None,
-        timeline=_timeline(sweep),
+        timeline=timeline,
         launches=len(sweep.timeline.launches),
         blocks=kept,
-        private=tuple(
-            b.task for b in kept if sweep.config.get("tasks", {}).get(b.task, {}).get("share_samples") is False
-        ),
+        private=tuple(block.task for block in kept if _is_private(sweep, block.task)),
         facts=tuple(_facts(sweep, model) for model in sweep.models),
         versions=_versions(sweep.records),
         settings=yaml.safe_dump(dict(sweep.config), sort_keys=False, allow_unicode=True, width=100),
@@ -310,11 +330,7 @@ def _planned(sweep: Sweep) -> list[tuple[str, str]]:
 
 
 def _score(record: Record, column: Column) -> Score | None:
-    return _top(record, column.subtask, column.metric, column.filter)
-
-
-def _top(record: Record, subtask: str, metric: str, by: str) -> Score | None:
-    wanted = (subtask, metric, by)
+    wanted = (column.subtask, column.metric, column.filter)
     return next((s for s in record.scores if not s.depth and (s.task, s.metric, s.filter) == wanted), None)
 
 
@@ -349,10 +365,26 @@ def _chunks(columns: Sequence[Column]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(main[at : at + PRINTED_COLUMNS]) for at in range(0, len(main), PRINTED_COLUMNS))
 
 
+def _drawn(what: str, trouble: Callable[[str], None], draw: Callable[[], str]) -> Markup | None:
+    """None, and why, where it fails: everything in a chart stands in a table, too."""
+    try:
+        with boundary(ReportError, f"draw the chart of {what}"):
+            return Markup(draw())
+    except ReportError as error:
+        trouble(str(error))
+        return None
+
+
 def _charts(
-    sweep: Sweep, columns: Sequence[Column], published: Sequence[Published], sizes: Mapping[str, float | None]
+    sweep: Sweep,
+    columns: Sequence[Column],
+    published: Sequence[Published],
+    sizes: Mapping[str, float | None],
+    trouble: Callable[[str], None],
 ) -> tuple[Chart, ...]:
-    said = {(p.model, p.task, p.subtask, p.metric, p.filter): p for p in published}
+    said: dict[tuple[str, *Key], Published] = {}
+    for p in sorted(published, key=lambda p: bool(p.differs)):  # of several sources, one that can be compared
+        said.setdefault((p.model, p.task, p.subtask, p.metric, p.filter), p)
     found: list[Chart] = []
     for column in columns:
         points = _points(sweep, column, said, sizes)
@@ -363,8 +395,9 @@ def _charts(
             f"{column.title}, {column.label}: {_count(len(points), 'model')}, from {first.model} with "
             f"{first.value:.4f} to {last.model} with {last.value:.4f}; the numbers are in the leaderboard."
         )
-        svg = Markup(task_chart(points, f"{column.label} {column.arrow}".strip()))
-        found.append(Chart(column=column, svg=svg, said=sentence, open=len(found) < OPEN_CHARTS))
+        svg = _drawn(column.title, trouble, partial(task_chart, points, f"{column.label} {column.arrow}".strip()))
+        if svg is not None:
+            found.append(Chart(column=column, svg=svg, said=sentence, open=len(found) < OPEN_CHARTS))
     return tuple(found)
 
 
@@ -393,22 +426,23 @@ def _points(
     return sorted(points, key=lambda point: point.value, reverse=column.higher_is_better is not False)
 
 
-def _size_charts(sweep: Sweep, columns: Sequence[Column], sizes: Mapping[str, float | None]) -> tuple[Chart, ...]:
+def _size_charts(
+    sweep: Sweep, columns: Sequence[Column], sizes: Mapping[str, float | None], trouble: Callable[[str], None]
+) -> tuple[Chart, ...]:
     found: list[Chart] = []
     for column in columns:
         points = [point for point in _points(sweep, column, {}, sizes) if point.billions is not None]
         if column.main and len({point.billions for point in points}) > 1:
+            high = column.higher_is_better is not False
             small, large = min(points, key=lambda p: p.billions or 0), max(points, key=lambda p: p.billions or 0)
             sentence = (
                 f"{column.title}, {column.label} against parameters: from {small.model} ({small.billions:g} billion) "
                 f"with {small.value:.4f} to {large.model} ({large.billions:g} billion) with {large.value:.4f}."
             )
-            svg = size_chart(
-                points,
-                f"{column.label} {column.arrow}".strip(),
-                higher_is_better=column.higher_is_better is not False,
-            )
-            found.append(Chart(column=column, svg=Markup(svg), said=sentence, open=len(found) < 3))
+            draw = partial(size_chart, points, f"{column.label} {column.arrow}".strip(), higher_is_better=high)
+            svg = _drawn(f"size against {column.title}", trouble, draw)
+            if svg is not None:
+                found.append(Chart(column=column, svg=svg, said=sentence, open=len(found) < 3))
     return tuple(found)
 
 
@@ -433,21 +467,36 @@ def _billions(sweep: Sweep, model: str) -> float | None:
     return None
 
 
+class _Index(msgspec.Struct):
+    """`model.safetensors.index.json`."""
+
+    weight_map: dict[str, str]
+
+
 @cache
 def _counted(path: str) -> int | None:
-    """Numbers in the safetensors files of a local folder, by their headers."""
-    folder = Path(path)
-    files = sorted(folder.glob("*.safetensors")) if path and folder.is_dir() else []
+    """Numbers in the safetensors files of a local folder, by their headers; None where they do not tell."""
     total = 0
-    for file in files:
-        try:
+    try:
+        for file in _weights(Path(path)) if path else ():
             with file.open("rb") as opened:
-                content = opened.read(int.from_bytes(opened.read(8), "little"))
-            header = msgspec.json.decode(content, type=dict[str, dict[str, Any]])
-        except (OSError, msgspec.MsgspecError):
-            return None  # not for this page to complain about: vLLM has read it or has said why not
-        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+                length = int.from_bytes(opened.read(8), "little")
+                if length > file.stat().st_size:
+                    return None  # no safetensors: a pointer of Git LFS, for one
+                header = msgspec.json.decode(opened.read(length), type=dict[str, dict[str, Any]])
+            total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, msgspec.MsgspecError):
+        return None  # not for this page to complain about: vLLM has read it or has said why not
     return total or None
+
+
+def _weights(folder: Path) -> list[Path]:
+    """What transformers would load; beside it the same weights may lie in another form (`consolidated.safetensors`)."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+        return [folder / name for name in sorted(set(named.values()))]
+    return sorted(folder.glob("model*.safetensors"))
 
 
 def _is_quantized(sweep: Sweep, model: str) -> bool:
@@ -500,10 +549,27 @@ def turned(c: Comparison) -> Comparison:
 
 
 def _ours(sweep: Sweep, published: Published) -> Score | None:
+    """Of a task, or of a subtask below it."""
     record = sweep.record(published.model, published.task)
     if record is None:
         return None
-    return _top(record, published.subtask, published.metric, published.filter)
+    wanted = (published.subtask, published.metric, published.filter)
+    return next((s for s in record.scores if (s.task, s.metric, s.filter) == wanted), None)
+
+
+def _is_private(sweep: Sweep, task: str) -> bool:
+    """Whether its samples are kept from W&B, too; a task that nobody here knows any more has no data known as gated."""
+    asked = sweep.config.get("tasks", {}).get(task, {})
+    try:
+        return not may_leave(
+            Task(
+                task=str(asked.get("task") or task),
+                share_samples=asked.get("share_samples"),
+                include_path=asked.get("include_path"),
+            )
+        )
+    except ConfigError:
+        return False
 
 
 def _kind(text: str) -> str:
@@ -563,7 +629,7 @@ def _entry(sweep: Sweep, model: str) -> str:
     return str(sweep.config.get("models", {}).get(model, {}).get("entry") or model)
 
 
-def _timeline(sweep: Sweep) -> Markup | None:
+def _timeline(sweep: Sweep, trouble: Callable[[str], None]) -> Markup | None:
     """Servers by node, each row a seat that one server after the other took; the time between launches is cut out."""
     servers, cells = sweep.timeline.servers, sweep.timeline.cells
     if not servers:
@@ -614,7 +680,8 @@ def _timeline(sweep: Sweep) -> Markup | None:
             for lane, c in placed
         ]
     end_s = max(1.0, *(bar.end for bar in bars))
-    return Markup(timeline_chart(bars, [f"{node} · {lane + 1}" for node, lane in seats], end_s))
+    rows = [f"{node} · {lane + 1}" for node, lane in seats]
+    return _drawn("the timeline", trouble, partial(timeline_chart, bars, rows, end_s))
 
 
 def _facts(sweep: Sweep, model: str) -> Facts:

@@ -24,10 +24,14 @@ ROWS = 200
 def shared_rows(config: SweepConfig) -> dict[str, int]:
     """Task -> samples of each of its cells that W&B may have; only those with any."""
     asked = ROWS if config.wandb.samples is True else int(config.wandb.samples)
-    return {name: asked for name, task in config.tasks.items() if asked and _shared(task)}
+    return {name: asked for name, task in config.tasks.items() if asked and may_leave(task)}
 
 
-def _shared(task: Task) -> bool:
+def may_leave(task: Task) -> bool:
+    """Whether the task's samples may go to others: as the sweep says, else not where its data set is known to be gated.
+
+    Raises ConfigError where lm-eval has no such task.
+    """
     if task.share_samples is not None:
         return task.share_samples
     known = catalog((task.include_path,) if task.include_path else ())

@@ -243,17 +243,12 @@
 
     const text = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 1) ?? "");
 
-    // Of all measures the first is chosen; `filter / metric` where a task has several filters.
-    const measures = (of) => {
-      const names = new Set();
-      for (const row of of.answers.slice(0, 50)) {
-        for (const answer of row) {
-          if (answer) for (const [by, metrics] of Object.entries(answer[3])) for (const name of Object.keys(metrics)) names.add(JSON.stringify([by, name]));
-        }
-      }
-      return [...names].map((name) => JSON.parse(name));
-    };
     const value = (answer, [by, name]) => answer?.[3]?.[by]?.[name];
+    // The chosen measure or, of a document whose subtask has others, the first of its own.
+    const measured = (...answers) => {
+      const chosen = block.measures[Number($("s-metric").value)] ?? ["", "", null];
+      return [chosen, ...block.measures].find((m) => answers.some((answer) => value(answer, m) !== undefined)) ?? chosen;
+    };
     const figure = (v) => (typeof v === "number" ? (Number.isInteger(v) ? String(v) : v.toFixed(4)) : v === undefined ? "–" : text(v));
 
     const open = async (number) => {
@@ -261,7 +256,6 @@
       $("s-count").textContent = "Opening…";
       if (!loaded.has(number)) {
         const data = await unpacked(`block-${number}`);
-        data.measures = measures(data);
         loaded.set(number, data);
       }
       if (wanted !== number) return;
@@ -278,7 +272,6 @@
       if (!block) return;
       const a = Number($("s-a").value);
       const b = Number($("s-b").value);
-      const measure = block.measures[Number($("s-metric").value)] ?? ["", ""];
       const which = $("s-which").value;
       const words = $("s-text").value.trim().toLowerCase();
       const has = (content) => text(content).toLowerCase().includes(words);
@@ -286,11 +279,13 @@
       block.answers.forEach((row, index) => {
         const [one, other] = [row[a], row[b]];
         if (!one && !other) return;
+        const measure = measured(one, other);
         const [x, y] = [value(one, measure), value(other, measure)];
-        const comparable = typeof x === "number" && typeof y === "number";
+        // Above 0 where A is better; 0 too where the task does not say which direction is.
+        const better = typeof x === "number" && typeof y === "number" ? (x - y) * (measure[2] === null ? 0 : measure[2] ? 1 : -1) : 0;
         if (which === "score" && JSON.stringify(x) === JSON.stringify(y)) return;
-        if (which === "a" && !(comparable && x > y)) return;
-        if (which === "b" && !(comparable && y > x)) return;
+        if (which === "a" && !(better > 0)) return;
+        if (which === "b" && !(better < 0)) return;
         if (which === "answer" && JSON.stringify(chosen(one, index)) === JSON.stringify(chosen(other, index))) return;
         if (words) {
           const doc = block.docs[index];
@@ -325,13 +320,13 @@
 
     const list = () => {
       const pages = Math.ceil(found.length / PAGE);
-      const measure = block.measures[Number($("s-metric").value)] ?? ["", ""];
       const [a, b] = [Number($("s-a").value), Number($("s-b").value)];
       const shown = found.slice(page * PAGE, (page + 1) * PAGE);
       $("s-list").replaceChildren(
         ...shown.map((index) => {
           const [subtask, id, prompt, target, , doc] = block.docs[index];
           const row = block.answers[index];
+          const measure = measured(row[a], row[b]);
           const title = (block.subtasks.length > 1 ? `${block.subtasks[subtask]} ` : "") + `#${id}`;
           const one = make("details", { class: "sample" });
           one.append(
@@ -343,7 +338,9 @@
           return one;
         }),
       );
-      $("s-count").textContent = `${counted(found.length, "document")} of ${block.docs.length.toLocaleString("en")}`;
+      const unknown = ["a", "b"].includes($("s-which").value) && block.measures[Number($("s-metric").value)]?.[2] === null;
+      $("s-count").textContent = `${counted(found.length, "document")} of ${block.docs.length.toLocaleString("en")}` +
+        (unknown ? "; the task does not say which direction of this metric is better" : "");
       pager($("s-pager"), page, pages, (to) => {
         page = to;
         list();
