@@ -495,11 +495,11 @@ def test_the_tables_are_there_before_the_chapters_of_the_report_take_their_time(
         path.unlink()
     there: list[bool] = []
 
-    def examine(sweep: Sweep) -> Any:
+    def examined(sweep: Sweep) -> Any:
         there.append(directory.report.exists() and directory.csv.exists())
         raise StoreError("killed")
 
-    monkeypatch.setattr("sweep.results.compare.examine", examine)
+    monkeypatch.setattr("sweep.reporting.examined", examined)
     with pytest.raises(StoreError, match="killed"):
         runner.texts[0](read_sweep(directory.root))
     assert there == [True]

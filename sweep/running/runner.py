@@ -14,7 +14,7 @@ from types import FrameType
 
 import msgspec
 
-from sweep.errors import StoreError, SweepError, boundary
+from sweep.errors import ReportError, StoreError, SweepError, boundary
 from sweep.evaluating import evaluator as ev
 from sweep.evaluating.concurrency import Controller, Leases, Load, automatic_limit, figures
 from sweep.evaluating.preflight import Check, Facts, expectation
@@ -284,7 +284,7 @@ class _Watched(Sweep):
 
     def outcomes(self, record: Record) -> Iterator[Sampled]:
         if self.over():
-            raise StoreError("there is no time left for it; `report publish=true` makes it")
+            raise ReportError("there is no time left for it; `report publish=true` makes it")
         yield from super().outcomes(record)
 
 
