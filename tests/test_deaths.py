@@ -309,7 +309,8 @@ def test_nothing_is_left_of_a_sweep_whose_raylet_is_killed(place: Place, sweep: 
     (raylet,) = [process for process in seen.processes if process.cmdline()[0].endswith("raylet/raylet")]
     at = time.monotonic()
     raylet.kill()
-    started.end()
+    assert started.end() == 2
+    assert "(raylet) has died" in started.output()
     place.nothing_is_left(seen, after=at)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -363,7 +364,9 @@ class Cluster:
         self._node_of: dict[str, str] = {}
         """Where servers' lives and evaluators were told to run."""
         self._nodes: Nodes | None = None
-        """None on a cluster that is ours alone: its one node cannot be lost without us."""
+        """None on a cluster that is ours alone: with its one node all is lost."""
+        self._raylet: psutil.Process | None = None
+        """Ray's process for that node."""
         self._looks: dict[Any, str] = {}
         self._next_list_s = 0.0
         self._weights = {
@@ -393,6 +396,7 @@ class Cluster:
             configure_logging=False,
         )
         self._session = Path(context.address_info["session_dir"])
+        self._raylet = next((child for child in psutil.Process().children() if child.name() == "raylet"), None)
         return (replace(node, name=ray.nodes()[0]["NodeID"]),)
 
     def _connect(self, config: RayConfig) -> tuple[Node, ...]:
@@ -517,7 +521,15 @@ class Cluster:
         return {"resources": {name: 1}} if declared else {"num_cpus": 1}
 
     def events(self, timeout_s: float) -> list[ClusterEvent]:
-        """What happened in the next `timeout_s`; many events at a time cost the driver half as much as one by one."""
+        """What happened in the next `timeout_s`; many events at a time cost the driver half as much as one by one.
+
+        Raises ResourceError when the one node of a cluster of ours is gone.
+        """
+        if self._raylet is not None and not _lives(self._raylet):
+            raise ResourceError(
+                f"Ray's process on this machine (raylet) has died, and all servers and evaluators with it; Ray's logs "
+                f"are in {self._session}/logs. What was answered is kept: the same command goes on"
+            )
         events, self._next = self._next, []
         references = [
             *(*self._starting, *self._following, *self._sentinels, *self._stopping, *self._streams, *self._loads),
@@ -786,6 +798,13 @@ class Cluster:
 
 def _on(node: str | None) -> dict[str, Any]:
     return {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _succeeded(reference: Any) -> bool:
