@@ -526,9 +526,10 @@ class Cluster:
         Raises ResourceError when the one node of a cluster of ours is gone.
         """
         if self._raylet is not None and not _lives(self._raylet):
+            kept, self._session = self._session, None  # they say why, so they are left behind
             raise ResourceError(
-                f"Ray's process on this machine (raylet) has died, and all servers and evaluators with it; Ray's logs "
-                f"are in {self._session}/logs. What was answered is kept: the same command goes on"
+                f"Ray's process on this machine (raylet) has died, and all servers and evaluators with it (Ray's logs: "
+                f"{kept}/logs). What was answered is kept: the same command goes on"
             )
         events, self._next = self._next, []
         references = [
