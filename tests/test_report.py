@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from test_layout import ROOT
 
 from sweep.record import Counts, Record, Score, Status
 from sweep.results.report import COLUMNS, caveats, csv_text, failures, markdown, reason
@@ -312,3 +313,29 @@ def test_failures_tell_each_cause_once_with_all_it_says() -> None:
     assert failures([done("m", "b", score())]) == ""
     assert reason(records[0]) == "server m did not start"
     assert reason(failed("m", "a", "")) == "no reason was recorded"
+
+
+def test_every_number_in_the_readmes_table_is_the_one_of_its_run() -> None:
+    """docs/demo.csv is the results.csv of the run whose table the README shows."""
+    rows = list(csv.DictReader((ROOT / "docs" / "demo.csv").open()))
+    by_number = {
+        (row["model"], row["lm_eval_task"], row["filter"], row["metric"]): row
+        for row in rows
+        if row["task"] == row["lm_eval_task"]
+    }
+    table = [line[1:-1].split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    start = next(number for number, cells in enumerate(table) if cells[0].strip() == "Tasks")
+    models = [cell.strip() for cell in table[start][6:]]
+    task, seen = "", 0
+    for cells in table[start + 2 :]:
+        if len(cells) != len(table[start]):
+            break  # the next table
+        name, _, filter_name, _, metric, _, *figures = (cell.strip() for cell in cells)
+        task = name or task
+        for model, figure in zip(models, figures, strict=True):
+            if filter_name and figure != "–":
+                row = by_number[model, task, filter_name, metric]
+                stderr = f"{float(row['stderr']):.4f}" if row["stderr"] else "N/A"
+                assert figure == f"{float(row['value']):.4f} ± {stderr}"
+                seen += 1
+    assert seen == len(by_number)
