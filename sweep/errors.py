@@ -5,7 +5,8 @@ SweepError
 ├── ResourceError  raised by cluster when the machines cannot carry the plan; exit code 2
 ├── StoreError     raised by store (full disk, locked or foreign run directory); exit code 2, nothing overwritten
 ├── ReportError    raised by cli when the page of a finished sweep cannot be made; said in one line, costs the page;
-│                  by page for one chart, which it goes without and says so; by the runner when W&B's Report has no time left
+│                  by page for one chart, which it goes without and says so; by the runner
+│                  when no time is left for W&B's Report
 ├── ServerError    raised by server and preflight; costs the cells of the models that this server was for
 │   └── ServerFault   the same for a cause that another start may not meet; the runner starts the server again
 ├── TaskError      raised by evaluation (data set, prompt, metric); costs the cells of this task or this one cell
