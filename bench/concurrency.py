@@ -152,8 +152,7 @@ def measure(server: Server, endpoint: Endpoint, work: Work, *, rounds: int, seco
     seeds = itertools.count(1)
     for _ in range(rounds):
         for name, found in rates.items():
-            start = automatic_limit(max_num_seqs=None, on_cpu=True)
-            controller = Controller(start) if name == "auto" else Controller(int(name), fixed=True)
+            controller = Controller(automatic_limit()) if name == "auto" else Controller(int(name), fixed=True)
             asks = work.asks(QUEUED, seed=next(seeds))
             found.append(side(server, endpoint, controller, asks, seconds))
             if name == "auto":

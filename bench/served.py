@@ -40,7 +40,7 @@ class Live:
     """Until it answered."""
 
     def job(self, side: Side, work: Work, **more: object) -> Job:
-        limit = automatic_limit(max_num_seqs=None, on_cpu=True)
+        limit = automatic_limit()
         return Job(
             side=side,
             work=work,

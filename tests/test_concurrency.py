@@ -349,13 +349,11 @@ def test_a_server_that_tells_nothing_keeps_what_it_began_with() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_num_seqs", "on_cpu", "limit"),
-    [(None, False, 320), (None, True, 160), (64, False, 80), (64, True, 80), (1, True, 1), ("8", True, 10)],
+    ("max_num_seqs", "limit"),
+    [(None, 320), (64, 80), (1, 1), ("8", 10)],
 )
-def test_the_first_limit_is_one_batch_of_the_server_and_a_quarter(
-    max_num_seqs: int | str | None, on_cpu: bool, limit: int
-) -> None:
-    assert automatic_limit(max_num_seqs=max_num_seqs, on_cpu=on_cpu) == limit
+def test_the_first_limit_is_one_batch_of_the_server_and_a_quarter(max_num_seqs: int | str | None, limit: int) -> None:
+    assert automatic_limit(max_num_seqs) == limit
 
 
 @pytest.mark.parametrize(

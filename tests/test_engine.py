@@ -76,9 +76,9 @@ def _nothing_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (
             True,
             {"server": {"worker-extension-cls": "mine.Mine"}},
-            replace(FORCED_DECODING, options={"block_size": 32, **FORCED_DECODING.options}),
+            replace(FORCED_DECODING, options={"block_size": 32, "max_num_seqs": 256, **FORCED_DECODING.options}),
         ),
-        (True, {"server": {"worker-extension-cls": "mine.Mine", "block-size": 64}}, FORCED_DECODING),
+        (True, {"server": {"worker-extension-cls": "mine.Mine", "block-size": 64, "max-num-seqs": 8}}, FORCED_DECODING),
         (False, {}, TAIL_PREFILL),
         (False, {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}, FORCED_DECODING),
         (True, {"scoring": Scoring.ECHO}, Extras(options=ON_CPU)),

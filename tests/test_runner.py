@@ -1194,9 +1194,9 @@ def test_a_limit_that_moves_is_followed_and_the_next_life_and_the_next_run_begin
         yield from cluster.checks_pass()
         yield [cluster.ready("a-0")]
         cell, sharing = cluster.running()["a/one"], Sharing(cluster)
-        assert cluster.controllers["a-0"].limit == 160
+        assert cluster.controllers["a-0"].limit == 320
         yield [sharing.needs(cell, wanted=1000, held=0)]
-        assert sharing.shares() == {cell[0]: 160}
+        assert sharing.shares() == {cell[0]: 320}
         yield [ServerLoad(life="a-0", load=Load(limit=80, settled=40))]
         assert sharing.shares() == {cell[0]: 80}
         yield [ServerLoad(life="a-0", load=Load(limit=60, settled=60, running=48, waiting=12))]

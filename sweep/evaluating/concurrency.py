@@ -14,12 +14,8 @@ from dataclasses import dataclass, field
 
 from sweep.serving.metrics import Snapshot
 
-GPU_BATCH = 256
-"""Sequences that vLLM batches by default on a data-centre GPU."""
-
-CPU_BATCH = 128
-"""A few dozen sequences saturate the cores, but a small model's server spends more on each request than on its tokens:
-400 echoed pairs of 54 tokens took 5.4 s with 40 in flight, 4.2 s with 80 and 3.4 s with 160 (0.9 M parameters)."""
+BATCH = 256
+"""Sequences that vLLM batches by default on a data-centre GPU, and our servers on a CPU (engine.ON_CPU)."""
 
 AHEAD = 1.25
 """A quarter more than one batch in flight, so that the server never waits for the next request."""
@@ -80,12 +76,12 @@ NEW_WORK = 2.0
 """Generated tokens among all tokens: when their share changes by this factor, what was found is of other work."""
 
 
-def automatic_limit(*, max_num_seqs: int | str | None, on_cpu: bool) -> int:
+def automatic_limit(max_num_seqs: int | str | None = None) -> int:
     """Where `concurrency: auto` begins when nothing is known: one batch of the server and a quarter more.
 
     `max_num_seqs` is vLLM's option as the config has it, which may be quoted.
     """
-    return int(int(max_num_seqs or (CPU_BATCH if on_cpu else GPU_BATCH)) * AHEAD)
+    return int(int(max_num_seqs or BATCH) * AHEAD)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -587,8 +587,7 @@ class Runner:
         elif server.concurrency is not None:
             controller = Controller(server.concurrency)
         else:
-            limit = automatic_limit(max_num_seqs=model.server.get("max_num_seqs"), on_cpu=self._on_cpu(name))
-            controller = Controller(limit)
+            controller = Controller(automatic_limit(model.server.get("max_num_seqs")))
         self.cluster.tune(name_of_life, controller)
         return controller.load
 

@@ -181,9 +181,14 @@ class Extras:
 
 NO_EXTRAS = Extras()
 
-ON_CPU: Mapping[str, Any] = {"worker_extension_cls": "sweep.serving.vllm_plugin.OnCpu", "block_size": 32}
-"""What vLLM lacks on CPUs, and the smallest blocks of the prefix cache that its kernels there like. With its own 128,
-on average 64 tokens that two prompts share are read again for the second."""
+ON_CPU: Mapping[str, Any] = {
+    "worker_extension_cls": "sweep.serving.vllm_plugin.OnCpu",
+    "block_size": 32,
+    "max_num_seqs": 256,
+}
+"""What vLLM lacks on CPUs; the smallest blocks of the prefix cache that its kernels there like, since with its own 128,
+on average 64 tokens that two prompts share are read again for the second; and as many sequences at a time as it takes
+there in process, where its server takes half of them and 200 generations come in two waves."""
 
 MANY_CORES = 8
 """From so many on, a CPU server leaves one core to the process that feeds the engine, as vLLM does on any machine. Of
