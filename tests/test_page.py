@@ -512,6 +512,8 @@ def test_forty_models_thirty_tasks_and_a_hundred_thousand_samples_stay_usable(br
     found.page.locator("#pairs").scroll_into_view_if_needed()
     found.page.wait_for_selector("#pair-table tbody tr")
     for task in sweep.tasks[:3]:
+        found.page.fill("#s-text", "")  # of what was sought before there may be nothing, and a list is waited for
+        found.page.select_option("#s-which", "all")
         samples_of(found, task)
         found.page.select_option("#s-which", "score")
         found.page.fill("#s-text", "script>")
