@@ -21,7 +21,7 @@ import msgspec
 from bench import data
 from sweep.evaluating.dispatch import common_length
 from sweep.evaluating.preflight import Facts
-from sweep.serving.engine import MANY_CORES, ON_CPU
+from sweep.serving.engine import ON_CPU, cpu_variables
 from sweep.serving.server import Endpoint
 
 KV_CACHE_GIB = 2
@@ -133,7 +133,7 @@ def run(job: Job) -> Ran:
         **({} if job.side is Side.IN_PROCESS else {"TQDM_DISABLE": "1"}),
         # As our servers have them, for an engine in process.
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
-        **({"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} if (os.cpu_count() or 1) < MANY_CORES else {}),
+        **cpu_variables(),
         "VLLM_NO_USAGE_STATS": "1",
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -190,9 +190,9 @@ def test_a_stop_ends_the_wait_for_a_turn_and_takes_it_from_nobody() -> None:
             third.bind(f"\0lmsweep-gpu-{OURS}")
 
 
-def read_until_told(meter: gpu.Meter) -> float | None:
+def read_until_it_tells(meter: gpu.Meter, not_this: float | None = None) -> float | None:
     deadline = time.monotonic() + 10
-    while (told := meter.read()) is None and time.monotonic() < deadline:
+    while (told := meter.read()) == not_this and time.monotonic() < deadline:
         time.sleep(0.01)
     return told
 
@@ -200,14 +200,11 @@ def read_until_told(meter: gpu.Meter) -> float | None:
 def test_how_busy_gpus_are_is_read_without_waiting(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
     meter = gpu.Meter(["GPU-8d2f-00", "1"])
     assert meter.read() is None
-    assert read_until_told(meter) == 0.65
+    assert read_until_it_tells(meter) == 0.65
     smi.answer(use=USE.replace("40", "60"))
     assert meter.read() == 0.65  # it is not asked every time
     monkeypatch.setattr(gpu, "METER_S", 0.0)
-    deadline = time.monotonic() + 10
-    while meter.read() != 0.75 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert meter.read() == 0.75
+    assert read_until_it_tells(meter, not_this=0.65) == 0.75
 
 
 @pytest.mark.parametrize(("ids", "message"), [(["2"], "no use of the GPUs 2"), (["0", "7"], "no use of the GPUs 0, 7")])

@@ -191,7 +191,7 @@ tracker = mirror_of(config, directory, [])
 tracker.progress("small", {"fraction": 0.5})
 tracker.cell(read_sweep(directory.root).records[0])
 print(tracker._process.pid, flush=True)
-time.sleep(60)
+time.sleep(60)  # until it is killed
 """
 
 

@@ -112,12 +112,12 @@ def _bars(records: Sequence[Record]) -> list[dict[str, str]]:
     for record in records:
         if record.scores:
             score = record.scores[0]
-            title = f"{record.task}: {score.metric}{_filter(score)}{_ARROWS[score.higher_is_better]}"
+            title = f"{record.task}: {score.metric}{_filter(score)}{_DIRECTIONS[score.higher_is_better]}"
             firsts.setdefault(record.task, Counter())[summary_key(record, score), title] += 1
     return [{"key": key, "title": title} for found in firsts.values() for (key, title), _ in found.most_common(1)]
 
 
-_ARROWS = {True: ", more is better", False: ", less is better", None: ""}
+_DIRECTIONS = {True: ", more is better", False: ", less is better", None: ""}
 
 
 def _filter(score: Score) -> str:

@@ -284,6 +284,11 @@ def variables(plan: ServerPlan) -> dict[str, str]:
     return {name: value for name, value in plan.model.env.items() if name not in dropped}
 
 
+def cpu_variables() -> dict[str, str]:
+    """What has vLLM compute on every core of a machine that has few."""
+    return {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} if (os.cpu_count() or 1) < MANY_CORES else {}
+
+
 def environment(
     plan: ServerPlan,
     *,
@@ -308,8 +313,8 @@ def environment(
     sized = {"kv_cache_memory_bytes", "gpu_memory_utilization", "device_memory_utilization"}
     if not gpu_ids and not sized & {_snake(name) for name in plan.model.server}:
         given.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))
-    if not gpu_ids and (os.cpu_count() or 1) < MANY_CORES:
-        given.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    if not gpu_ids:
+        given = {**cpu_variables(), **given}
     given |= variables(plan)
     names_ours = any(argument.startswith("sweep.") for argument in arguments(plan, host="", port=0, extras=extras))
     if names_ours and (ROOT / "launch.py").is_file():
