@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sweep.running.machine import prepare_local_ray
@@ -27,6 +28,20 @@ KEY = "key-of-the-stand-in-0123456789"
 # ignores a signal does not end of it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+# The longest files first, so that of two lanes (`make test`) none begins a long one when the other has ended.
+KINDS = ("vllm", "ray", "slow")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return next((rank for rank, kind in enumerate(KINDS) if item.get_closest_marker(kind)), len(KINDS))
+
+    of_file: dict[Path, int] = {}
+    for item in items:
+        of_file[item.path] = min(rank(item), of_file.get(item.path, len(KINDS)))
+    items.sort(key=lambda item: of_file[item.path])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +61,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """Of a process that may end meanwhile; then nothing."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # a zombie too
+        return []
 
 
 @pytest.fixture

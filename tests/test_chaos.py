@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
-from conftest import apart
+from conftest import apart, command_line
 from light import python_path
 from light.evaluation import MARK, key_of
 from test_runner import GONE_S, STAND_IN, Bench, Launch, Made, made, until
@@ -147,7 +147,7 @@ class Field:
 
     def of_the_sweep(self) -> list[list[str]]:
         """What is there beside Ray's own."""
-        return [line for process in self.processes() if kind_of(line := process.cmdline())]
+        return [line for process in self.processes() if kind_of(line := command_line(process))]
 
 
 SIGNS = {
@@ -271,7 +271,7 @@ def test_a_killed_server_and_a_killed_node_are_replaced_within_their_bounds_and_
     launch.until(lambda: {model for _, model, _ in field.asked()} == set(models), "all models were asked")
 
     before = {process.pid for process in field.processes("server")}
-    (victim,) = [process for process in field.processes("server") if "m0" in process.cmdline()]
+    (victim,) = [process for process in field.processes("server") if "m0" in command_line(process)]
     server_s = asked_again(field, launch, victim.kill, lambda: asked_by("m0", before))
     one_s = slowest_start_s(field, ["m0"])
 
@@ -492,7 +492,7 @@ def test_four_kills_on_real_vllm_lose_no_answer_and_change_no_metric(made: Made,
             bench.nothing_is_left()
             launch = bench.start()
         else:
-            victims = [process for process in bench.processes() if kind_of(process.cmdline()) == kind]
+            victims = [process for process in bench.processes() if kind_of(command_line(process)) == kind]
             assert victims, f"there is no {kind}"
             victims[-1].kill()
         assert durable.items() <= stored.items()

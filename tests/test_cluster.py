@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
-from conftest import apart, free_port
+from conftest import apart, command_line, free_port
 
 from sweep.evaluating.concurrency import Controller
 from sweep.evaluating.preflight import Expected, Outcome
@@ -137,7 +137,7 @@ class Play:
         """The engine of a ready server."""
         url = self.until(ServerReady, life).endpoint.url
         port = url.rpartition(":")[2]
-        (found,) = [p for p in below() if p.cmdline()[1:2] == STAND_IN[1:] and port in p.cmdline()]
+        (found,) = [p for p in below() if (line := command_line(p))[1:2] == STAND_IN[1:] and port in line]
         return found
 
 
@@ -151,6 +151,11 @@ def below() -> list[psutil.Process]:
         except (psutil.Error, OSError):
             continue
     return [process for process in mine if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def stand_ins() -> list[list[str]]:
+    """Command lines of the servers that live."""
+    return [line for process in below() if (line := command_line(process))[1:2] == STAND_IN[1:]]
 
 
 def gone(process: psutil.Process, within_s: float = GONE_S) -> bool:
@@ -208,12 +213,12 @@ def everything(folder: Path) -> Seen:
             found["external_lives"] = own.poll() is None
             starting = Play(cluster, folder)
             starting.start("late-0", a_server(start_delay_s=60, tree=1))
-            until(lambda: any(p.cmdline()[1:2] == STAND_IN[1:] for p in below()), "the last server began")
-            found["starting_at_close"] = sum(p.cmdline()[1:2] == STAND_IN[1:] for p in below())
+            until(lambda: bool(stand_ins()), "the last server began")
+            found["starting_at_close"] = len(stand_ins())
         deadline = time.monotonic() + GONE_S
         while below() and time.monotonic() < deadline:
             time.sleep(0.1)
-        found["left"] = [process.cmdline() for process in below()]
+        found["left"] = [line for process in below() if (line := command_line(process))]
     finally:
         own.kill()
         own.wait()
@@ -269,7 +274,7 @@ def play(play: Play, found: dict[str, Any], *, url: str) -> None:
 
     play.start("null-0", a_server(null_logprobs=1))
     found["refused"] = play.until(ServerFailed, "null-0")
-    found["refused_gone"] = not any(p.cmdline()[1:2] == STAND_IN[1:] for p in below())
+    found["refused_gone"] = not stand_ins()
     play.start("dies-0", a_server(die_after=1))
     found["died_in_preflight"] = play.until(ServerFailed, "dies-0")
     play.start("bad-0", a_server(refuse="RuntimeError: CUDA out of memory"))
@@ -292,7 +297,7 @@ def evaluators() -> list[psutil.Process]:
     return [
         process
         for process in below()
-        if "sweep.evaluating.evaluator" in process.cmdline() and "--" not in process.cmdline()
+        if "sweep.evaluating.evaluator" in (line := command_line(process)) and "--" not in line
     ]
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from conftest import command_line
 from light import python_path
 from test_runner import LAUNCH_S, ROOT, STAND_IN, Bench, Made, made
 
@@ -120,7 +121,7 @@ class Place:
         if new:  # of others that are at work on this machine
             new -= {entry for process in psutil.process_iter() for entry in mapped(process.pid, new)}
         ours = [path.name for path in self.temporary.iterdir() if not path.name.startswith(("ray", "torchinductor_"))]
-        return [*(process.cmdline() for process in self.processes()), *new, *ours]
+        return [*filter(None, map(command_line, self.processes())), *new, *ours]
 
     def nothing_is_left(self, seen: Seen, *, after: float) -> None:
         """Nothing of it in GONE_S from `after`, a time of the monotonic clock."""
@@ -150,12 +151,7 @@ def place() -> Iterator[Place]:
 
 def servers(processes: list[psutil.Process], script: str = STAND_IN[1]) -> list[psutil.Process]:
     """The API servers among them."""
-    found = []
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[1:2] == [script]:
-                found.append(process)
-    return found
+    return [process for process in processes if command_line(process)[1:2] == [script]]
 
 
 def tree_of(server: psutil.Process) -> list[psutil.Process]:

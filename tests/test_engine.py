@@ -688,7 +688,7 @@ def test_a_secret_is_in_no_message_and_on_no_disk(
     assert shown == [
         "models.m.server.max_num_seqs: vLLM 0.33.0 refuses it: invalid int value: '***'",
     ]
-    assert all("sk-from" not in file.read_text() for file in (tmp_path / "cache").rglob("*") if file.is_file())
+    assert all(b"sk-from" not in file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file())
     assert all("OPENAI_API_KEY" not in variables_ for *_, variables_ in asked(tmp_path))
 
 
@@ -709,7 +709,7 @@ def test_a_cache_that_cannot_be_used_is_done_without(python: Python, tmp_path: P
     given = plan(server_python=python())
     if how == "broken":
         examine([given], required=True, say=print)
-        for file in (tmp_path / "cache").rglob("*.json"):
+        for file in (tmp_path / "cache").rglob("*.msgpack"):
             file.write_text('{"refusals": 3')
     else:
         (tmp_path / "cache").write_text("a file in the folder's place")

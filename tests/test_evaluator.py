@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
+from conftest import command_line
 from doubles import KEY, RequestsLog, facts, make_gpqa, make_tasks, make_tokenizer, stand_in
 from tokenizers import Tokenizer
 
@@ -69,7 +70,7 @@ def child_of(supervisor: int) -> psutil.Process:
         found[:] = [
             process
             for process in psutil.Process(supervisor).children(recursive=True)
-            if process.cmdline()[1:4] == ["-P", "-m", "sweep.evaluating.evaluator"]
+            if command_line(process)[1:4] == ["-P", "-m", "sweep.evaluating.evaluator"]
         ]
         return bool(found)
 

@@ -1,3 +1,4 @@
+import importlib.util
 import subprocess
 import sys
 import time
@@ -19,6 +20,34 @@ def write(folder: Path, **files: str) -> str:
 
 
 # ---- lm-eval's own tasks
+
+
+def test_what_was_read_of_a_folder_is_kept_until_one_of_its_files_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write(tmp_path / "tasks", one="include: _both\ntask: one\n", _both="dataset_path: a\ntag: [t, u]\n")
+    first = tasks._kept(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks, "_scan", None)
+        assert tasks._kept(folder) == first
+    write(tmp_path / "tasks", _both="dataset_path: another\n")
+    assert tasks._kept(folder)["one"].head["dataset_path"] == "another"
+    write(tmp_path / "tasks", two="task: two\n")
+    assert set(tasks._kept(folder)) == {"one", "two"}
+    for file in (tmp_path / "cache").rglob("*.msgpack"):
+        file.write_bytes(b"{")
+    assert set(tasks._kept(folder)) == {"one", "two"}
+
+
+def test_all_that_lm_eval_has_is_kept_as_it_was_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = str(Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks")
+    assert tasks._kept(folder) == tasks._kept(folder) == tasks._scan(folder, quick=True)[0]
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert set(tasks._kept(write(tmp_path / "tasks", one="task: one\n"))) == {"one"}
 
 
 def test_lm_evals_well_known_names_are_found_with_their_kind():

@@ -10,6 +10,7 @@ task has neither output type nor data set here.
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -17,13 +18,16 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from sweep import remembered
 from sweep.errors import ConfigError, boundary, nearest
 
 GATED_DATASETS: Mapping[str, str] = {
@@ -103,6 +107,15 @@ class _Entry:
     """The keys of `_HEAD`, includes merged."""
     tagged: set[str] = field(default_factory=set)
     """Tasks of a tag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What is kept of lm-eval's own folder."""
+
+    state: str
+    """Of its files when it was read."""
+    entries: dict[str, _Entry]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -537,19 +550,36 @@ def _read_head(path: str) -> dict[str, Any]:
 
 def _files(folder: str) -> list[str]:
     """YAML files under `folder` in lm-eval's order: the first of two with the same name wins."""
-    found, folders = [], [os.path.realpath(folder)]
+    return sorted(
+        os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+        for entry in _entries(folder)
+        if entry.name.endswith(".yaml")
+    )
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """All files under `folder` where lm-eval looks for tasks."""
+    folders = [os.path.realpath(folder)]
     while folders:
         try:
             with os.scandir(folders.pop()) as entries:
                 for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        if entry.name not in _IGNORED_FOLDERS:
-                            folders.append(entry.path)
-                    elif entry.name.endswith(".yaml"):
-                        found.append(os.path.realpath(entry.path) if entry.is_symlink() else entry.path)
+                    if not entry.is_dir(follow_symlinks=False):
+                        yield entry
+                    elif entry.name not in _IGNORED_FOLDERS:
+                        folders.append(entry.path)
         except PermissionError:
             continue
-    return sorted(found)
+
+
+def _state(folder: str) -> str:
+    """A digest of the names, sizes and times of all files under `folder`: what is included is called anything."""
+    found = hashlib.sha256()
+    for entry in sorted(_entries(folder), key=lambda entry: entry.path):
+        with suppress(OSError):  # a link to nothing
+            stat = entry.stat()
+            found.update(f"{entry.path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return found.hexdigest()
 
 
 def _scan(folder: str, *, quick: bool) -> tuple[dict[str, _Entry], dict[str, str]]:
@@ -584,8 +614,17 @@ def _bundled() -> Mapping[str, _Entry]:
     spec = importlib.util.find_spec("lm_eval")  # finds the package without running it
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("lm-eval is not installed in this Python; install the project's dependencies (see README.md)")
-    entries, _ = _scan(os.path.join(spec.submodule_search_locations[0], "tasks"), quick=True)
-    return entries
+    return _kept(os.path.join(spec.submodule_search_locations[0], "tasks"))
+
+
+def _kept(folder: str) -> Mapping[str, _Entry]:
+    """What a scan finds, which takes a second for lm-eval's folder: kept for as long as its files are the same."""
+    path, state = remembered.place("tasks", os.fsencode(folder), Path(__file__).read_bytes()), _state(folder)
+    known = remembered.recall(path, _Known)
+    if known is None or known.state != state:
+        known = _Known(state=state, entries=_scan(folder, quick=True)[0])
+        remembered.keep(path, known)
+    return known.entries
 
 
 def _tags(head: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ A double in tests: the environment variable LMSWEEP_ENGINE holds a command (spli
 arguments and speaks like vLLM's OpenAI server; it replaces `python -m vllm.entrypoints.openai.api_server`.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +23,7 @@ import msgspec
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from sweep import ROOT
+from sweep import ROOT, remembered
 from sweep.errors import ConfigError, ServerError, nearest
 from sweep.masking import is_proxy, is_secret, masked, passwords, secret_variables
 from sweep.planning.config import Scoring, SweepConfig
@@ -653,19 +651,14 @@ def _verdict(python: str, servers: Sequence[ServerPlan], say: Callable[[str], ob
     options = [_options(server, host="127.0.0.1", port=1024, part=first_part(server, port=1025)) for server in servers]
     question = msgspec.json.encode([[(o.key, o.flag, o.arguments) for o in some] for some in options])
     names = [[server.name, *server.model.env] for server in servers]
-    path = _cache(
-        msgspec.json.encode([python, installed, PARSER.read_text(), Path(__file__).read_text(), names]), question
-    )
-    with suppress(OSError, msgspec.MsgspecError):
-        return msgspec.json.decode(path.read_bytes(), type=_Verdict)
+    depends_on = msgspec.json.encode([python, installed, PARSER.read_text(), Path(__file__).read_text(), names])
+    path = remembered.place("options", depends_on, question)
+    if (known := remembered.recall(path, _Verdict)) is not None:
+        return known
     say(f"asking vLLM {installed.version} whether it knows all options; some 15 s, the next time none")
     answer = _parser_says(_Answer, python, origin, "check", question=question)
     verdict = _judged(installed.version, python, servers, options, answer)
-    with suppress(OSError):  # asking again is all that it costs
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(msgspec.json.encode(verdict))
-        temporary.replace(path)
+    remembered.keep(path, verdict)
     return verdict
 
 
@@ -688,13 +681,6 @@ def _parser_says(kind: type[_Said], python: str, origin: str, what: str, *, ques
     except msgspec.MsgspecError:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise _Unasked(f"{origin}vLLM of {python} cannot be asked about options: {last or done.returncode}") from None
-
-
-def _cache(*parts: bytes) -> Path:
-    """Where the verdict on this question is remembered."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lmsweep", "options")
-    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-    return folder / f"{digest}.json"
 
 
 def _judged(
