@@ -12,7 +12,7 @@ from sweep.results.compare import Findings, examine, examine_sweeps
 from sweep.results.page import page
 from sweep.results.reading import Sweep
 from sweep.results.references import Published, published
-from sweep.results.report import markdown
+from sweep.results.report import counted, markdown
 from sweep.results.store import write_file
 from sweep.results.summary import compared, headline
 
@@ -28,6 +28,10 @@ def write_page(sweep: Sweep, *, samples: bool = True) -> Findings:
         references = published(sweep)
     except ConfigError as error:
         troubles.append(f"published scores: {error}")
+    if unreadable := sweep.timeline.unreadable:
+        troubles.append(
+            f"timeline.jsonl: {counted(unreadable, 'line')} cannot be read, so times and GPU-hours may lack some"
+        )
     html = page(sweep, findings.comparisons, references, left_out=findings.left_out, troubles=troubles, samples=samples)
     lines = "".join(f"- {name}: {text}\n" for name, text in headline(sweep, findings.comparisons).items())
     table = markdown(sweep.records, sweep.models)
@@ -62,9 +66,9 @@ def between(a: Sweep, b: Sweep) -> str:
     """The same models and tasks in two sweeps, as Markdown: checkpoints, versions of vLLM. Raises StoreError."""
     findings = examine_sweeps(a, b)
     verdicts = [one.verdict for one in findings.comparisons]
-    counted = [(verdicts.count(v), v) for v in ("better", "worse", "differs", "no difference shown")]
+    by_verdict = [(verdicts.count(v), v) for v in ("better", "worse", "differs", "no difference shown")]
     only = [
-        f"- {len(cells)} cells are done in {sweep.directory.root} only: {', '.join(sorted(cells)[:3])}"
+        f"- {counted(len(cells), 'cell')} done in {sweep.directory.root} only: {', '.join(sorted(cells)[:3])}"
         + (" …" if len(cells) > 3 else "")
         for sweep, other in ((a, b), (b, a))
         if (cells := _done(sweep) - _done(other))
@@ -73,7 +77,7 @@ def between(a: Sweep, b: Sweep) -> str:
         f"- a: {_made_of(a)}",
         f"- b: {_made_of(b)}",
         *only,
-        f"- {len(verdicts)} numbers compared: {', '.join(f'{n} {what}' for n, what in counted if n) or 'none'}",
+        f"- {len(verdicts)} numbers compared: {', '.join(f'{n} {what}' for n, what in by_verdict if n) or 'none'}",
     ]
     return "\n".join([*lines, "", compared(findings, most=None)])
 
@@ -90,4 +94,4 @@ def _made_of(sweep: Sweep) -> str:
             if version := record.versions.get(name):
                 versions.setdefault(name, set()).add(version)
     parts = [f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items())]
-    return ", ".join([str(sweep.directory.root), f"{len(_done(sweep))} cells", *parts])
+    return ", ".join([str(sweep.directory.root), counted(len(_done(sweep)), "cell"), *parts])

@@ -446,7 +446,7 @@ def test_two_sweeps_are_compared_and_nothing_is_written_unless_it_is_asked_for(
     assert main(["report", str(directory.root), str(other)]) == 0
     shown = output()
     assert f"- a: {directory.root}, 4 cells" in shown
-    assert f"- 2 cells are done in {directory.root} only: second/arc_easy, second/gsm8k" in shown
+    assert f"- 2 cells done in {directory.root} only: second/arc_easy, second/gsm8k" in shown
     assert {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()} == before
     assert main(["report", str(directory.root), str(other), "to=compared.md"]) == 0
     assert (place / "compared.md").read_text().strip() == output().strip()

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors",
     "masking",
+    "remembered",
     "record",
     # planning
     "tasks",
@@ -42,6 +43,7 @@ ORDER = [
     "export",
     "answers",
     "charts",
+    "sizes",
     "page",
     # serving
     "supervisor",

@@ -45,7 +45,16 @@ def test_a_sweep_beside_itself_shows_no_difference(root: Path, tmp_path: Path) -
 def test_two_sweeps_say_what_only_one_has_done(root: Path, tmp_path: Path) -> None:
     fewer = write(tmp_path / "two", models=2, tasks=3, samples=600, failed=0).root
     text = between(read_sweep(root), read_sweep(fewer))
-    assert f"cells are done in {root} only: " in text
+    assert f"cells done in {root} only: " in text
+
+
+def test_lines_of_the_timeline_that_cannot_be_read_are_said(tmp_path: Path) -> None:
+    root = write(tmp_path / "one", models=2, tasks=2, samples=40, failed=0).root
+    with read_sweep(root).directory.timeline.open("a") as timeline:
+        timeline.write("{torn\n")
+    sweep = read_sweep(root)
+    write_page(sweep)
+    assert "timeline.jsonl: 1 line cannot be read" in sweep.directory.page.read_text()
 
 
 @pytest.mark.parametrize("damage", ["deleted", "torn"])

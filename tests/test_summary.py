@@ -143,14 +143,14 @@ def test_nobody_leads_where_nothing_is_compared(records: tuple[Record, ...], sai
 def test_what_failed_is_said_by_cause_and_what_is_owed_is_no_failure() -> None:
     failed = record("b", status=Status.FAILED, error="no memory\nlog")
     lines = headline(sweep(record("a"), failed, replace(failed, model="c"), owed=5), ())
-    assert lines["failed"] == "2 of 6 cells; 2 for: no memory; 3 cells are still owed"
+    assert lines["failed"] == "2 of 6 cells; 2 for: no memory; 3 cells still owed"
     assert headline(sweep(record("a")), ())["failed"] == "nothing"
 
 
 def test_what_bends_is_counted_with_an_example() -> None:
     cut = record("b", counts=Counts(requests=10, truncated=2))
     said = "2 of 10 requests had their context cut from the left to fit the model"
-    assert headline(sweep(record("a"), cut), ())["bends"] == f"1 cell has what could bend a number: b/t: {said}"
+    assert headline(sweep(record("a"), cut), ())["bends"] == f"1 cell with what could bend a number: b/t: {said}"
     assert headline(sweep(record("a")), ())["bends"] == "nothing that is known of"
 
 

@@ -8,14 +8,13 @@ script is compressed, and a policy in the page lets no other script run and noth
 import base64
 import gzip
 import hashlib
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache, partial
-from pathlib import Path, PurePath
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -32,8 +31,9 @@ from sweep.results.charts import Bar, Point, size_chart, task_chart, timeline_ch
 from sweep.results.compare import Comparison, leaders
 from sweep.results.reading import Sweep
 from sweep.results.references import Published
-from sweep.results.report import ARROWS, caveats, differences, reason, same_settings
+from sweep.results.report import ARROWS, caveats, counted, differences, reason, same_settings
 from sweep.results.sharing import may_leave
+from sweep.results.sizes import asked_of, billions, in_fewer_bits, is_quantized
 from sweep.results.store import read_cells
 from sweep.results.summary import headline
 from sweep.results.timeline import Span
@@ -46,7 +46,6 @@ OPEN_CHARTS = 8
 PRINTED_COLUMNS = 5
 """Tasks side by side on paper."""
 
-_QUANTIZED = re.compile(r"(?i)[-_.](awq|gptq|int[48]|fp8|nf4|w\d+a\d+|bnb|4bit|8bit|marlin|nvfp4)(?=[-_.]|$)")
 Key = tuple[str, str, str, str]
 """Task, subtask, metric and filter: what makes two numbers comparable."""
 
@@ -224,7 +223,7 @@ def page(
     troubles = list(troubles)
     columns = _columns(sweep)
     rows = _rows(sweep, columns, comparisons)
-    sizes = {model: _billions(sweep, model) for model in sweep.models}
+    sizes = {model: billions(sweep, model) for model in sweep.models}
     charts = _charts(sweep, columns, published, sizes, troubles.append)
     size_charts = _size_charts(sweep, columns, sizes, troubles.append)
     timeline = _timeline(sweep, troubles.append)
@@ -262,10 +261,6 @@ def page(
         data={"comparisons": _packed(_comparison_table(comparisons))} if comparisons else {},
     )
     return _rendered(view)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _columns(sweep: Sweep) -> tuple[Column, ...]:
@@ -392,7 +387,7 @@ def _charts(
             continue
         first, last = points[0], points[-1]
         sentence = (
-            f"{column.title}, {column.label}: {_count(len(points), 'model')}, from {first.model} with "
+            f"{column.title}, {column.label}: {counted(len(points), 'model')}, from {first.model} with "
             f"{first.value:.4f} to {last.model} with {last.value:.4f}; the numbers are in the leaderboard."
         )
         svg = _drawn(column.title, trouble, partial(task_chart, points, f"{column.label} {column.arrow}".strip()))
@@ -446,86 +441,10 @@ def _size_charts(
     return tuple(found)
 
 
-def _model(sweep: Sweep, model: str) -> Mapping[str, Any]:
-    """What the config says of it, or else its records do."""
-    known: Mapping[str, Any] | None = sweep.config.get("models", {}).get(model)
-    return known or next((record.settings for record in sweep.records if record.model == model), {})
-
-
-def _billions(sweep: Sweep, model: str) -> float | None:
-    """Parameters, from the weights where they lie here unquantised, else from what the model is called."""
-    asked = _model(sweep, model)
-    path = str(asked.get("path") or "")
-    if not _is_quantized(sweep, model):
-        counted = _counted(path)
-        if counted:
-            return counted / 1e9
-    for name in (PurePath(path).name, model):
-        found = re.search(r"(?i)(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name)
-        if found:
-            return float(found[1]) / (1 if found[2].lower() == "b" else 1000)
-    return None
-
-
-class _Index(msgspec.Struct):
-    """`model.safetensors.index.json`."""
-
-    weight_map: dict[str, str]
-
-
-@cache
-def _counted(path: str) -> int | None:
-    """Numbers in the safetensors files of a local folder, by their headers; None where they do not tell."""
-    total = 0
-    try:
-        for file in _weights(Path(path)) if path else ():
-            with file.open("rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                if length > file.stat().st_size:
-                    return None  # no safetensors: a pointer of Git LFS, for one
-                header = msgspec.json.decode(opened.read(length), type=dict[str, dict[str, Any]])
-            total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    except (OSError, msgspec.MsgspecError):
-        return None  # not for this page to complain about: vLLM has read it or has said why not
-    return total or None
-
-
-def _weights(folder: Path) -> list[Path]:
-    """What transformers would load; beside it the same weights may lie in another form (`consolidated.safetensors`)."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-        return [folder / name for name in sorted(set(named.values()))]
-    return sorted(folder.glob("model*.safetensors"))
-
-
-def _is_quantized(sweep: Sweep, model: str) -> bool:
-    asked = _model(sweep, model)
-    name = PurePath(str(asked.get("path") or "")).name
-    return bool(asked.get("quantization") or _QUANTIZED.search(name) or _QUANTIZED.search(model))
-
-
 def _quantized(sweep: Sweep, comparisons: Sequence[Comparison]) -> tuple[Quantized, ...]:
-    """Models whose name says that they are another one of the sweep in fewer bits, asked in the same way."""
-    pairs = []
-    for model in sweep.models:
-        if not _is_quantized(sweep, model):
-            continue
-        names = {_QUANTIZED.sub("", PurePath(str(_model(sweep, model).get("path") or "")).name).lower()}
-        names.add(_QUANTIZED.sub("", model).lower())
-        for full in sweep.models:
-            other = _model(sweep, full)
-            same = other.get("chat", False) == _model(sweep, model).get("chat", False)
-            if (
-                not _is_quantized(sweep, full)
-                and same
-                and names & {PurePath(str(other.get("path") or "")).name.lower(), full.lower()}
-            ):
-                pairs.append((model, full))
-                break
     main = {column.key for column in _columns(sweep) if column.main}
     found = []
-    for model, full in pairs:
+    for model, full in in_fewer_bits(sweep):
         both = []
         for c in comparisons:
             if {c.model_a, c.model_b} == {model, full} and (c.task, c.subtask, c.metric, c.filter) in main:
@@ -685,19 +604,19 @@ def _timeline(sweep: Sweep, trouble: Callable[[str], None]) -> Markup | None:
 
 
 def _facts(sweep: Sweep, model: str) -> Facts:
-    asked = _model(sweep, model)
+    asked = asked_of(sweep, model)
     records = [r for r in sweep.records if r.model == model and r.status is Status.DONE]
     methods = Counter[str]()
     for record in records:
         methods.update(record.settings.get("methods", {}))
     templates = {str(sha)[:12] for r in records if (sha := r.settings.get("chat_template_sha"))}
-    size = _billions(sweep, model)
+    size = billions(sweep, model)
     return Facts(
         model=model,
         path=str(asked.get("path") or asked.get("url") or ""),
         commit=str(_plan(sweep).get("models", {}).get(model, {}).get("commit") or "")[:12],
         dtype=str(asked.get("dtype") or ""),
-        quantization=str(asked.get("quantization") or ("by its name" if _is_quantized(sweep, model) else "")),
+        quantization=str(asked.get("quantization") or ("by its name" if is_quantized(sweep, model) else "")),
         chat=f"template {', '.join(sorted(templates))}" if templates else "yes" if asked.get("chat") else "",
         billions="" if size is None else f"{size:.3g} B" if size >= 1 else f"{size * 1000:.3g} M",
         methods=", ".join(f"{name} {count:,}" for name, count in methods.most_common()),

@@ -325,6 +325,11 @@ def _folded(said: Iterable[tuple[Record, Sequence[str]]]) -> list[str]:
     return [f"{', '.join(f'{r.model}/{r.task}' for r in records)}: {text}" for text, records in by_text(said)]
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 cell`, `1,000 cells`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def some(names: Sequence[str]) -> str:
     more = len(names) - _LISTED
     return f"{', '.join(names[:_LISTED])} and {more} more" if more > 0 else ", ".join(names)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from sweep.record import Status
 from sweep.results.compare import LEVEL, Comparison, Findings, leaders
 from sweep.results.reading import Sweep
-from sweep.results.report import ARROWS, aligned, by_text, caveats, duration, reason, section, some
+from sweep.results.report import ARROWS, aligned, by_text, caveats, counted, duration, reason, section, some
 
 PAIRS_MOST = 200
 """Comparisons in report.md; the page has them all, to be searched."""
@@ -92,7 +92,7 @@ def _failed(sweep: Sweep) -> str:
     said = [f"{len(failed)} of {len(sweep.records) + waiting} cells"] if failed else []
     said += [f"{len(records)} for: {text}" for text, records in by_text((r, [reason(r)]) for r in failed)[:2]]
     if waiting > 0:
-        said.append(f"{waiting} cells are still owed")
+        said.append(f"{counted(waiting, 'cell')} still owed")
     return "; ".join(said) or "nothing"
 
 
@@ -101,9 +101,8 @@ def _bent(sweep: Sweep) -> str:
     cells = [cell for cell, said in bent.items() if said]
     if not cells:
         return "nothing that is known of"
-    have = "1 cell has" if len(cells) == 1 else f"{len(cells)} cells have"
     example = f"{cells[0]}: {bent[cells[0]][0]}"
-    return f"{have} what could bend a number{', as' if len(cells) > 1 else ':'} {example}"
+    return f"{counted(len(cells), 'cell')} with what could bend a number{', as' if len(cells) > 1 else ':'} {example}"
 
 
 def _cost(sweep: Sweep) -> str:
