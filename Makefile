@@ -14,7 +14,7 @@ demo: setup ## set up, make four tiny models, and run the demo sweep over them
 	$(python) launch.py conf=demo
 
 test: lint ## set up, lint, check types, and run all tests
-	$(python) -m pytest
+	$(python) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-quick: setup ## the inner loop: tests without vLLM, Ray and the slow ones
 	$(python) -m pytest -m "not vllm and not ray and not slow"
@@ -25,6 +25,6 @@ lint: setup ## ruff and mypy
 	$(python) -m mypy
 
 bench: setup ## every claim about speed, measured here against stock lm-eval and vLLM (needs real data)
-	@failed=; for what in schedule store tokenize memory scoring generation; do \
+	@failed=; for what in schedule store tokenize memory scoring generation concurrency; do \
 		$(python) -m bench.$$what || failed="$$failed $$what"; \
 	done; if [ -n "$$failed" ]; then echo "below their bars:$$failed"; exit 1; fi
