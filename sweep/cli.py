@@ -59,8 +59,8 @@ samples=1       with plan: show one rendered prompt of each cell
 cluster=FILE    with plan: what it would take on the cluster that the file describes (conf/cluster/8xH100.yaml)
 
 exit codes      0    every cell is done
-                1    some cells failed, a model cannot be served, something could not be fetched, or the walltime was
-                     too short to get on at all; it is listed, the rest is done
+                1    some cells failed (of plan: cannot run), a model cannot be served, something could not be fetched,
+                     or the walltime was too short to get on at all; it is listed, the rest is done
                 2    wrong input, the machines lack what the plan needs, or the run directory cannot be used or written
                 3    every cell is done, but a number is not as the sweep's `expect` says, or is not there;
                      of status: cells are owed and a driver is at work; 4: and none is
@@ -242,6 +242,7 @@ def _plan(arguments: Arguments) -> int:
     from sweep.overview import describe, expected, rendered
     from sweep.planning.loading import load_cluster
     from sweep.planning.plan import make_plan
+    from sweep.results.report import counted
     from sweep.results.store import RunDirectory, read_commits, read_records
     from sweep.running.inventory import described
     from sweep.running.machine import local_node
@@ -251,7 +252,7 @@ def _plan(arguments: Arguments) -> int:
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     records, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
     plan = make_plan(config, records, only=arguments.only, ask_hub=False, commits=commits)
-    print(describe(config, plan, directory))
+    print(describe(config, plan, directory, only=arguments.only))
     print(f"\n{expected(plan, nodes, records.values(), where=arguments.cluster or 'this machine')}")
     _examine(plan, required=False, told=True)
     failed = 0
@@ -261,7 +262,9 @@ def _plan(arguments: Arguments) -> int:
         except SweepError as error:
             failed += 1
             print(f"\n{cell.key}: {error}")
-    return FAILED if failed else DONE
+    if plan.refused:
+        print(f"\n{counted(len(plan.refused), 'cell')} cannot run: see the lines with ! above")
+    return FAILED if failed or plan.refused else DONE
 
 
 def _check(arguments: Arguments) -> int:

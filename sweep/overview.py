@@ -16,6 +16,7 @@ from sweep.planning.loading import secrets_of
 from sweep.planning.plan import Cell, Plan, ServerPlan, is_local, served_name
 from sweep.planning.tasks import catalog
 from sweep.record import Record
+from sweep.results.report import lasting
 from sweep.results.store import RunDirectory
 from sweep.running.costs import Costs
 from sweep.running.inventory import Node, shortages, total_gpus
@@ -26,12 +27,12 @@ PORT = 20000
 """Stands for the free port that a server gets when it starts."""
 
 
-def describe(config: SweepConfig, plan: Plan, directory: RunDirectory) -> str:
+def describe(config: SweepConfig, plan: Plan, directory: RunDirectory, *, only: str | None = None) -> str:
     """The plan for a terminal: cells, servers with their exact commands, what is done and what is still unknown.
 
-    Raises ConfigError for a server option that is not set there.
+    `only` is what the plan was narrowed to. Raises ConfigError for a server option that is not set there.
     """
-    return "\n".join(_lines(config, plan, directory))
+    return "\n".join(_lines(config, plan, directory, only))
 
 
 def document(plan: Plan) -> dict[str, Any]:
@@ -62,11 +63,14 @@ def cells_document(plan: Plan) -> dict[str, Any]:
     return {cell.key: {"fingerprint": cell.fingerprint, "done": cell.key in plan.done} for cell in plan.cells}
 
 
-def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator[str]:
+def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory, only: str | None) -> Iterator[str]:
     models = len({cell.model.name for cell in plan.cells})
     tasks = list(dict.fromkeys(cell.task_name for cell in plan.cells))
     yield f"sweep {config.name}: {models} models × {len(tasks)} tasks, {len(plan.cells)} cells"
-    yield f"run directory {directory.root}: {len(plan.done)} cells done, {len(plan.owed)} owed"
+    if only is None:
+        yield f"run directory {directory.root}: {len(plan.done)} cells done, {len(plan.owed)} owed"
+    else:
+        yield f"only={only}: of the sweep's cells these, which run again from the answers in {directory.root}"
     yield ""
     yield "tasks"
     for name in tasks:
@@ -90,6 +94,8 @@ def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory) -> Iterator
     yield ""
     yield "servers"
     for server in plan.servers.values():
+        if only is not None and server.name not in owed:
+            continue
         yield f"  {server.name}: {_needs(server)}{'' if server.name in owed else ', nothing owed: not started'}"
         if server.external:
             yield f"    {served_name(server)} at {server.model.url}, which someone else runs: not started, not stopped"
@@ -163,8 +169,8 @@ def expected(plan: Plan, nodes: Sequence[Node], records: Iterable[Record], *, wh
         source = "from what earlier cells took, priors for the rest" if costs.measured else "from priors"
         unmeasured = "" if costs.measured else ", nothing measured yet"
         lines += [
-            f"  {clock(outcome.makespan_s)} in all, first result after {clock(outcome.first_result_s)}, "
-            f"{outcome.gpu_s / 3600:.1f} GPU-hours; an estimate {source}{unmeasured}",
+            f"  {lasting(outcome.makespan_s)} in all, first result after {lasting(outcome.first_result_s)}, "
+            f"{outcome.gpu_s / 3600:.2f} GPU-hours; an estimate {source}{unmeasured}",
             *_timeline(outcome, plan),
         ]
     return "\n".join(lines)
@@ -198,7 +204,7 @@ def _timeline(outcome: Outcome, plan: Plan) -> Iterator[str]:
     named = {row: _listed_gpus(places) for row, places in together.items()}
     width = max(map(len, named.values()), default=0)
     if named:
-        yield f"  {'':<{width}}  0:00{clock(outcome.makespan_s):>{COLUMNS - 4}}"
+        yield f"  {'':<{width}}  0:00{clock(outcome.makespan_s):>{COLUMNS - 4}} h:mm (. a server starts)"
     for line, places_shown in list(named.items())[:ROWS]:
         yield f"  {places_shown:<{width}}  {line}".rstrip()
     if len(named) > ROWS:
@@ -208,7 +214,7 @@ def _timeline(outcome: Outcome, plan: Plan) -> Iterator[str]:
         held_s = sum((span.end_s - span.start_s) * sum(len(gpus) for _, gpus in span.places) for span in mine)
         start, end = clock(min(span.start_s for span in mine)), clock(max(span.end_s for span in mine))
         lives = f"{len(mine)} server{'' if len(mine) == 1 else 's'}"
-        yield f"  {mark} {name}: {start} to {end}, {lives}, {held_s / 3600:.1f} GPU-hours"
+        yield f"  {mark} {name}: {start} to {end}, {lives}, {held_s / 3600:.2f} GPU-hours"
 
 
 def _listed_gpus(places: Sequence[tuple[str, int]]) -> str:

@@ -17,6 +17,7 @@ import msgspec
 from sweep.errors import StoreError, boundary
 from sweep.record import Status
 from sweep.results.claim import STALE_S, Heartbeat, read_heartbeat
+from sweep.results.report import lasting
 from sweep.results.store import RunDirectory, read_cells
 
 MOST = 20
@@ -116,7 +117,7 @@ def _lines(stands: Standing, root: Path) -> Iterator[str]:
     if work is not None and work.requests_per_s:
         yield f"rate     {work.requests_per_s:g} requests/s"
     if work is not None and work.left_s is not None:
-        yield f"left     about {_duration(work.left_s)}"
+        yield f"left     about {lasting(60 * math.ceil(work.left_s / 60))}"
     yield ""
     unfinished_first = sorted(by_model.items(), key=lambda item: item[1].keys() == {State.DONE})
     rows = [[name, *(str(count[state]) for state in State)] for name, count in [*unfinished_first, ("all", every)]]
@@ -140,12 +141,6 @@ def _driver(stands: Standing) -> str:
     if stands.alive:
         return f"{beat}, {silent}"
     return f"died: {beat}, {silent}; the same command goes on where it stopped"
-
-
-def _duration(seconds: float) -> str:
-    """`35 min` or `3 h 05 min`: no guess is better than that."""
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -162,6 +162,14 @@ def test_a_machine_without_gpus_says_at_once_which_models_need_how_many(place: P
     assert "not enough GPUs: qwen2-5-3b needs 4 GPUs on one node; there is none here" in said.err
 
 
+def test_a_python_without_what_we_need_says_how_to_get_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", str(LAUNCH), "tasks"], env={}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: \S+ lacks lm_eval, msgspec, ray; `make setup` makes .venv, .*\n", done.stderr)
+
+
 def test_no_argument_is_usage_and_exit_code_2() -> None:
     said = launch()
     assert (said.code, said.err) == (2, "")

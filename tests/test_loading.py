@@ -12,7 +12,7 @@ from sweep import ROOT
 from sweep.errors import ConfigError
 from sweep.masking import is_secret, secret_variables
 from sweep.planning.config import CellOverride, Device, Expectation, NodeGroup, Overflow, Seeds, SweepConfig
-from sweep.planning.loading import dump, load, load_cluster, secrets_of
+from sweep.planning.loading import dump, load, load_cluster, secrets_of, sweep_file
 
 SMALL = """
 models:
@@ -631,6 +631,30 @@ def test_an_unknown_sweep_is_refused_with_the_nearest_one():
         load("dmeo")
     with pytest.raises(ConfigError, match=r"command line: conf: no file '/.*/dem\.yaml'; did you mean 'demo\.yaml'\?"):
         load("conf/dem.yaml")
+
+
+def test_what_is_kept_of_a_sweep_asks_as_a_file_for_the_same_sweep(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789abcdef")
+    monkeypatch.setenv("MY_KEY", "0123456789abcdef")
+    for folder in ("train/a", "train/b"):
+        (Path(folder)).mkdir(parents=True)
+        Path(folder, "config.json").write_text("{}")
+    config = loaded(
+        """
+        defaults: {model: {dtype: float16}, task: {limit: 10}}
+        models:
+          m: {checkpoints: [train/*], adapters: {sql: org/sql}, env: {A: "1", MY_KEY: "${oc.env:MY_KEY}"}}
+          v: {path: org/v, variants: {x: {chat: true}, y: {quantization: awq, tasks: ["!mmlu"]}}, revision: main}
+          url: {url: "http://h:1", tokenizer: org/t, api_key: "${oc.env:OPENAI_API_KEY}"}
+        tasks:
+          gsm8k: {num_fewshot: [0, 5]}
+          mmlu: {gen_kwargs: {temperature: 0.5, until: ["a"]}}
+        wandb: {mode: disabled}
+        """,
+        "runs_dir=elsewhere",
+    )
+    write("again.yaml", sweep_file(yaml.safe_load(dump(config))))
+    assert dump(load("again", ["runs_dir=elsewhere"])) == dump(config)
 
 
 def test_two_checkpoints_of_one_name_are_refused():

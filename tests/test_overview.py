@@ -212,16 +212,16 @@ def test_a_plan_tells_how_long_it_takes_where_and_that_this_rests_on_priors() ->
     shown = forecast(sweep(models=models, tasks={"gsm8k": Task(task="gsm8k")}), H100)
     assert shown[0] == "expected on c.yaml (4 GPUs on 1 node)"
     assert re.fullmatch(
-        r"  0:\d\d in all, first result after 0:\d\d, 0\.\d GPU-hours; "
+        r"  [\d smin]+ in all, first result after [\d smin]+, 0\.\d\d GPU-hours; "
         r"an estimate from priors, nothing measured yet",
         shown[1],
     )
-    assert re.fullmatch(r" +0:00 +0:\d\d", shown[2])
+    assert re.fullmatch(r" +0:00 +0:\d\d h:mm \(\. a server starts\)", shown[2])
     rows = [line for line in shown if line.startswith("  h100")]
     assert re.match(r"  h100 0-[13]  \.+A+", rows[0])
     assert any(re.search(r"\.+B+", row) for row in rows)
-    assert re.fullmatch(r"  A big: 0:00 to 0:\d\d, \d servers?, 0\.\d GPU-hours", shown[-2])
-    assert re.fullmatch(r"  B small: 0:00 to 0:\d\d, 1 server, 0\.0 GPU-hours", shown[-1])
+    assert re.fullmatch(r"  A big: 0:00 to 0:\d\d, \d servers?, 0\.\d\d GPU-hours", shown[-2])
+    assert re.fullmatch(r"  B small: 0:00 to 0:\d\d, 1 server, 0\.0\d GPU-hours", shown[-1])
 
 
 def test_a_plan_rests_on_what_was_measured_once_something_was() -> None:

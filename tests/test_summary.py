@@ -165,7 +165,7 @@ def test_cost_is_time_gpu_hours_and_requests_of_all_launches() -> None:
     )
     lines = headline(sweep(record("a"), record("b"), timeline=timeline), ())
     assert lines["cost"] == (
-        "1:01:00 in 2 launches, 1.00 GPU-hours, 0.25 server-hours without a GPU, 1,800 requests computed, 200 reused"
+        "1 h 01 min in 2 launches, 1.00 GPU-hours, 0.25 server-hours without a GPU, 1,800 requests computed, 200 reused"
     )
     assert headline(sweep(record("a")), ())["cost"] == "900 requests computed, 100 reused"
 

@@ -114,6 +114,26 @@ def dump(config: SweepConfig) -> str:
     return yaml.safe_dump(shown(asdict(config)), sort_keys=False, allow_unicode=True, width=120)
 
 
+def sweep_file(kept: Mapping[str, Any]) -> str:
+    """What `dump` wrote as a sweep file that asks for the same, in a run directory of its own; secrets by variables."""
+    models: dict[str, Any] = {}
+    for name, model in kept.get("models", {}).items():
+        entry, adapter = model.get("entry"), model.get("adapter")
+        if adapter is not None and entry in models:
+            models[entry].setdefault("adapters", {})[name.removeprefix(f"{entry}-")] = adapter
+            continue
+        left_out = {"entry", "adapter", *(("path", *_OF_OUR_SERVER) if model.get("url") else ())}
+        models[name] = {key: value for key, value in model.items() if key not in left_out}
+
+    def by_variables(value: Any, key: _Key = ()) -> Any:
+        if isinstance(value, dict):
+            return {name: by_variables(item, (*key, name)) for name, item in value.items()}
+        return f"${{oc.env:{_variable(key)}}}" if value == MASK else value
+
+    settings = {key: value for key, value in kept.items() if key != "runs_dir"} | {"models": models}
+    return yaml.safe_dump(by_variables(settings), sort_keys=False, allow_unicode=True, width=100)
+
+
 def secrets_of(config: SweepConfig) -> tuple[str, ...]:
     """The texts that must not be shown, longest first: what stands under secret-looking keys and environment variables,
     and the passwords of URLs.
@@ -237,12 +257,16 @@ def _checked(label: str, data: Any, schema: Mapping[str, Any]) -> _Source:
         for key, value in _leaves(typed):
             holds_secret = key[-1] == "api_key" or (key[-2:-1] in (("env",), ("server",)) and is_secret(key[-1]))
             if holds_secret and isinstance(value, str) and "${" not in value:
-                name = key[-1].upper() if key[-2:-1] == ("env",) else "OPENAI_API_KEY"
-                cure = f"write {key[-1]}: ${{oc.env:{name}}} and set {name} in the environment"
+                cure = f"write {key[-1]}: ${{oc.env:{_variable(key)}}} and set {_variable(key)} in the environment"
                 raise _Mistake(f"a secret is not written down; {cure}", key)
     except _Mistake as mistake:
         raise ConfigError(": ".join(filter(None, (label, ".".join(mistake.keys[0]), mistake.text)))) from None
     return _Source(label, typed)
+
+
+def _variable(key: _Key) -> str:
+    """Of the environment, which is to hold the secret at this key."""
+    return key[-1].upper() if key[-2:-1] == ("env",) else "OPENAI_API_KEY"
 
 
 def _merge(weaker: Mapping[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:

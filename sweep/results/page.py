@@ -19,12 +19,12 @@ from typing import Any
 
 import jinja2
 import msgspec
-import yaml
 from markupsafe import Markup
 
 from sweep import __version__
 from sweep.errors import ConfigError, ReportError, boundary
 from sweep.planning.config import Task
+from sweep.planning.loading import sweep_file
 from sweep.record import Record, Score, Status
 from sweep.results.answers import Block, blocks
 from sweep.results.charts import Bar, Point, size_chart, task_chart, timeline_chart
@@ -256,7 +256,7 @@ def page(
         private=tuple(block.task for block in kept if _is_private(sweep, block.task)),
         facts=tuple(_facts(sweep, model) for model in sweep.models),
         versions=_versions(sweep.records),
-        settings=yaml.safe_dump(dict(sweep.config), sort_keys=False, allow_unicode=True, width=100),
+        settings=sweep_file(sweep.config),
         commands=_commands(sweep),
         data={"comparisons": _packed(_comparison_table(comparisons))} if comparisons else {},
     )

@@ -110,10 +110,19 @@ def _width(table: str) -> int:
 
 
 def duration(seconds: float) -> str:
-    """`0:35`, `12:03` or `1:02:03`."""
+    """`0:35`, `12:03` or `1:02:03`: where a column is narrow or ticks."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def lasting(seconds: float) -> str:
+    """`35 s`, `4 min 27 s`, `35 min` or `3 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 10:
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+    return f"{minutes} min {rest} s" if minutes and rest else f"{minutes} min" if minutes else f"{rest} s"
 
 
 def csv_text(records: Sequence[Record], models: Sequence[str]) -> str:

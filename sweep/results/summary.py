@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from sweep.record import Status
 from sweep.results.compare import LEVEL, Comparison, Findings, leaders
 from sweep.results.reading import Sweep
-from sweep.results.report import ARROWS, aligned, by_text, caveats, counted, duration, reason, section, some
+from sweep.results.report import ARROWS, aligned, by_text, caveats, counted, lasting, reason, section, some
 
 PAIRS_MOST = 200
 """Comparisons in report.md; the page has them all, to be searched."""
@@ -110,7 +110,7 @@ def _cost(sweep: Sweep) -> str:
     timeline, said = sweep.timeline, []
     if timeline.launches:
         launches = f" in {len(timeline.launches)} launches" if len(timeline.launches) > 1 else ""
-        said.append(f"{duration(sum(span.end - span.start for span in timeline.launches))}{launches}")
+        said.append(f"{lasting(sum(span.end - span.start for span in timeline.launches))}{launches}")
     if timeline.servers:
         on_cpus = sum(span.end - span.start for span in timeline.servers if not span.gpus)
         said += [f"{timeline.gpu_s / 3600:.2f} GPU-hours"] if timeline.gpu_s else []
