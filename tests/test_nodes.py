@@ -37,6 +37,7 @@ def test_a_node_that_joins_is_used_when_it_has_answered() -> None:
     assert nodes.due(1.0) == {}
     nodes.answered("b", Looked(gpu_memory_gb=80.0, disk_free_gb=10.0, weights=frozenset({"/m"})), 1.1)
     assert usable(nodes, 1.1) == ["a", "b"]
+    assert [node.host for node in nodes.usable(1.1)] == ["host-a", "host-b"]
     assert not nodes.awaited(1.1)
     assert nodes.usable(1.1)[1].weights == {"/m"}
 

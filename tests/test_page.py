@@ -14,11 +14,12 @@ from playwright.sync_api import expect, sync_playwright
 
 from sweep.record import Counts, Record, Score, Status
 from sweep.results.answers import blocks
-from sweep.results.charts import Point, task_chart
+from sweep.results.charts import Bar, Label, Point, task_chart, timeline_chart
 from sweep.results.compare import compare, leaders
 from sweep.results.page import page
 from sweep.results.reading import Sample, Sweep, read_sweep
 from sweep.results.references import Published
+from sweep.results.timeline import Event, spans
 from tests.synthetic import NASTY, write
 
 CHROMIUM = shutil.which("chromium")
@@ -269,6 +270,96 @@ def test_a_cell_without_numbers_counts_or_versions_does_not_break_the_page(small
         ),
     )
     assert "nan" in page(replace(small, records=(bare, odd)), (), ())
+
+
+@dataclass
+class Drawn:
+    """What the timeline's chart was asked to draw."""
+
+    bars: list[Bar]
+    labels: list[Label]
+    rows: list[str]
+
+    def cells(self, row: int) -> list[tuple[str, float, float]]:
+        return [(b.kind, b.start, b.end) for b in self.bars if b.row == row and b.kind in ("waiting", "cell")]
+
+
+def drawn_timeline(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, *events: Event) -> Drawn:
+    """Of a launch that began at 0 s."""
+    asked: list[Drawn] = []
+
+    def draw(bars: list[Bar], labels: list[Label], rows: list[str], end_s: float) -> str:
+        asked.append(Drawn(bars, labels, rows))
+        return timeline_chart(bars, labels, rows, end_s)
+
+    monkeypatch.setattr("sweep.results.page.timeline_chart", draw)
+    began = Event(time=0, what="launch", name="h", state="began")
+    page(replace(sweep, records=(), timeline=spans((began, *events))), (), (), samples=False)
+    return asked[0]
+
+
+def life(name: str, model: str, times: tuple[float, float | None, float], *, on: str, host: str = "") -> list[Event]:
+    """Of a server: it starts, is ready where it ever is, and is gone."""
+    known: dict[str, Any] = {"what": "server", "name": name}
+    start, ready, end = times
+    found = [Event(**known, time=start, state="starting", server=model, on=on, host=host)]
+    found += [] if ready is None else [Event(**known, time=ready, state="ready")]
+    return [*found, Event(**known, time=end, state="gone")]
+
+
+def ran(cell: str, start: float, end: float) -> list[Event]:
+    return [Event(what="cell", name=cell, time=t, state=state) for t, state in ((start, "running"), (end, "done"))]
+
+
+def in_time(*events: list[Event]) -> list[Event]:
+    return sorted((one for each in events for one in each), key=lambda event: event.time)
+
+
+def test_a_cell_waits_on_the_timeline_until_a_server_of_its_model_is_ready(
+    small: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, task = small.models[0], small.tasks[0]
+    events = in_time(
+        life("a-0", a, (0, 100, 200), on="n1"),
+        life("a-1", a, (50, 150, 300), on="n2"),
+        life("a-2", a, (250, None, 290), on="n1"),
+        ran(f"{a}/{task}", 10, 260),
+    )
+    drawn = drawn_timeline(small, monkeypatch, *events)
+    assert drawn.rows == ["node 1 · 1", "node 2 · 1"]
+    assert drawn.cells(0) == [("waiting", 10, 100), ("cell", 100, 200)]
+    assert drawn.cells(1) == [("waiting", 50, 100), ("cell", 150, 260)]
+    alone = in_time(life("a-0", a, (0, None, 90), on="n1"), ran(f"{a}/{task}", 10, 90))
+    assert drawn_timeline(small, monkeypatch, *alone).cells(0) == [("waiting", 10, 90)]
+
+
+def test_rows_of_the_timeline_are_hosts_or_numbered_nodes(small: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = small.models[0]
+
+    def rows(*hosts: tuple[str, str]) -> list[str]:
+        lives = (life(f"a-{n}", a, (n, n + 9.5, n + 20), on=on, host=host) for n, (on, host) in enumerate(hosts))
+        return drawn_timeline(small, monkeypatch, *in_time(*lives)).rows
+
+    ids = ["c98" * 18, "f00" * 18, "d11" * 18]
+    named = [(ids[0], "gpu-10.lab.org"), (ids[1], "gpu-2.lab.org"), (ids[2], "10.0.0.7")]
+    assert rows(*named) == ["10.0.0.7 · 1", "gpu-2 · 1", "gpu-10 · 1"]
+    assert rows((ids[0], "x.a"), (ids[1], "x.b")) == ["x.a · 1", "x.b · 1"]
+    assert rows((ids[1], ""), (ids[0], ""), (ids[1], "")) == ["node 1 · 1", "node 1 · 2", "node 2 · 1"]
+    assert rows((f"{ids[1]}, {ids[0]}", "h1, h2"), ("", "")) == ["elsewhere · 1", "h1, h2 · 1"]
+    assert rows((ids[0], "h1"), (ids[1], "h1")) == ["h1 · 1", "h1 · 2"]
+
+
+def test_each_server_on_the_timeline_has_its_name_as_far_as_its_row_has_room() -> None:
+    def texts(*lives: tuple[float, float]) -> list[str]:
+        labels = [Label(row=0, text="a-long-name", start=start, end=end) for start, end in lives]
+        bars = [Bar(row=0, lane=0, lanes=1, kind="starting", start=start, end=end) for start, end in lives]
+        return re.findall(r"<text [^>]*>(a-[^<]*)</text>", timeline_chart(bars, labels, ["n · 1"], 860.0))
+
+    assert texts((0, 10)) == ["a-long-name"]
+    assert texts((850, 860)) == ["a-long-name"]
+    assert texts((0, 10), (100, 110), (850, 860)) == ["a-long-name"] * 3
+    assert texts((0, 40), (40, 860)) == ["a-lon…", "a-long-name"]
+    assert texts((0, 10), (10, 860)) == ["a-long-name"]
 
 
 # --- In a browser ----------------------------------------------------------------------------------------------------

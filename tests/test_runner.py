@@ -331,7 +331,7 @@ def test_the_timeline_tells_what_was_where_when_and_how_it_ended(loop: Loop) -> 
     began = 1000.0
 
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
-        cluster.inventory = (Node(name="n", gpus=4, cpu_servers=1, evaluators=1),)
+        cluster.inventory = (Node(name="n", host="big.lab", gpus=4, cpu_servers=1, evaluators=1),)
         yield from cluster.checks_pass()
         name, run = cluster.running()["a/t"]
         yield from cluster.after(10)
@@ -355,6 +355,7 @@ def test_the_timeline_tells_what_was_where_when_and_how_it_ended(loop: Loop) -> 
         ("b-0", "b", "n", 0, began, None, back, "gone"),
         ("a-1", "a", "n", 2, back, back, back + 7, "stopping"),
     ]
+    assert {server.host for server in timeline.servers} == {"big.lab"}
     said_of = [(server.lost, server.reason) for server in timeline.servers]
     assert said_of == [(True, "crashed"), (True, "no such model"), (False, "")]
     assert [(s.name, s.on, s.start, s.end, s.state) for s in timeline.cells] == [

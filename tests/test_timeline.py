@@ -19,7 +19,7 @@ def test_a_launch_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     path, now = tmp_path / "timeline.jsonl", iter(range(100, 200, 10))
     writer = TimelineWriter(path, clock=lambda: float(next(now)))
     writer.add("launch", "host", "began")
-    writer.add("server", "qwen-0", "starting", server="qwen", on="node", gpus=2.0, reason="work for it")
+    writer.add("server", "qwen-0", "starting", server="qwen", on="node", host="gpu-1", gpus=2.0, reason="work for it")
     writer.add("server", "qwen-0", "ready")
     writer.add("cell", "qwen/gsm8k", "running", on="evaluator.0")
     writer.add("cell", "qwen/gsm8k", "failed", reason="no data")
@@ -29,6 +29,7 @@ def test_a_launch_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     timeline = read_timeline(path)
     (server,), (cell,), (launch,) = timeline.servers, timeline.cells, timeline.launches
     assert (server.name, server.server, server.on, server.gpus) == ("qwen-0", "qwen", "node", 2.0)
+    assert server.host == "gpu-1"
     assert (server.start, server.ready, server.end, server.state) == (110, 120, 160, "gone")
     assert (cell.name, cell.on, cell.start, cell.ready, cell.end) == ("qwen/gsm8k", "evaluator.0", 130, None, 140)
     assert (cell.state, cell.reason) == ("failed", "no data")

@@ -5,8 +5,9 @@ the page, which knows light from dark; the texts in them are escaped by Vega.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 VEGA_LITE = "5.20"
@@ -59,10 +60,19 @@ class Bar:
     """Of `lanes`, from the top: cells that run at the same time on one server."""
     lanes: int
     kind: str
-    """`starting`, `ready` or `cell`."""
+    """`starting` or `ready` of a server; `waiting` (for its server) or `cell` (at work) of a cell."""
     start: float
     end: float
-    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """A server's name on the timeline, and the server's life there; seconds, as of a bar."""
+
+    row: int
+    text: str
+    start: float
+    end: float
 
 
 def task_chart(points: Sequence[Point], metric: str) -> str:
@@ -168,26 +178,31 @@ def size_chart(points: Sequence[Point], metric: str, *, higher_is_better: bool) 
     return _svg({"data": {"values": rows}, "width": 280, "height": 190, "encoding": {"x": x}, "layer": layers})
 
 
-def timeline_chart(bars: Sequence[Bar], rows: Sequence[str], end_s: float) -> str:
-    """Rows of servers, what they did over time, and the cells that ran on them."""
+def timeline_chart(bars: Sequence[Bar], labels: Sequence[Label], rows: Sequence[str], end_s: float) -> str:
+    """Rows of servers, what they did over time, and the cells that ran on them, which are thin while they wait."""
     height, width = 34, 860
     unit, per = ("hours", 3600) if end_s > 7200 else ("minutes", 60) if end_s > 180 else ("seconds", 1)
     values = []
     for bar in bars:
         top = bar.row * height + 4.0
-        low, high = (top, top + 12) if bar.kind != "cell" else (top + 14, top + 26)
-        if bar.kind == "cell":
-            each = (high - low) / bar.lanes
-            low, high = low + bar.lane * each, low + (bar.lane + 1) * each - (0.6 if bar.lanes > 1 else 0)
-        shown = bar.text if (bar.end - bar.start) / end_s * width > 6.2 * len(bar.text) else ""
-        values.append(
-            {"kind": bar.kind, "a": bar.start / per, "b": bar.end / per, "low": low, "high": high, "text": shown}
-        )
+        low, high = top, top + 12
+        if bar.kind in ("cell", "waiting"):
+            each = 12 / bar.lanes
+            low = top + 14 + bar.lane * each
+            high = low + each - (0.6 if bar.lanes > 1 else 0)
+        if bar.kind == "waiting":
+            middle, half = (low + high) / 2, max(0.3 * (high - low), min(1.0, high - low)) / 2
+            low, high = middle - half, middle + half
+        values.append({"kind": bar.kind, "a": bar.start / per, "b": bar.end / per, "low": low, "high": high})
+    names = [
+        {"a": at / per, "low": row * height + 4.0, "text": text, "align": align}
+        for row, at, text, align in _fitting(labels, end_s, width / end_s)
+    ]
     x = {
         "field": "a",
         "type": "quantitative",
         "scale": {"domain": [0, end_s / per], "nice": False},
-        "axis": {"title": unit, "grid": True},
+        "axis": {"title": unit, "grid": True, "tickCount": 10},
     }
     y = {
         "field": "low",
@@ -199,33 +214,61 @@ def timeline_chart(bars: Sequence[Bar], rows: Sequence[str], end_s: float) -> st
         "field": "kind",
         "type": "nominal",
         "legend": None,
-        "scale": {"domain": ["starting", "ready", "cell"], "range": [_GREY, _FILL, _ACCENT]},
+        "scale": {"domain": ["starting", "ready", "waiting", "cell"], "range": [_GREY, _FILL, _GREY, _ACCENT]},
     }
+    faint = {"condition": {"test": "datum.kind == 'starting'", "value": 0.6}, "value": 1}  # a name may stand on it
     layers: list[dict[str, Any]] = [
         {
-            "mark": {"type": "rect", "stroke": "var(--bg)", "strokeWidth": 0.5},
-            "encoding": {"x": x, "x2": {"field": "b"}, "y": y, "y2": {"field": "high"}, "color": colour},
-        },
-        {
-            "mark": {
-                "type": "text",
-                "align": "left",
-                "baseline": "top",
-                "dx": 3,
-                "dy": 2,
-                "fontSize": 9,
-                "color": _INK,
+            "mark": {"type": "rect", "stroke": "var(--bg)"},
+            "encoding": {
+                "x": x,
+                "x2": {"field": "b"},
+                "y": y,
+                "y2": {"field": "high"},
+                "color": colour,
+                "fillOpacity": faint,
+                "strokeWidth": {"condition": {"test": "datum.kind == 'waiting'", "value": 0}, "value": 0.5},
             },
-            "transform": [{"filter": "datum.kind == 'ready' && datum.text != ''"}],
-            "encoding": {"x": x, "y": y, "text": {"field": "text"}},
         },
         {
             "data": {"values": [{"y": number * height + 16, "label": label} for number, label in enumerate(rows)]},
-            "mark": {"type": "text", "align": "right", "fontSize": 11, "color": _INK, "limit": 150},
+            "mark": {"type": "text", "align": "right", "fontSize": 11, "color": _INK, "limit": 240},
             "encoding": {"x": {"value": -8}, "y": {**y, "field": "y"}, "text": {"field": "label"}},
         },
     ]
+    for align, dx in (("left", 3), ("right", -3)):
+        mark = {"type": "text", "baseline": "top", "dy": 2, "fontSize": 9, "color": _INK, "align": align, "dx": dx}
+        if chosen := [name for name in names if name["align"] == align]:
+            layers.append(
+                {
+                    "data": {"values": chosen},
+                    "mark": mark,
+                    "encoding": {"x": x, "y": y, "text": {"field": "text"}},
+                }
+            )
     return _svg({"data": {"values": values}, "width": width, "height": len(rows) * height, "layer": layers})
+
+
+def _fitting(labels: Iterable[Label], end_s: float, pixels: float) -> Iterator[tuple[int, float, str, str]]:
+    """Row, moment, text and alignment of each name that its row has room for; `pixels` is the width of a second.
+
+    A name begins with its server and may run on until the next one begins, or else it ends with its server and begins
+    in the time before. It is cut where neither is long enough.
+    """
+    character, shortest = 6.2, 3
+    ordered = sorted(labels, key=lambda label: (label.row, label.start))
+    row, taken = -1, 0.0
+    for label, following in zip_longest(ordered, ordered[1:]):
+        if label.row != row:
+            row, taken = label.row, 0.0
+        after = following.start if following is not None and following.row == row else end_s
+        right, left = after - label.start, label.end - taken
+        align = "right" if right * pixels < character * len(label.text) and left > right else "left"
+        room = int((left if align == "right" else right) * pixels / character)
+        text = label.text if len(label.text) <= room else f"{label.text[: room - 1]}…" if room >= shortest else ""
+        if text:
+            yield row, label.end if align == "right" else label.start, text, align
+        taken = label.end if align == "right" else max(label.end, label.start + len(text) * character / pixels)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -27,7 +27,7 @@ from sweep.planning.config import Task
 from sweep.planning.loading import sweep_file
 from sweep.record import Record, Score, Status
 from sweep.results.answers import Block, blocks
-from sweep.results.charts import Bar, Point, size_chart, task_chart, timeline_chart
+from sweep.results.charts import Bar, Label, Point, size_chart, task_chart, timeline_chart
 from sweep.results.compare import Comparison, leaders
 from sweep.results.reading import Sweep
 from sweep.results.references import Published
@@ -562,45 +562,84 @@ def _timeline(sweep: Sweep, trouble: Callable[[str], None]) -> Markup | None:
         return sum(min(moment, end) - start for start, end in edges if moment > start)
 
     free: dict[str, list[float]] = {}
-    seats: list[tuple[str, int]] = []
-    seat_by_life: dict[int, tuple[str, int]] = {}
-    for number, span in enumerate(servers):
-        node = span.on or "–"
-        ends = free.setdefault(node, [])
+    seat_by_life: list[tuple[str, int]] = []
+    for span, place in zip(servers, _places(servers), strict=True):
+        ends = free.setdefault(place, [])
         lane = next((index for index, end in enumerate(ends) if end <= span.start), len(ends))
         ends[lane : lane + 1] = [span.end]
-        seat_by_life[number] = (node, lane)
-        if (node, lane) not in seats:
-            seats.append((node, lane))
-    seats.sort()
-    bars = []
-    for number, span in enumerate(servers):
-        row = seats.index(seat_by_life[number])
-        ready = span.ready if span.ready is not None else span.end
-        start, middle, end = since(span.start), since(ready), since(span.end)
+        seat_by_life.append((place, lane))
+    seats = sorted(set(seat_by_life), key=lambda seat: (_by_number(seat[0]), seat[1]))
+    bars, labels = [], []
+    for span, seat in zip(servers, seat_by_life, strict=True):
+        row = seats.index(seat)
+        start, middle, end = since(span.start), since(_up(span)[0]), since(span.end)
         bars.append(Bar(row=row, lane=0, lanes=1, kind="starting", start=start, end=middle))
         if end > middle:
-            bars.append(
-                Bar(row=row, lane=0, lanes=1, kind="ready", start=middle, end=end, text=span.server or span.name)
-            )
-        mine = [
-            c
-            for c in cells
-            if _entry(sweep, c.name.split("/", 1)[0]) == span.server and span.start <= c.start <= span.end
-        ]
+            bars.append(Bar(row=row, lane=0, lanes=1, kind="ready", start=middle, end=end))
+        labels.append(Label(row=row, text=span.server or span.name, start=start, end=end))
         lanes: list[float] = []
         placed = []
-        for c in mine:
-            lane = next((index for index, until in enumerate(lanes) if until <= c.start), len(lanes))
-            lanes[lane : lane + 1] = [c.end]
-            placed.append((lane, c))
+        for parts in _of_life(sweep, span):
+            lane = next((index for index, until in enumerate(lanes) if until <= parts[0][1]), len(lanes))
+            lanes[lane : lane + 1] = [parts[-1][2]]
+            placed += [(lane, *part) for part in parts]
         bars += [
-            Bar(row=row, lane=lane, lanes=len(lanes), kind="cell", start=since(c.start), end=since(c.end))
-            for lane, c in placed
+            Bar(row=row, lane=lane, lanes=len(lanes), kind=kind, start=since(begins), end=since(ends))
+            for lane, kind, begins, ends in placed
         ]
     end_s = max(1.0, *(bar.end for bar in bars))
-    rows = [f"{node} · {lane + 1}" for node, lane in seats]
-    return _drawn("the timeline", trouble, partial(timeline_chart, bars, rows, end_s))
+    rows = [f"{place} · {lane + 1}" for place, lane in seats]
+    return _drawn("the timeline", trouble, partial(timeline_chart, bars, labels, rows, end_s))
+
+
+def _places(servers: Sequence[Span]) -> list[str]:
+    """Where each server was, in words that people know: hosts, or numbered nodes where the timeline does not tell."""
+    nodes = [span.on.split(", ") if span.on else [] for span in servers]
+    hosts = {
+        node: host
+        for span, of in zip(servers, nodes, strict=True)
+        for node, host in zip(of, span.host.split(", ") if span.host else (), strict=False)
+    }
+    short = {host: host if re.fullmatch(r"[\d.]+", host) else host.split(".")[0] for host in hosts.values()}
+    if len(set(short.values())) < len(short):
+        short = {host: host for host in short}
+    unknown = [node for node in dict.fromkeys(node for of in nodes for node in of) if node not in hosts]
+    names = {node: short[host] for node, host in hosts.items()}
+    names |= {node: f"node {number}" for number, node in enumerate(unknown, start=1)}
+    return [", ".join(names[node] for node in of) or "elsewhere" for of in nodes]
+
+
+def _by_number(text: str) -> list[tuple[str, int]]:
+    """To sort `node 2` before `node 10`."""
+    return [(words, int(digits or 0)) for words, digits in re.findall(r"(\D*)(\d*)", text)]
+
+
+def _up(server: Span) -> tuple[float, float]:
+    """From when to when it could answer; nothing of its life where it never was ready."""
+    return (server.end if server.ready is None else server.ready), server.end
+
+
+def _of_life(sweep: Sweep, server: Span) -> list[list[tuple[str, float, float]]]:
+    """Of each cell that ran during a server's life: (`waiting` or `cell`, from, to), in order and within that life.
+
+    It waits while no server of its model is ready.
+    """
+    others = [_up(span) for span in sweep.timeline.servers if span.server == server.server and span is not server]
+    ready, end = _up(server)
+    found = []
+    for cell in sweep.timeline.cells:
+        if _entry(sweep, cell.name.split("/", 1)[0]) != server.server:
+            continue
+        waits = [(max(cell.start, server.start), min(cell.end, ready))]
+        for begins, ends in others:
+            if begins < ends:
+                waits = [part for a, b in waits for part in ((a, min(b, begins)), (max(a, ends), b))]
+        parts = [("waiting", a, b) for a, b in waits if a < b]
+        if (begins := max(cell.start, ready)) < (ends := min(cell.end, end)):
+            parts.append(("cell", begins, ends))
+        if parts:
+            found.append(parts)
+    return found
 
 
 def _facts(sweep: Sweep, model: str) -> Facts:

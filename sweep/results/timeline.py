@@ -36,7 +36,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     server: str = ""
     """Of a server's life: the entry whose models it serves."""
     on: str = ""
-    """A server's node, a cell's evaluator."""
+    """A server's nodes as Ray names them, a cell's evaluator."""
+    host: str = ""
+    """What people call the nodes in `on`, in their order; empty in files of before it was written."""
     gpus: float = 0.0
     """That a server holds, on all its nodes together."""
     reason: str = ""
@@ -54,10 +56,27 @@ class TimelineWriter:
         """Half a line may stand at the file's end."""
 
     def add(
-        self, what: What, name: str, state: str, *, server: str = "", on: str = "", gpus: float = 0.0, reason: str = ""
+        self,
+        what: What,
+        name: str,
+        state: str,
+        *,
+        server: str = "",
+        on: str = "",
+        host: str = "",
+        gpus: float = 0.0,
+        reason: str = "",
     ) -> None:
         event = Event(
-            time=self._clock(), what=what, name=name, state=state, server=server, on=on, gpus=gpus, reason=reason
+            time=self._clock(),
+            what=what,
+            name=name,
+            state=state,
+            server=server,
+            on=on,
+            host=host,
+            gpus=gpus,
+            reason=reason,
         )
         try:
             if not self._begun and self._path.exists():
@@ -95,6 +114,8 @@ class Span:
     """Why it was lost, did not come up or failed; none for what was stopped on purpose."""
     lost: bool = False
     """Of a server: it died, or did not come up."""
+    host: str = ""
+    """What people call the nodes in `on`, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +171,7 @@ def spans(events: Iterable[Event]) -> Timeline:
                 name=first.name,
                 server=first.server,
                 on=first.on or latest.on,
+                host=first.host,
                 gpus=first.gpus,
                 start=first.time,
                 ready=next((event.time for event in of_it if event.state == "ready"), None),

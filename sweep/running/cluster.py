@@ -397,7 +397,8 @@ class Cluster:
         )
         self._session = Path(context.address_info["session_dir"])
         self._raylet = next((child for child in psutil.Process().children() if child.name() == "raylet"), None)
-        return (replace(node, name=ray.nodes()[0]["NodeID"]),)
+        there = ray.nodes()[0]
+        return (replace(node, name=there["NodeID"], host=there["NodeManagerHostname"]),)
 
     def _connect(self, config: RayConfig) -> tuple[Node, ...]:
         ray.init(address=ray_address(config), log_to_driver=False, configure_logging=False)

@@ -16,6 +16,8 @@ class Node:
 
     name: str
     """Ray's id of it, or its name in the file."""
+    host: str = ""
+    """What people call the machine; empty where nobody knows."""
     gpus: float = 0.0
     gpu_type: str = ""
     """As Ray's accelerator type has it (`H100`), or what the file says; empty where nobody knows."""

@@ -73,8 +73,8 @@ class Nodes:
             log.warning("node %s has left the cluster", name)
             del self._known[name]
         for name in sorted(alive.keys() - self._known.keys(), key=lambda n: (alive[n]["NodeManagerHostname"], n)):
-            resources = alive[name]["Resources"]
-            self._known[name] = _Known(node=_node(name, resources, self._config), declared=frozenset(resources))
+            host, resources = str(alive[name]["NodeManagerHostname"]), alive[name]["Resources"]
+            self._known[name] = _Known(node=_node(name, host, resources, self._config), declared=frozenset(resources))
             log.info("node %s is there: %s", name, self._known[name].node)
 
     def due(self, now_s: float) -> dict[str, bool]:
@@ -121,7 +121,7 @@ class Nodes:
         return any(not (known.looked_at or known.suspect or known.late(now_s)) for known in self._known.values())
 
 
-def _node(name: str, resources: Mapping[str, float], config: RayConfig) -> Node:
+def _node(name: str, host: str, resources: Mapping[str, float], config: RayConfig) -> Node:
     """A node of a cluster that we joined; slots that it does not declare are taken as whole CPUs."""
     gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     types = [key.removeprefix(GPU_TYPE) for key in resources if key.startswith(GPU_TYPE)]
@@ -131,6 +131,7 @@ def _node(name: str, resources: Mapping[str, float], config: RayConfig) -> Node:
     most = math.inf if cpus else 0
     return Node(
         name=name,
+        host=host,
         gpus=gpus,
         gpu_type=types[0] if types else "",
         cpu_servers=int(resources.get(CPU_SERVER, min(cpu_servers, most))),

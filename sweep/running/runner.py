@@ -1000,7 +1000,12 @@ class Runner:
                 log.info("start server %s%s: %s", life, f" on {where}" if where else "", reason)
                 takes = need(server.plan, self._nodes)
                 gpus = takes.gpus * takes.nodes if takes is not None else 0.0
-                self.timeline.add("server", life, "starting", server=name, on=where, gpus=gpus, reason=reason)
+                known = {node.name: node.host for node in self._nodes}
+                hosts = [known.get(node, "") for node in nodes]
+                host = ", ".join(hosts) if all(hosts) else ""
+                self.timeline.add(
+                    "server", life, "starting", server=name, on=where, host=host, gpus=gpus, reason=reason
+                )
                 self._show_server(name, "starting")
                 expected = expectation(server.plan, self.plan.models, self._token_ids)
                 log_path = self.store.directory.server_log(life)
