@@ -19,6 +19,7 @@ from sweep.results.compare import compare, leaders
 from sweep.results.page import page
 from sweep.results.reading import Sample, Sweep, read_sweep
 from sweep.results.references import Published
+from sweep.results.report import chance
 from sweep.results.timeline import Event, spans
 from tests.synthetic import NASTY, write
 
@@ -399,6 +400,7 @@ def test_two_models_are_compared(view: Opened, small: Sweep) -> None:
     view.page.select_option("#pair-b", label=small.models[3])
     expected = [c for c in compare(small) if {c.model_a, c.model_b} == {small.models[0], small.models[3]}]
     assert view.page.locator("#pair-table tbody tr").count() == len(expected) > 0
+    assert view.texts("#pair-table tbody tr td:nth-child(7)") == [chance(c.p_adjusted) for c in expected]
     there = view.texts("#pair-table tbody tr td:nth-child(5)")
     view.page.select_option("#pair-a", label=small.models[3])
     view.page.select_option("#pair-b", label=small.models[0])

@@ -9,7 +9,7 @@ import pytest
 from test_layout import ROOT
 
 from sweep.record import Counts, Record, Score, Status
-from sweep.results.report import COLUMNS, caveats, csv_text, failures, markdown, reason
+from sweep.results.report import COLUMNS, caveats, chance, csv_text, failures, markdown, reason
 
 
 def score(task: str = "gsm8k", **changes: Any) -> Score:
@@ -33,6 +33,14 @@ def done(model: str, task: str, *scores: Score, **changes: Any) -> Record:
 
 def failed(model: str, task: str, error: str) -> Record:
     return Record(model=model, task=task, fingerprint="f", status=Status.FAILED, error=error)
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [(0.0, "< 0.001"), (0.00099, "< 0.001"), (0.001, "0.001"), (0.05, "0.050"), (1.0, "1.000"), (float("nan"), "–")],
+)
+def test_a_p_value_is_never_written_as_the_zero_that_it_is_not(p: float, text: str) -> None:
+    assert chance(p) == text
 
 
 def lines_of(table: str) -> list[list[str]]:

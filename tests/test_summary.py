@@ -96,11 +96,37 @@ def test_a_model_leads_where_it_is_shown_to_be_better_than_each_other_one() -> N
     ]
     cells = [record(model, task) for task in ("t", "u") for model in ("a", "b", "c")]
     lines = headline(sweep(*cells, record("a", "alone")), pairs)
-    assert lines["leads"] == "b on t; no single model on u (a, b, c)"
+    assert lines["leads"] == "b on t; nobody alone on u: a, b and c are not told apart"
     assert lines["noise"] == (
         "3 of 6 paired differences may be noise (95%, corrected for their number); "
         "the largest for its documents, b against a on u by acc, is +0.0100 with n = 100"
     )
+
+
+def test_tasks_with_the_same_models_in_front_are_told_together_and_many_are_counted() -> None:
+    def tied(task: str, *models: str) -> list[Comparison]:
+        return [pair(a, b, 0.01, task=task, shown=False) for i, a in enumerate(models) for b in models[i + 1 :]]
+
+    def leads(*made: list[Comparison]) -> str:
+        pairs = [one for each in made for one in each]
+        cells = {(model, one.task) for one in pairs for model in (one.model_a, one.model_b)}
+        return headline(sweep(*(record(*cell) for cell in sorted(cells))), pairs)["leads"]
+
+    assert leads(tied("t", "a", "b"), tied("u", "a", "b")) == "nobody alone on t, u: a and b are not told apart"
+    assert leads(tied("t", *"abcde")) == "nobody alone on t: a, b, c and 2 more are not told apart"
+    assert leads(*(tied(f"t{n}", "a", f"b{n}") for n in range(5))).endswith(
+        "nobody alone on t2: a and b2 are not told apart; nobody alone on 2 other tasks"
+    )
+    one_short = [*tied("t", "a", "b"), pair("a", "c", -0.2), pair("b", "c", 0.2)]
+    assert leads(one_short) == "nobody alone on t: a is not shown to be better than all others"
+    circle = [pair("a", "b", 0.2), pair("b", "c", 0.2), pair("a", "c", -0.2)]
+    assert leads(circle) == "nobody alone on t: each is shown to be worse than some other"
+
+
+def test_large_numbers_of_comparisons_and_documents_have_separators() -> None:
+    noise = headline(sweep(), [pair("a", "b", 0.01, shown=False, n=20_000)] * 1200)["noise"]
+    assert noise.startswith("1,200 of 1,200 paired differences")
+    assert noise.endswith("n = 20,000")
 
 
 def test_the_model_on_most_tasks_comes_first_and_long_lists_are_counted() -> None:
@@ -180,15 +206,21 @@ def test_pairs_are_a_table_with_what_is_shown_first_and_notes_together() -> None
         ),
         left_out=("t: word_perplexity is no mean over documents",),
     )
-    table, notes, left_out = compared(findings).split("\n\n**")
+    (said, table), notes, left_out = (
+        part.split("\n\n") if not n else part for n, part in enumerate(compared(findings).split("\n\n**"))
+    )
+    assert said == (
+        "The 95 % interval is that of each pair alone; p is corrected for the number of all comparisons "
+        "(3, by Holm), and what is shown follows p: where an interval leaves out 0, p may still not be below 0.05."
+    )
     header, _, *rows = [[cell.strip() for cell in row[1:-1].split("|")] for row in table.splitlines()]
     named = ["Task", "Metric", "a", "b", "n", "a is", "b is", "b - a", "95 %", "p (Holm)", "b is shown to be"]
     assert header == named
     sizes = ["100", "0.5000"]
     assert rows == [
-        ["t", "acc,strict ↑", "a", "c", *sizes, "0.3000", "-0.2000 ± 0.0200", "-0.2400 … -0.1600", "0.0030", "worse"],
-        ["t (u)", "acc ↓", "b", "c", *sizes, "0.7000", "+0.2000 ± 0.0200", "+0.1600 … +0.2400", "0.0030", "worse"],
-        ["t", "acc ↑", "a", "b", *sizes, "0.5100", "+0.0100 ± 0.0200", "-0.0300 … +0.0500", "1.0000", "–"],
+        ["t", "acc,strict ↑", "a", "c", *sizes, "0.3000", "-0.2000 ± 0.0200", "-0.2400 … -0.1600", "0.003", "worse"],
+        ["t (u)", "acc ↓", "b", "c", *sizes, "0.7000", "+0.2000 ± 0.0200", "+0.1600 … +0.2400", "0.003", "worse"],
+        ["t", "acc ↑", "a", "b", *sizes, "0.5100", "+0.0100 ± 0.0200", "-0.0300 … +0.0500", "1.000", "–"],
     ]
     assert notes == "Notes**\n\n- t a : b, t a : c: too few clusters (7)"
     assert left_out == "Not compared**\n\n- t: word_perplexity is no mean over documents\n"

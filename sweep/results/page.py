@@ -31,7 +31,7 @@ from sweep.results.charts import Bar, Label, Point, size_chart, task_chart, time
 from sweep.results.compare import Comparison, leaders
 from sweep.results.reading import Sweep
 from sweep.results.references import Published
-from sweep.results.report import ARROWS, caveats, counted, differences, reason, same_settings
+from sweep.results.report import ARROWS, caveats, chance, counted, differences, reason, same_settings
 from sweep.results.sharing import may_leave
 from sweep.results.sizes import asked_of, billions, in_fewer_bits, is_quantized
 from sweep.results.store import read_cells
@@ -680,7 +680,7 @@ def _versions(records: Iterable[Record]) -> tuple[tuple[str, int], ...]:
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Names once, then a row of numbers for each comparison; as page.js reads it."""
-    names: dict[str, dict[Any, int]] = {key: {} for key in ("models", "columns", "tests", "notes")}
+    names: dict[str, dict[Any, int]] = {key: {} for key in ("models", "columns", "tests", "notes", "chances")}
 
     def number(kind: str, value: Any) -> int:
         return names[kind].setdefault(value, len(names[kind]))
@@ -695,7 +695,9 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> dict[str, Any]:
             number("models", c.model_b),
             c.n,
             c.unpaired,
-            *(lean(v) for v in (c.value_a, c.value_b, c.difference, c.low, c.high, c.p_adjusted, c.detectable)),
+            *(lean(v) for v in (c.value_a, c.value_b, c.difference, c.low, c.high)),
+            number("chances", chance(c.p_adjusted)),
+            lean(c.detectable),
             number("tests", c.test),
             [number("notes", note) for note in c.notes],
             {"better": 1, "worse": -1, "differs": 2}.get(c.verdict, 0),
@@ -717,6 +719,7 @@ def _rendered(view: _View) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["chance"] = chance
     script = (TEMPLATES / "page.js").read_text()
     return environment.get_template("page.html").render(
         v=view,

@@ -33,7 +33,7 @@ _KEYS = ("Tasks", "Version", "Filter", "n-shot", "Metric", "")
 _LEFT = {"Tasks", "Filter", "Metric", ""}
 _NARROWEST = 8
 """To which a column is cut so that the table fits a narrow terminal."""
-_LISTED = 3
+LISTED = 3
 """Differences that a note names before it counts the rest: a group of 57 subtasks differs 57 times for one reason."""
 
 
@@ -247,8 +247,8 @@ def differences(index: int, blocks: Sequence[Mapping[str, Record]]) -> str:
     terms = [_terms(next(iter(block.values()))) for block in blocks]
     names = dict.fromkeys(name for known in terms for name in known)
     differing = [name for name in names if len({known.get(name) for known in terms}) > 1]
-    listed = ", ".join(f"{name} {terms[index].get(name, 'unset')}" for name in differing[:_LISTED])
-    more = len(differing) - _LISTED
+    listed = ", ".join(f"{name} {terms[index].get(name, 'unset')}" for name in differing[:LISTED])
+    more = len(differing) - LISTED
     return f"{listed} and {more} more" if more > 0 else listed
 
 
@@ -339,9 +339,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def chance(p: float) -> str:
+    """A p-value; `< 0.001` where three decimals would be a 0 that it is not."""
+    return "–" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def some(names: Sequence[str]) -> str:
-    more = len(names) - _LISTED
-    return f"{', '.join(names[:_LISTED])} and {more} more" if more > 0 else ", ".join(names)
+    more = len(names) - LISTED
+    return f"{', '.join(names[:LISTED])} and {more} more" if more > 0 else ", ".join(names)
 
 
 def by_text(said: Iterable[tuple[Record, Sequence[str]]]) -> list[tuple[str, list[Record]]]:

@@ -9,7 +9,24 @@ from collections.abc import Mapping, Sequence
 from sweep.record import Status
 from sweep.results.compare import LEVEL, Comparison, Findings, leaders
 from sweep.results.reading import Sweep
-from sweep.results.report import ARROWS, aligned, by_text, caveats, counted, lasting, reason, section, some
+from sweep.results.report import (
+    ARROWS,
+    LISTED,
+    aligned,
+    by_text,
+    caveats,
+    chance,
+    counted,
+    lasting,
+    reason,
+    section,
+    some,
+)
+
+NOTHING = "Nothing could be compared.\n"
+
+UNDECIDED_MOST = 3
+"""Groups of models that are not told apart in the headline, which is a line."""
 
 PAIRS_MOST = 200
 """Comparisons in report.md; the page has them all, to be searched."""
@@ -44,10 +61,25 @@ def _led(sweep: Sweep, comparisons: Sequence[Comparison]) -> str:
             tasks_by_best.setdefault(of.best, []).append(of.task)
     most_first = sorted(tasks_by_best.items(), key=lambda item: -len(item[1]))
     said = [f"{model} on {some(tasks)}" for model, tasks in most_first]
-    undecided = [f"{of.task} ({some(of.models)})" for of in found if of.best is None]
-    if undecided:
-        said.append(f"no single model on {some(undecided)}")
+    undecided: dict[tuple[str, ...], list[str]] = {}
+    for of in found:
+        if of.best is None:
+            undecided.setdefault(of.models, []).append(of.task)
+    most_tasks = sorted(undecided.items(), key=lambda item: -len(item[1]))
+    said += [f"nobody alone on {some(tasks)}: {_in_front(models)}" for models, tasks in most_tasks[:UNDECIDED_MOST]]
+    if more := sum(len(tasks) for _, tasks in most_tasks[UNDECIDED_MOST:]):
+        said.append(f"nobody alone on {counted(more, 'other task')}")
     return "; ".join(said)
+
+
+def _in_front(models: Sequence[str]) -> str:
+    """Of the models that no other is shown to be better than."""
+    if not models:
+        return "each is shown to be worse than some other"
+    if len(models) == 1:
+        return f"{models[0]} is not shown to be better than all others"
+    named = f"{', '.join(models[:-1])} and {models[-1]}" if len(models) <= LISTED else some(models)
+    return f"{named} are not told apart"
 
 
 def _main_numbers(sweep: Sweep) -> dict[str, tuple[str, str, str]]:
@@ -66,14 +98,14 @@ def _noise(comparisons: Sequence[Comparison]) -> str:
         return "nothing was compared"
     unclear = [one for one in comparisons if one.verdict == "no difference shown"]
     certain = f"{LEVEL:.0%}, corrected for their number"
-    said = f"{len(unclear)} of {len(comparisons)} paired differences may be noise ({certain})"
+    said = f"{len(unclear):,} of {len(comparisons):,} paired differences may be noise ({certain})"
     measured = [one for one in unclear if one.detectable > 0]
     if measured:
         # Metrics have scales of their own; a difference is large against what its documents can show.
         largest = max(measured, key=lambda one: abs(one.difference) / one.detectable)
         said += (
             f"; the largest for its documents, {largest.model_b} against {largest.model_a} on {_named(largest)} "
-            f"by {_metric(largest)}, is {largest.difference:+.4f} with n = {largest.n}"
+            f"by {_metric(largest)}, is {largest.difference:+.4f} with n = {largest.n:,}"
         )
     return said
 
@@ -89,8 +121,8 @@ def _metric(one: Comparison) -> str:
 def _failed(sweep: Sweep) -> str:
     failed = [record for record in sweep.records if record.status is Status.FAILED]
     waiting = sweep.owed - len(failed)
-    said = [f"{len(failed)} of {len(sweep.records) + waiting} cells"] if failed else []
-    said += [f"{len(records)} for: {text}" for text, records in by_text((r, [reason(r)]) for r in failed)[:2]]
+    said = [f"{len(failed):,} of {len(sweep.records) + waiting:,} cells"] if failed else []
+    said += [f"{len(records):,} for: {text}" for text, records in by_text((r, [reason(r)]) for r in failed)[:2]]
     if waiting > 0:
         said.append(f"{counted(waiting, 'cell')} still owed")
     return "; ".join(said) or "nothing"
@@ -119,6 +151,15 @@ def _cost(sweep: Sweep) -> str:
     return ", ".join([*said, f"{asked:,} requests computed, {reused:,} reused"])
 
 
+def _alone(comparisons: int) -> str:
+    """Why an interval without 0 may stand beside no verdict."""
+    return (
+        f"The 95 % interval is that of each pair alone; p is corrected for the number of all comparisons "
+        f"({comparisons:,}, by Holm), and what is shown follows p: where an interval leaves out 0, "
+        "p may still not be below 0.05.\n"
+    )
+
+
 def compared(findings: Findings, *, most: int | None = PAIRS_MOST) -> str:
     """Paired comparisons as a Markdown table, what is shown first; then their notes, and what was left out."""
     shown = sorted(findings.comparisons, key=lambda one: one.verdict == "no difference shown")[:most]
@@ -135,7 +176,7 @@ def compared(findings: Findings, *, most: int | None = PAIRS_MOST) -> str:
                 f"{one.value_b:.4f}",
                 f"{one.difference:+.4f} ± {'–' if math.isnan(one.stderr) else f'{one.stderr:.4f}'}",
                 "–" if math.isnan(one.low) else f"{one.low:+.4f} … {one.high:+.4f}",
-                f"{one.p_adjusted:.4f}",
+                chance(one.p_adjusted),
                 "–" if one.verdict == "no difference shown" else one.verdict,
             )
         )
@@ -143,7 +184,7 @@ def compared(findings: Findings, *, most: int | None = PAIRS_MOST) -> str:
     for one in findings.comparisons:
         for note in one.notes:
             notes.setdefault(note, []).append(f"{one.task} {one.model_a} : {one.model_b}")
-    parts = [aligned(table, left={0, 1, 2, 3, 10})] if shown else ["Nothing could be compared.\n"]
+    parts = [_alone(len(findings.comparisons)), aligned(table, left={0, 1, 2, 3, 10})] if shown else [NOTHING]
     if (more := len(findings.comparisons) - len(shown)) > 0:
         parts.append(f"{more:,} more comparisons are in report.html.\n")
     parts.append(section("Notes", [f"{some(pairs)}: {note}" for note, pairs in notes.items()]))

@@ -208,7 +208,7 @@
           make("td", { class: "pair", textContent: `${data.models[r.a]} / ${data.models[r.b]}` }),
           cell(r.va === null ? "–" : r.va.toFixed(4)), cell(r.vb === null ? "–" : r.vb.toFixed(4)),
           cell(r.difference === null ? "–" : signed(r.difference)), drawn,
-          make("td", { class: "n", title: data.tests[r.test], textContent: r.p === null ? "–" : r.p < 0.001 ? "< 0.001" : r.p.toFixed(3) }),
+          make("td", { class: "n", title: data.tests[r.test], textContent: data.chances[r.p] }),
           cell(verdict, r.verdict ? "verdict shown" : "verdict muted"), cell(r.n.toLocaleString("en")),
           cell(r.detectable === null ? "–" : r.detectable.toFixed(4)),
           make("td", {}, ...notes.map((note) => make("span", { class: "under", textContent: note }))),
