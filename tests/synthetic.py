@@ -370,7 +370,7 @@ def _scores(task: SyntheticTask, values: Mapping[tuple[str, str, str], list[floa
             value=mean,
             stderr=None if perplexity else math.sqrt(spread / len(figures)),
             higher_is_better=not perplexity,
-            samples=len(figures),
+            samples=None if task.subtasks and not depth else len(figures),
             depth=depth,
         )
 

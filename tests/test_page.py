@@ -223,6 +223,32 @@ def test_what_the_size_does_not_allow_is_counted(small: Sweep) -> None:
         assert block.documents + block.left_out == whole[task].documents
 
 
+def test_the_documents_of_a_group_are_those_of_its_subtasks_where_all_are_known(small: Sweep) -> None:
+    def of(task: str, samples: int | None, depth: int, metric: str = "acc") -> Score:
+        known = {"version": "1", "filter": "none", "num_fewshot": 0, "value": 0.5, "stderr": None}
+        how = {"task": task, "metric": metric, "samples": samples, "depth": depth, "higher_is_better": True}
+        return Score(**{**known, **how})  # type: ignore[arg-type]
+
+    def shown(*scores: Score) -> str:
+        cell = Record(model=small.models[0], task="g", fingerprint="", status=Status.DONE, scores=scores)
+        html = page(replace(small, records=(cell,), tasks=("g",)), (), (), samples=False)
+        row = html.split('<th scope="col" class="n">Documents</th>')[1].split("</tr>")[1]
+        return re.findall(r'<td class="n">([^<]*)</td>', row)[1]
+
+    nested = (
+        of("g", None, 0),
+        of("a", 40, 1),
+        of("a", 40, 1, "f1"),
+        of("h", None, 1),
+        of("b", 900, 2),
+        of("c", 100, 2),
+    )
+    assert shown(*nested) == "1,040"
+    assert shown(*nested, of("d", 5, 1, "em"), of("other", 7, 0)) == "1,040"
+    assert shown(*nested, of("d", None, 1)) == ""
+    assert shown(of("g", None, 0)) == ""
+
+
 def test_a_name_in_a_chart_is_text() -> None:
     drawn = task_chart([Point(model=NASTY[0][:20], value=0.81254, stderr=0.01)], "acc")
     assert "<script" not in drawn

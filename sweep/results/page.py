@@ -269,12 +269,16 @@ def _columns(sweep: Sweep) -> tuple[Column, ...]:
         records = [r for r in sweep.records if r.task == task and r.status is Status.DONE]
         common = set.intersection(*({_kind(text) for text in caveats(r)} for r in records)) if records else set()
         of_task: dict[tuple[str, str, str], list[Score]] = {}
+        documents: dict[tuple[str, str, str], set[int]] = {}
         for record in records:
             for score in record.scores:
                 if not score.depth:
-                    of_task.setdefault((score.task, score.metric, score.filter), []).append(score)
+                    key = score.task, score.metric, score.filter
+                    of_task.setdefault(key, []).append(score)
+                    count = _documents(record, score)
+                    documents.setdefault(key, set()).update(() if count is None else (count,))
         for number, ((name, metric, by), scores) in enumerate(of_task.items()):
-            sizes = sorted({score.samples for score in scores if score.samples is not None})
+            sizes = sorted(documents[name, metric, by])
             shots = sorted({"–" if score.num_fewshot is None else str(score.num_fewshot) for score in scores})
             found.append(
                 Column(
@@ -291,6 +295,26 @@ def _columns(sweep: Sweep) -> tuple[Column, ...]:
                 )
             )
     return tuple(found)
+
+
+def _documents(record: Record, score: Score) -> int | None:
+    """That a number of what the cell asked for was made of; a group's are those of its subtasks, if all are known."""
+    if score.samples is not None:
+        return score.samples
+    # Subtasks come right after their group, a name's numbers together.
+    names = list(dict.fromkeys((one.task, one.depth) for one in record.scores))
+    counts = {
+        (s.task, s.depth): s.samples for s in record.scores if (s.metric, s.filter) == (score.metric, score.filter)
+    }
+    below = names[names.index((score.task, 0)) + 1 :]
+    end = next((number for number, (_, depth) in enumerate(below) if not depth), len(below))
+    leaves = [
+        name
+        for number, name in enumerate(below[:end])
+        if name in counts and (number + 1 == end or below[number + 1][1] <= name[1])
+    ]
+    of_leaves = [count for name in leaves if (count := counts[name]) is not None]
+    return sum(of_leaves) if of_leaves and len(of_leaves) == len(leaves) else None
 
 
 def _rows(
