@@ -213,6 +213,27 @@ def test_parameters_are_counted_once_and_not_in_what_is_no_safetensors_file(smal
     assert size() == by_name
 
 
+def test_a_model_in_fewer_bits_has_the_parameters_of_the_full_one_and_small_ones_are_counted_in_millions(
+    small: Sweep, tmp_path: Path
+) -> None:
+    asked, scored = {}, [r for r in small.records if r.task == small.tasks[0]][:2]
+    for name in ("full", "full-awq", "other"):
+        (tmp_path / name).mkdir()
+        weights(tmp_path / name / "model.safetensors", 300_000)
+        asked[name] = {"path": str(tmp_path / name)}
+    (tmp_path / "full-awq" / "config.json").write_text(
+        '{"hidden_size": 8, "quantization_config": {"quant_method": "awq"}}'
+    )
+    weights(tmp_path / "other" / "model.safetensors", 900_000)
+    (tmp_path / "other" / "config.json").write_text('{"hidden_size": 8}')
+    records = tuple(replace(r, model=name) for r, name in zip(scored, ("full-awq", "other"), strict=True))
+    html = page(replace(small, config={"models": asked}, models=tuple(asked), records=records), (), ())
+    shown = re.findall(r'<td class="n">([^<]*)</td><td></td><td>([^<]*)</td>', html.split("<h3>Models</h3>")[1])
+    assert shown == [("0.3 M", ""), ("0.3 M", "awq"), ("0.9 M", "")]
+    assert re.search(r"against parameters: from full-awq \(0.3 M\) with [\d.]+ to other \(0.9 M\)", html)
+    assert "parameters, millions (log scale)" in html
+
+
 def test_what_the_size_does_not_allow_is_counted(small: Sweep) -> None:
     whole = {block.task: block for block in blocks(small)}
     assert not any(block.left_out or block.shortened for block in whole.values())
@@ -261,6 +282,7 @@ def test_no_model_is_called_best_where_the_difference_may_be_chance(small: Sweep
     nothing = page(small, (), ())
     assert "<strong>" not in nothing
     assert "nothing is marked as better" in nothing
+    assert "no mean over documents" in small_page.read_text()
 
 
 def test_what_could_not_be_compared_is_said_with_and_without_comparisons(small: Sweep) -> None:

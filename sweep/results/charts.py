@@ -126,6 +126,7 @@ def task_chart(points: Sequence[Point], metric: str) -> str:
 
 def size_chart(points: Sequence[Point], metric: str, *, higher_is_better: bool) -> str:
     """Parameters against value; labelled are models that are clearly above all smaller ones."""
+    unit, per = ("millions", 1000) if max(point.billions or 0 for point in points) < 1 else ("billions", 1)
     known = sorted((p for p in points if p.billions is not None), key=lambda p: (p.billions or 0, -p.value))
     rows = []
     best: float | None = None
@@ -135,21 +136,21 @@ def size_chart(points: Sequence[Point], metric: str, *, higher_is_better: bool) 
         best = point.value if leads else best
         rows.append(
             {
-                "billions": point.billions,
+                "parameters": (point.billions or 0) * per,
                 "value": point.value,
                 "low": point.value - 1.96 * (point.stderr or 0),
                 "high": point.value + 1.96 * (point.stderr or 0),
                 "label": point.model if leads else "",
             }
         )
-    sizes = [point.billions or 0 for point in known]
-    middle = ((known[0].billions or 1) * (known[-1].billions or 1)) ** 0.5
+    sizes = [(point.billions or 0) * per for point in known]
+    middle = (sizes[0] * sizes[-1]) ** 0.5
     x = {
-        "field": "billions",
+        "field": "parameters",
         "type": "quantitative",
         "scale": {"type": "log", "nice": False, "domain": [sizes[0] / 1.3, sizes[-1] * 1.3]},
         "axis": {
-            "title": "parameters, billions (log scale)",
+            "title": f"parameters, {unit} (log scale)",
             "grid": False,
             "values": _ticks(sizes[0], sizes[-1]),
             "format": "~g",
@@ -171,7 +172,7 @@ def size_chart(points: Sequence[Point], metric: str, *, higher_is_better: bool) 
         layers.append(
             {
                 "mark": {**label, "align": align},
-                "transform": [{"filter": f"datum.billions {test} {middle!r}"}],
+                "transform": [{"filter": f"datum.parameters {test} {middle!r}"}],
                 "encoding": {"y": {"field": "value", **y}, "text": {"field": "label"}},
             }
         )

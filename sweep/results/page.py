@@ -33,7 +33,7 @@ from sweep.results.reading import Sweep
 from sweep.results.references import Published
 from sweep.results.report import ARROWS, caveats, chance, counted, differences, reason, same_settings
 from sweep.results.sharing import may_leave
-from sweep.results.sizes import asked_of, billions, in_fewer_bits, is_quantized
+from sweep.results.sizes import asked_of, billions, in_fewer_bits, quantization, sized
 from sweep.results.store import read_cells
 from sweep.results.summary import headline
 from sweep.results.timeline import Span
@@ -455,8 +455,8 @@ def _size_charts(
             high = column.higher_is_better is not False
             small, large = min(points, key=lambda p: p.billions or 0), max(points, key=lambda p: p.billions or 0)
             sentence = (
-                f"{column.title}, {column.label} against parameters: from {small.model} ({small.billions:g} billion) "
-                f"with {small.value:.4f} to {large.model} ({large.billions:g} billion) with {large.value:.4f}."
+                f"{column.title}, {column.label} against parameters: from {small.model} ({sized(small.billions or 0)}) "
+                f"with {small.value:.4f} to {large.model} ({sized(large.billions or 0)}) with {large.value:.4f}."
             )
             draw = partial(size_chart, points, f"{column.label} {column.arrow}".strip(), higher_is_better=high)
             svg = _drawn(f"size against {column.title}", trouble, draw)
@@ -679,9 +679,9 @@ def _facts(sweep: Sweep, model: str) -> Facts:
         path=str(asked.get("path") or asked.get("url") or ""),
         commit=str(_plan(sweep).get("models", {}).get(model, {}).get("commit") or "")[:12],
         dtype=str(asked.get("dtype") or ""),
-        quantization=str(asked.get("quantization") or ("by its name" if is_quantized(sweep, model) else "")),
+        quantization=quantization(sweep, model),
         chat=f"template {', '.join(sorted(templates))}" if templates else "yes" if asked.get("chat") else "",
-        billions="" if size is None else f"{size:.3g} B" if size >= 1 else f"{size * 1000:.3g} M",
+        billions="" if size is None else sized(size),
         methods=", ".join(f"{name} {count:,}" for name, count in methods.most_common()),
     )
 

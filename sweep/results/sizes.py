@@ -21,18 +21,27 @@ def asked_of(sweep: Sweep, model: str) -> Mapping[str, Any]:
 
 
 def billions(sweep: Sweep, model: str) -> float | None:
-    """Parameters, from the weights where they lie here unquantised, else from what the model is called."""
-    asked = asked_of(sweep, model)
-    path = str(asked.get("path") or "")
+    """Parameters, from the weights where they lie here unquantised, else from what the model is called.
+
+    A model that is another of the sweep in fewer bits has as many as that one.
+    """
+    path = str(asked_of(sweep, model).get("path") or "")
     if not is_quantized(sweep, model):
         parameters = _parameters(path)
         if parameters:
             return parameters / 1e9
+    elif (full := dict(in_fewer_bits(sweep)).get(model)) and (size := billions(sweep, full)) is not None:
+        return size
     for name in (PurePath(path).name, model):
         found = re.search(r"(?i)(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name)
         if found:
             return float(found[1]) / (1 if found[2].lower() == "b" else 1000)
     return None
+
+
+def sized(billions: float) -> str:
+    """`7 B`, `350 M`."""
+    return f"{billions:.3g} B" if billions >= 1 else f"{billions * 1000:.3g} M"
 
 
 class _Index(msgspec.Struct):
@@ -67,10 +76,36 @@ def _weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("model*.safetensors"))
 
 
-def is_quantized(sweep: Sweep, model: str) -> bool:
+class _Quantization(msgspec.Struct):
+    quant_method: str = ""
+
+
+class _Config(msgspec.Struct):
+    """`config.json`."""
+
+    quantization_config: _Quantization | None = None
+
+
+@cache
+def _quant_method(path: str) -> str:
+    """What the config of a local folder says; nothing where there is none, or it does not say."""
+    try:
+        read = msgspec.json.decode((Path(path) / "config.json").read_bytes(), type=_Config) if path else _Config()
+    except (OSError, msgspec.MsgspecError):
+        return ""
+    return read.quantization_config.quant_method if read.quantization_config is not None else ""
+
+
+def quantization(sweep: Sweep, model: str) -> str:
+    """As the sweep asks for it, or the config of its local folder says, or `by its name`; empty for a full model."""
     asked = asked_of(sweep, model)
-    name = PurePath(str(asked.get("path") or "")).name
-    return bool(asked.get("quantization") or _QUANTIZED.search(name) or _QUANTIZED.search(model))
+    path = str(asked.get("path") or "")
+    named = _QUANTIZED.search(PurePath(path).name) or _QUANTIZED.search(model)
+    return str(asked.get("quantization") or _quant_method(path) or ("by its name" if named else ""))
+
+
+def is_quantized(sweep: Sweep, model: str) -> bool:
+    return bool(quantization(sweep, model))
 
 
 def in_fewer_bits(sweep: Sweep) -> list[tuple[str, str]]:
