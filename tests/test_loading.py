@@ -432,7 +432,27 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         (SMALL, ["wandb.mode=ofline"], "wandb.mode: wants 'auto' or 'online' or 'offline' or 'disabled', got 'ofline'"),
         (SMALL, ["models.qwen.path=null"], "command line: models.qwen.path: wants text, got nothing"),
         (SMALL, ["tasks.gsm8k.num_fewshot=[0,x]"], "num_fewshot: wants an integer or a list of integers, got [0, 'x']"),
-        ("models: [qwen]\n" + ONE_TASK, [], "conf/s.yaml: models: wants a mapping, got ['qwen']"),
+        (
+            "models: [org/qwen2.5]\n" + ONE_TASK,
+            [],
+            "conf/s.yaml: models: wants a mapping, got ['org/qwen2.5']; write `org-qwen2-5: {path: org/qwen2.5}`",
+        ),
+        (
+            ONE_MODEL + "tasks: [gsm8k, mmlu]",
+            [],
+            "conf/s.yaml: tasks: wants a mapping, got ['gsm8k', 'mmlu']; write `gsm8k: {}` below it, a line for each",
+        ),
+        (
+            ONE_MODEL + "tasks: {gsm8k: 5}",
+            [],
+            "conf/s.yaml: tasks.gsm8k: wants a mapping, got 5; write `gsm8k: {num_fewshot: 5}`, or `limit` for its doc",
+        ),
+        (ONE_MODEL + "tasks: {gsm8k: true}", [], "tasks.gsm8k: wants a mapping, got true; write `gsm8k: {}`, with set"),
+        (
+            "models: {qwen: org/qwen}\n" + ONE_TASK,
+            [],
+            "models.qwen: wants a mapping, got 'org/qwen'; write `qwen: {path: org/qwen}`",
+        ),
         ("- models", [], "conf/s.yaml: wants a mapping, got ['models']"),
         (SMALL, ["retries=-1"], "command line: retries: wants 0 or more, got -1"),
         (SMALL, ["max_failures=0"], "command line: max_failures: wants 1 or more, got 0"),

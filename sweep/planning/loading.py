@@ -379,7 +379,7 @@ def _typed(value: Any, kind: Any, key: _Key, *, final: bool = False) -> Any:
             raise _Mistake(_misfit(value, kind, key), key)
         return fit
     if not isinstance(value, dict | None):
-        raise _Mistake(f"wants a mapping, got {_shown(value, key)}", key)
+        raise _Mistake(f"wants a mapping, got {_shown(value, key)}{_as_mapping(value, key)}", key)
     typed: dict[str, Any] = {}
     for name, item in (value or {}).items():
         if not isinstance(name, str):
@@ -451,6 +451,22 @@ _KIND_WORDS = {
     tuple[int, ...]: "a list of integers",
     dict[str, Any]: "a mapping",
 }
+
+
+def _as_mapping(value: Any, key: _Key) -> str:
+    """How to write the models or tasks that were probably meant by something else than a mapping."""
+    match key, value:
+        case ("tasks",), [str(name), *_]:
+            return f"; write `{name}: {{}}` below it, a line for each"
+        case ("models",), [str(name), *_]:
+            return f"; write `{_plain(name)}: {{path: {name}}}` below it, a line for each"
+        case ("tasks", name), bool() | str():
+            return f"; write `{name}: {{}}`, with settings inside"
+        case ("tasks", name), int():
+            return f"; write `{name}: {{num_fewshot: {value}}}`, or `limit` for its documents"
+        case ("models", name), str():
+            return f"; write `{name}: {{path: {value}}}`"
+    return ""
 
 
 def _members(kind: Any) -> list[str]:
