@@ -435,6 +435,16 @@ def test_only_with_an_unknown_cell_names_the_nearest(grid: SweepConfig, only: st
     assert ("'a/gsm8k'" in str(caught.value)) == ("gsm" in only)
 
 
+@pytest.mark.parametrize(
+    ("only", "meant"),
+    [("a", "'a/*'"), ("gsm8k", "'*/gsm8k'"), ("gsm9k", "'*/gsm8k'"), ("arc_esy", "'*/arc_easy'")],
+)
+def test_only_with_half_a_cell_names_the_pattern_for_it(grid: SweepConfig, only: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned(grid, only=only)
+    assert str(caught.value) == f"only={only}: no such cell (model/task); did you mean {meant}?"
+
+
 def test_a_sweep_whose_cells_are_all_skipped_is_refused(grid: SweepConfig) -> None:
     with pytest.raises(ConfigError, match="sweep 's' has no cells"):
         planned(replace(grid, cells={"*": CellOverride(skip=True)}))

@@ -245,9 +245,8 @@ def make_plan(
                 cells.append(Cell(model=model, task_name=task_name, task=task, seeds=config.seeds, fingerprint=digest))
     chosen = cells if only is None else [cell for cell in cells if fnmatch.fnmatchcase(cell.key, only)]
     if not chosen:
-        known = [cell.key for cell in cells]
-        if only is not None and known:
-            raise ConfigError(f"only={only}: no such cell (model/task){nearest(only, known)}")
+        if only is not None and cells:
+            raise ConfigError(f"only={only}: no such cell (model/task){_nearest_cells(only, cells)}")
         raise ConfigError(f"sweep {config.name!r} has no cells: give it models and tasks that are not all skipped")
     done = {
         cell.key: record
@@ -271,6 +270,18 @@ def make_plan(
         refused=refused,
         commits={**(commits or {}), **known_commits},
     )
+
+
+def _nearest_cells(only: str, cells: Iterable[Cell]) -> str:
+    """What `only` may have meant: cells, or of the bare name of a model or task all its cells."""
+    cells = list(cells)
+    if "/" in only:
+        return nearest(only, [cell.key for cell in cells])
+    all_of = [(cell.model.name, f"{cell.model.name}/*") for cell in cells]
+    all_of += [(cell.task_name, f"*/{cell.task_name}") for cell in cells]
+    if exact := dict.fromkeys(pattern for name, pattern in all_of if name == only):
+        return f"; did you mean {' or '.join(map(repr, exact))}?"
+    return nearest(only, dict.fromkeys(pattern for _, pattern in all_of), most=2)
 
 
 def _check_task(key: str, task: Task, known: Catalog) -> None:
