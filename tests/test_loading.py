@@ -471,6 +471,8 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         (SMALL, ["limit"], "command line: limit: missing value; write key=value"),
         # files and folders
         (SMALL + "extends: bse.yaml", [], "conf/s.yaml: extends: no file "),
+        (SMALL + "extends: qwen_sweep", [], "/conf/qwen_sweep'; did you mean '"),
+        (SMALL + "extends: zzz", [], "/conf/zzz'; extends takes a path, relative to the file that says it"),
         (SMALL + "extends: s.yaml", [], "conf/s.yaml: extends: a cycle, conf/s.yaml -> conf/s.yaml"),
         (SMALL + "suites: [nope]", [], "conf/s.yaml: suites: no suite 'nope'"),
         (SMALL + "suites: [open_llm_leaderbord]", [], "did you mean 'open_llm_leaderboard'?"),
@@ -643,6 +645,26 @@ def test_a_mistake_is_one_line_with_its_source_and_key(text, overrides, message)
 def test_a_mistake_is_said_of_the_file_that_holds_it(base, own, message):
     write("base.yaml", base)
     assert message in refused("extends: base.yaml\n" + own)
+
+
+@pytest.mark.parametrize(
+    ("place", "written", "meant"),
+    [
+        ("base.yaml", "base", "base.yaml"),
+        ("base.yaml", "bse.yaml", "base.yaml"),
+        ("mine/base.yaml", "mine/base", "mine/base.yaml"),
+    ],
+)
+def test_the_name_of_a_file_in_extends_is_answered_with_its_path(place, written, meant):
+    write(place, SMALL)
+    assert refused(f"extends: {written}").endswith(f"/conf/{written}'; did you mean '{meant}'?")
+
+
+def test_a_file_elsewhere_that_extends_the_name_of_a_sweep_is_told_the_path_to_it():
+    write("base.yaml", SMALL)
+    path = write("../experiments/deep/s.yaml", "extends: base")
+    with pytest.raises(ConfigError, match=r"extends: no file .*; did you mean '\.\./\.\./conf/base\.yaml'\?"):
+        load(str(path))
 
 
 def test_an_unknown_sweep_is_refused_with_the_nearest_one():

@@ -61,7 +61,7 @@ def load(conf: str, overrides: Sequence[str] = (), *, conf_dir: Path | None = No
     """
     folders = [conf_dir] if conf_dir else [Path("conf"), ROOT / "conf"]
     path = _find(conf, folders)
-    files = _chain(path)
+    files = _chain(path, folders)
     line = _command_line(overrides, known=[name for source in files for name in source.data.get("models", {})])
     sources = [*files, line]
     # Unlike everything else a name is not inherited: two sweeps of one name would share a run directory.
@@ -183,8 +183,11 @@ def _find(conf: str, folders: Sequence[Path]) -> Path:
     raise ConfigError(f"command line: conf: no sweep {conf!r} in {_label(folders[-1])}{_near(conf, known)}")
 
 
-def _chain(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
-    """The sources that a file stands for, weakest first: what it extends, then itself."""
+def _chain(path: Path, folders: Sequence[Path], above: tuple[Path, ...] = ()) -> list[_Source]:
+    """The sources that a file stands for, weakest first: what it extends, then itself.
+
+    Names are looked up in `folders` for messages alone: what `extends` takes is a path.
+    """
     path = path.absolute()
     source = _read(path, _FILE)
     extended = source.data.pop("extends", ())
@@ -195,9 +198,20 @@ def _chain(path: Path, above: tuple[Path, ...] = ()) -> list[_Source]:
             ring = " -> ".join(_label(file) for file in (*above, path, below))
             raise ConfigError(f"{source.label}: extends: a cycle, {ring}")
         if not below.is_file():
-            raise ConfigError(f"{source.label}: extends: no file {str(below)!r}{nearest_file(below)}")
-        chain += _chain(below, (*above, path))
+            raise ConfigError(f"{source.label}: extends: no file {str(below)!r}{_nearest_base(name, path, folders)}")
+        chain += _chain(below, folders, (*above, path))
     return [*chain, source]
+
+
+def _nearest_base(name: str, path: Path, folders: Sequence[Path]) -> str:
+    """What the `extends` of the file at `path` may have meant by a path where there is no file."""
+    for folder in (path.parent, *folders):
+        for file in (name, f"{name}.yaml"):
+            if (there := folder / file).is_file() and there.absolute() != path:
+                return f"; did you mean {os.path.relpath(there, path.parent)!r}?"
+    beside = (path.parent / name).parent
+    files = [file.name for file in beside.iterdir() if file != path] if beside.is_dir() else []
+    return nearest(Path(name).name, files) or "; extends takes a path, relative to the file that says it"
 
 
 def _suites(names: str | Iterable[str], parents: Sequence[Path]) -> list[_Source]:
