@@ -88,7 +88,8 @@ class PassingFault(Exception):
 
 def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
     """`"; did you mean 'a' or 'b'?"` with the known names closest to `name`, or an empty string when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6)
+    # Of two short words three letters are soon the same: `none` is not nearly `online`.
+    close = difflib.get_close_matches(name, list(known), n=most, cutoff=0.6 if len(name) > 4 else 0.65)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

@@ -430,6 +430,13 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         ),
         (SMALL, ["models.qwen.device=tpu"], "models.qwen.device: wants 'gpu' or 'cpu' or 'auto', got 'tpu'"),
         (SMALL, ["wandb.mode=ofline"], "wandb.mode: wants 'auto' or 'online' or 'offline' or 'disabled', got 'ofline'"),
+        (
+            SMALL + "wandb: {mode: off}",
+            [],
+            "or 'offline' or 'disabled', got false; YAML reads a bare off or no as false, write disabled",
+        ),
+        (SMALL, ["wandb.mode=on"], "got true; YAML reads a bare on or yes as true, write online"),
+        (SMALL, ["models.qwen.device=no"], "wants 'gpu' or 'cpu' or 'auto', got false; YAML reads a bare off or no as"),
         (SMALL, ["models.qwen.path=null"], "command line: models.qwen.path: wants text, got nothing"),
         (SMALL, ["tasks.gsm8k.num_fewshot=[0,x]"], "num_fewshot: wants an integer or a list of integers, got [0, 'x']"),
         (
@@ -665,6 +672,10 @@ def test_a_file_elsewhere_that_extends_the_name_of_a_sweep_is_told_the_path_to_i
     path = write("../experiments/deep/s.yaml", "extends: base")
     with pytest.raises(ConfigError, match=r"extends: no file .*; did you mean '\.\./\.\./conf/base\.yaml'\?"):
         load(str(path))
+
+
+def test_a_word_that_is_near_to_none_of_a_choice_is_answered_with_the_choice_alone():
+    assert refused(SMALL, "wandb.mode=none").endswith("'auto' or 'online' or 'offline' or 'disabled', got 'none'")
 
 
 def test_an_unknown_sweep_is_refused_with_the_nearest_one():

@@ -451,10 +451,16 @@ def _misfit(value: Any, kind: Any, key: _Key) -> str:
         # A number in a file is one already; only quotes and interpolations make text of it.
         if str not in arms and re.fullmatch(r"[\d.]+|true|false", value):
             cure = "; write it without quotes, an interpolation as ${oc.decode:${...}}"
+    elif isinstance(value, bool) and words:
+        cure = f"; YAML reads a bare {'on or yes as true' if value else 'off or no as false'}"
+        cure += f", write {_SWITCHES[value]}" if _SWITCHES[value] in words else ""
     elif str in arms and isinstance(value, (int, float)):
         cure = "; put it in quotes"
     return f"wants {' or '.join(wanted)}, got {_shown(value, key)}{cure}"
 
+
+_SWITCHES = {False: "disabled", True: "online"}
+"""What someone means who writes off or on where there is such a choice."""
 
 _KIND_WORDS = {
     str: "text",
