@@ -487,8 +487,33 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         (ONE_TASK + "models: {m: {checkpoints: [a/*]}}", [], "conf/s.yaml: models.m.checkpoints: no folder matches '/"),
         (ONE_TASK + "models: {m: {checkpoints: [gone]}}", [], "conf/s.yaml: models.m.checkpoints: no folder '/"),
         # YAML and interpolations
-        ("models: {\n", [], "conf/s.yaml: line 2: bad YAML: "),
-        ("a: 1\na: 2\n", [], "conf/s.yaml: line 2: bad YAML: found duplicate key a"),
+        ("models: {\n", [], "conf/s.yaml: line 2, column 1: bad YAML: did not find expected node content"),
+        ("a: 1\na: 2\n", [], "conf/s.yaml: line 2, column 1: bad YAML: found duplicate key a"),
+        (
+            "tasks:\n  gsm8k: {}\n\tmmlu: {}\n",
+            [],
+            "conf/s.yaml: line 3, column 1: bad YAML: found character that cannot start any token; a line begins",
+        ),
+        (
+            "name: @x\n",
+            [],
+            "column 7: bad YAML: found character that cannot start any token; a text that begins like th",
+        ),
+        (
+            "models:\n  a:\n    path: x\n   chat: true\n",
+            [],
+            "line 4, column 4: bad YAML: did not find expected key; the line is indented unlike",
+        ),
+        (
+            "models:\n  a:\n    path: x: y\n",
+            [],
+            "line 3, column 12: bad YAML: mapping values are not allowed in this context; a text that holds ': ' wants",
+        ),
+        (
+            "models:\n  a:\n    path: x\n  chat true\ntasks:\n",
+            [],
+            "line 5, column 1: bad YAML: could not find expected ':'; the line before lacks its colon",
+        ),
         (SMALL, ["limit=["], "command line: limit: bad YAML after the ="),
         (SMALL + "api_key: ${oc.env:MY_KEY}", [], "conf/s.yaml: api_key: environment variable 'MY_KEY' is not set"),
         (
@@ -931,7 +956,7 @@ def test_importing_the_config_loads_nothing_heavy():
         ("nodes: {a: {gpus: 8, gpu_memory_gb: 0}}", "c.yaml: nodes.a.gpu_memory_gb: wants more than 0 GB, got 0.0"),
         ("node: {a: {gpus: 8}}", "c.yaml: node: unknown key; did you mean 'nodes'?"),
         ("nodes: {}", "c.yaml: nodes: describes no nodes; give it some, as in `nodes: {h100: {count: 2, gpus: 8}}`"),
-        ("nodes: [", "c.yaml: line 2: bad YAML"),
+        ("nodes: [", "c.yaml: line 2, column 1: bad YAML"),
     ],
 )
 def test_a_mistake_in_a_described_cluster_is_one_line(text, message):

@@ -233,13 +233,35 @@ def _read(path: Path, schema: Mapping[str, Any]) -> _Source:
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
     except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(f"{label}: {line}bad YAML: {error.problem}") from None
+        raise ConfigError(f"{label}: {_unparsed(error, path)}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(": ".join(filter(None, (label, error.full_key, _said(error))))) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{label}: cannot be read: {str(error).splitlines()[0]}") from None
     return _checked(label, loaded, schema)
+
+
+def _unparsed(error: yaml.MarkedYAMLError, path: Path) -> str:
+    """The parser's complaint about a file in one line, with a cure where its words need one."""
+    problem, mark = error.problem or "", error.problem_mark
+    if mark is None:
+        return f"bad YAML: {problem}"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rest = lines[mark.line][mark.column :] if mark.line < len(lines) else ""
+    cure = "a line begins with spaces, YAML takes no tab there" if rest.startswith("\t") else _CURES.get(problem)
+    return f"line {mark.line + 1}, column {mark.column + 1}: bad YAML: {problem}{f'; {cure}' if cure else ''}"
+
+
+_INDENTATION = "the line is indented unlike those that it belongs to"
+_CURES = {
+    "did not find expected key": _INDENTATION,
+    "did not find expected '-' indicator": _INDENTATION,
+    "mapping values are not allowed in this context": "a text that holds ': ' wants quotes, a key a space behind its "
+    "colon, and keys of one mapping the same indentation",
+    "could not find expected ':'": "the line before lacks its colon, or is indented unlike those that it belongs to",
+    "found character that cannot start any token": "a text that begins like this wants quotes",
+}
+"""What to look at, by what libyaml says."""
 
 
 def _command_line(overrides: Sequence[str], known: Sequence[str]) -> _Source:
