@@ -70,7 +70,17 @@ exit codes      0    every cell is done
 sweeps here     {sweeps}
 """
 
-COMMANDS = ("run", "plan", "check", "fetch", "status", "report", "export", "tasks")
+COMMANDS = {
+    "run": ("only", "fresh"),
+    "plan": ("only", "fresh", "samples", "cluster"),
+    "check": ("only",),
+    "fetch": ("only",),
+    "status": (),
+    "report": ("samples", "publish", "to"),
+    "export": ("to",),
+    "tasks": (),
+}
+"""The words that each takes beside keys of the sweep file."""
 
 DONE, FAILED, WRONG, MISSED, AGAIN, INTERRUPTED = 0, 1, 2, 3, 75, 130
 """Exit codes. 75 is EX_TEMPFAIL of sysexits.h: a failure that passes when it is tried again."""
@@ -163,7 +173,9 @@ def parse(arguments: Sequence[str]) -> Arguments:
         without_samples=options.get("samples") == "false",
         cluster=options.get("cluster"),
         publish=options.get("publish") == "true",
-        to=options.get("to"),
+        to=options.get(
+            "to",
+        ),
     )
 
 
@@ -232,7 +244,7 @@ def _loaded(arguments: Arguments) -> "SweepConfig":
     nodes. Must come before huggingface_hub is imported, which reads it once."""
     from sweep.planning.loading import load
 
-    config = load(str(arguments.conf), arguments.overrides)
+    config = load(str(arguments.conf), arguments.overrides, words=COMMANDS[arguments.command])
     # Engines get theirs from their models' `env`; what a shell holds of them is reported as not passed on.
     os.environ.update({name: value for name, value in config.env.items() if not name.startswith("VLLM_")})
     return config
@@ -307,7 +319,7 @@ def _status(arguments: Arguments) -> int:
     from sweep.results.store import RunDirectory
     from sweep.status import describe, standing
 
-    config = load(str(arguments.conf), arguments.overrides)
+    config = load(str(arguments.conf), arguments.overrides, words=COMMANDS[arguments.command])
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     stands = standing(directory, now=time.time())
     # What goes into a file or another program is whole.
@@ -324,7 +336,7 @@ def _kept(arguments: Arguments) -> list[Path]:
 
     if arguments.words:
         return [Path(word) for word in arguments.words]
-    config = load(str(arguments.conf), arguments.overrides)
+    config = load(str(arguments.conf), arguments.overrides, words=COMMANDS[arguments.command])
     return [Path(config.runs_dir) / config.name]
 
 

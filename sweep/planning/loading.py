@@ -21,7 +21,7 @@ vLLM takes or which models the hub holds.
 import glob
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -52,17 +52,22 @@ from sweep.planning.config import (
 )
 
 
-def load(conf: str, overrides: Sequence[str] = (), *, conf_dir: Path | None = None) -> SweepConfig:
+def load(
+    conf: str, overrides: Sequence[str] = (), *, conf_dir: Path | None = None, words: Collection[str] = ()
+) -> SweepConfig:
     """The sweep that `conf` (a name, or a path to a YAML file) describes, changed by `key=value` overrides.
 
     A name is looked up in `conf_dir`; without one in ./conf, then beside launch.py. Everything is resolved in what
     comes back: defaults, suites, variants, grids, limits, environment variables, absolute paths. Raises ConfigError
-    with one line that names the source, the key, what was wrong and the nearest known name.
+    with one line that names the source, the key, what was wrong and the nearest known name, among which are the `words`
+    that the command line may hold beside keys.
     """
     folders = [conf_dir] if conf_dir else [Path("conf"), ROOT / "conf"]
     path = _find(conf, folders)
     files = _chain(path, folders)
-    line = _command_line(overrides, known=[name for source in files for name in source.data.get("models", {})])
+    line = _command_line(
+        overrides, known=[name for source in files for name in source.data.get("models", {})], words=words
+    )
     sources = [*files, line]
     # Unlike everything else a name is not inherited: two sweeps of one name would share a run directory.
     name = line.data.get("name", files[-1].data.get("name", path.stem))
@@ -264,7 +269,7 @@ _CURES = {
 """What to look at, by what libyaml says."""
 
 
-def _command_line(overrides: Sequence[str], known: Sequence[str]) -> _Source:
+def _command_line(overrides: Sequence[str], known: Sequence[str], words: Collection[str]) -> _Source:
     """The overrides as a source. They may change every model that is `known`, and add one only with its path."""
     label = "command line"
     data: dict[str, Any] = {}
@@ -283,7 +288,11 @@ def _command_line(overrides: Sequence[str], known: Sequence[str]) -> _Source:
         if name not in known and not (isinstance(model, dict) and {"path", "url"} & model.keys()):
             near = nearest(name, known) or f"; the sweep has {_listed(known)}"
             raise ConfigError(f"{label}: models.{name}: no such model (a new one needs a path or url){near}")
-    return _checked(label, data, {key: kind for key, kind in _FILE.items() if key != "extends"})
+    schema = {key: kind for key, kind in _FILE.items() if key != "extends"}
+    for name in data:
+        if isinstance(name, str) and name not in schema:
+            raise ConfigError(f"{label}: {name}: unknown key{_near(name, [*words, *schema])}")
+    return _checked(label, data, schema)
 
 
 def _checked(label: str, data: Any, schema: Mapping[str, Any]) -> _Source:
