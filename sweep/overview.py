@@ -16,7 +16,7 @@ from sweep.planning.loading import secrets_of
 from sweep.planning.plan import Cell, Plan, ServerPlan, is_local, served_name
 from sweep.planning.tasks import catalog
 from sweep.record import Record
-from sweep.results.report import lasting
+from sweep.results.report import counted, lasting
 from sweep.results.store import RunDirectory
 from sweep.running.costs import Costs
 from sweep.running.inventory import Node, shortages, total_gpus
@@ -66,9 +66,10 @@ def cells_document(plan: Plan) -> dict[str, Any]:
 def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory, only: str | None) -> Iterator[str]:
     models = len({cell.model.name for cell in plan.cells})
     tasks = list(dict.fromkeys(cell.task_name for cell in plan.cells))
-    yield f"sweep {config.name}: {models} models × {len(tasks)} tasks, {len(plan.cells)} cells"
+    size = f"{counted(models, 'model')} × {counted(len(tasks), 'task')}, {counted(len(plan.cells), 'cell')}"
+    yield f"sweep {config.name}: {size}"
     if only is None:
-        yield f"run directory {directory.root}: {len(plan.done)} cells done, {len(plan.owed)} owed"
+        yield f"run directory {directory.root}: {counted(len(plan.done), 'cell')} done, {len(plan.owed)} owed"
     else:
         yield f"only={only}: of the sweep's cells these, which run again from the answers in {directory.root}"
     yield ""

@@ -86,6 +86,11 @@ def test_a_plan_is_cells_tasks_and_servers_with_their_commands() -> None:
     ]
 
 
+def test_one_model_on_one_task_is_said_in_the_singular() -> None:
+    one = sweep(models={"m": Model(path="org/base")}, tasks={"gsm8k": Task(task="gsm8k")})
+    assert lines(one)[0] == "sweep s: 1 model × 1 task, 1 cell"
+
+
 def test_of_a_server_of_several_nodes_the_first_part_is_shown() -> None:
     large = Model(path="org/base", revision=COMMIT, device=Device.AUTO, tensor_parallel=8, nodes=2)
     shown = lines(sweep(models={"large": large}))
