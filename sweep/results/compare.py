@@ -559,10 +559,10 @@ def _task(
     for target, by_model in makes.items():
         able = {model: make for model, make in by_model.items() if make.reason is None}
         for reason in dict.fromkeys(make.reason for make in by_model.values() if make.reason is not None):
-            left_out(f"{task}: {_called(target)} {reason}")
+            left_out(f"{task}: {_called(target, task)} {reason}")
         weightings = {make.by_size for make in able.values()} - {None}
         if len(weightings) > 1:
-            left_out(f"{task}: {_called(target)} is weighted in two ways by different models' runs")
+            left_out(f"{task}: {_called(target, task)} is weighted in two ways by different models' runs")
             continue
         able_pairs = [(a, b) for a, b in pairs if a in able and b in able]
         if able_pairs:
@@ -574,12 +574,13 @@ def _task(
             for one in _comparisons(task, target, blocks, said, higher, binary=table.binary, by_size=bool(by_size)):
                 found(one)
             for a, b in table.strangers:
-                left_out(f"{task}: {_called(target)} of {a} and {b}: fewer than two documents in common")
+                left_out(f"{task}: {_called(target, task)} of {a} and {b}: fewer than two documents in common")
 
 
-def _called(target: _Target) -> str:
+def _called(target: _Target, task: str) -> str:
+    """A number's name behind that of its task."""
     shown = target.metric if target.filter == "none" else f"{target.metric} ({target.filter})"
-    return f"{shown} of {target.name}"
+    return shown if target.name == task else f"{shown} of {target.name}"
 
 
 def _read(cells: _Cells) -> tuple[dict[tuple[str, str], _Leaf], bool]:
