@@ -173,9 +173,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         without_samples=options.get("samples") == "false",
         cluster=options.get("cluster"),
         publish=options.get("publish") == "true",
-        to=options.get(
-            "to",
-        ),
+        to=options.get("to"),
     )
 
 

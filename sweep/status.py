@@ -18,7 +18,7 @@ from sweep.errors import StoreError, boundary
 from sweep.record import Status
 from sweep.results.claim import STALE_S, Heartbeat, read_heartbeat
 from sweep.results.report import lasting
-from sweep.results.store import RunDirectory, read_cells
+from sweep.results.store import RunDirectory, read_cells, require_launched
 
 MOST = 20
 """Cells that a list names before it counts the rest."""
@@ -67,8 +67,7 @@ class Standing:
 
 def standing(directory: RunDirectory, *, now: float) -> Standing:
     """`now` is in seconds since 1970. Raises StoreError where no sweep was launched or a file cannot be read."""
-    if not directory.plan.exists():
-        raise StoreError(f"nothing was launched into {directory.root} yet (there is no {directory.plan.name})")
+    require_launched(directory)
     with boundary(StoreError, f"read {directory.heartbeat}"):
         heartbeat = read_heartbeat(directory.heartbeat)
     outcomes = {f"{o.model}/{o.task}": o for o in _outcomes(directory)}

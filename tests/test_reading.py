@@ -135,5 +135,5 @@ def test_a_sample_file_that_is_gone_or_damaged_is_named(root: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_directory_is_refused(root: Path) -> None:
-    with pytest.raises(StoreError, match=r"is no run directory: it has no plan\.json"):
+    with pytest.raises(StoreError, match=r"nothing was launched into .* yet \(there is no plan\.json\)"):
         read_sweep(root)

@@ -16,7 +16,7 @@ import yaml
 
 from sweep.errors import StoreError, boundary
 from sweep.record import Record, Status
-from sweep.results.store import RunDirectory, read_cells, read_records
+from sweep.results.store import RunDirectory, read_cells, read_records, require_launched
 from sweep.results.timeline import Timeline, read_timeline
 
 
@@ -98,10 +98,7 @@ class Sweep:
 def read_sweep(root: Path) -> Sweep:
     """The sweep in a run directory. Raises StoreError where there is none or a file of it cannot be read."""
     directory = RunDirectory(root)
-    if not directory.plan.exists():
-        raise StoreError(
-            f"{root} is no run directory: it has no plan.json; the run directory of a sweep is <runs_dir>/<name>"
-        )
+    require_launched(directory)
     config: dict[str, Any] = {}
     if directory.config.exists():
         with boundary(StoreError, f"read {directory.config}"):

@@ -147,6 +147,15 @@ def read_commits(directory: RunDirectory) -> dict[str, str]:
         return msgspec.convert(msgspec.json.decode(directory.plan.read_bytes())["commits"], dict[str, str])
 
 
+def require_launched(directory: RunDirectory) -> None:
+    """Raises StoreError where no sweep was ever launched."""
+    if not directory.plan.exists():
+        raise StoreError(
+            f"nothing was launched into {directory.root} yet (there is no {directory.plan.name}); the run directory of "
+            "a sweep is <runs_dir>/<name>"
+        )
+
+
 def read_cells(directory: RunDirectory) -> dict[str, str]:
     """The cells of the sweep at its last launch and their fingerprints, empty before the first. Raises StoreError."""
     if not directory.plan.exists():
