@@ -196,6 +196,11 @@ def test_tasks_are_searched_in_less_than_two_seconds() -> None:
     assert said.cpu_s < 3  # a scan of 14,000 files
 
 
+def test_a_search_for_tasks_that_finds_none_fails_like_grep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tasks", "nosuchword"]) == FAILED
+    assert "matches 'nosuchword'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["tasks", "plan conf=small"])
 def test_a_reader_that_has_seen_enough_gets_no_traceback(command: str) -> None:
     piped = f"{shlex.quote(sys.executable)} {shlex.quote(str(LAUNCH))} {command} | :"

@@ -229,7 +229,7 @@ def test_a_group_that_contains_itself_is_refused_not_followed_for_ever(tmp_path)
 
 def test_a_group_that_lm_eval_cannot_build_is_listed_as_broken_and_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(tasks, "_screen", lambda: None)
-    assert tasks_command(["t0_eval"]).splitlines()[1].split() == ["t0_eval", "group", "0", "broken"]
+    assert tasks_command(["t0_eval"])[0].splitlines()[1].split() == ["t0_eval", "group", "0", "broken"]
     with pytest.raises(ConfigError, match=r"'t0_eval' has neither `task` nor `group`"):
         catalog().check("t0_eval", num_fewshot=None, unsafe_code=False)
 
@@ -291,7 +291,7 @@ def test_every_word_must_match_in_name_data_set_tags_or_output_type():
 
 def test_the_command_lists_matches_with_flags_and_what_they_mean(monkeypatch):
     monkeypatch.setattr(tasks, "_screen", lambda: None)
-    text = tasks_command(["gpqa", "main", "n_shot"])
+    text, _ = tasks_command(["gpqa", "main", "n_shot"])
     row = next(line for line in text.splitlines() if line.startswith("gpqa_main_n_shot"))
     assert row.split() == ["gpqa_main_n_shot", "task", "multiple_choice", "gated", "Idavidrein/gpqa", "(gpqa_main)"]
     assert "HF_TOKEN" in text
@@ -299,7 +299,7 @@ def test_the_command_lists_matches_with_flags_and_what_they_mean(monkeypatch):
 
 def test_the_command_tells_more_about_an_exact_match(monkeypatch):
     monkeypatch.setattr(tasks, "_screen", lambda: None)
-    text = tasks_command(["mmlu"])
+    text, _ = tasks_command(["mmlu"])
     assert "mmlu = mmlu_stem, mmlu_other, mmlu_social_sciences, mmlu_humanities" in text
     assert "mmlu: version 2, " in text
 
@@ -307,7 +307,7 @@ def test_the_command_tells_more_about_an_exact_match(monkeypatch):
 @pytest.mark.parametrize("words", [[], ["mmlu"], ["a"]])
 def test_on_a_terminal_the_command_fits_the_screen_and_says_how_much_more_there_is(monkeypatch, words):
     monkeypatch.setattr(tasks, "_screen", lambda: tasks.os.terminal_size((100, 24)))
-    lines = tasks_command(words).splitlines()
+    lines = tasks_command(words)[0].splitlines()
     assert len(lines) < 24
     assert any("..." in line for line in lines)
     if words:
@@ -316,7 +316,8 @@ def test_on_a_terminal_the_command_fits_the_screen_and_says_how_much_more_there_
 
 def test_without_words_the_command_shows_the_main_groups_and_how_to_search(monkeypatch):
     monkeypatch.setattr(tasks, "_screen", lambda: None)
-    text = tasks_command([])
+    text, found = tasks_command([])
+    assert found
     names = text.split()
     assert "mmlu" in names
     assert "mmlu_stem" not in names
@@ -325,12 +326,14 @@ def test_without_words_the_command_shows_the_main_groups_and_how_to_search(monke
 
 def test_a_search_without_a_match_suggests_the_nearest_name(monkeypatch):
     monkeypatch.setattr(tasks, "_screen", lambda: None)
-    assert "'gsm9k'; did you mean 'gsm8k'?" in tasks_command(["gsm9k"])
+    text, found = tasks_command(["gsm9k"])
+    assert "'gsm9k'; did you mean 'gsm8k'?" in text
+    assert not found
 
 
 def test_the_command_finds_the_users_tasks_too(tmp_path):
     folder = write(tmp_path, own="task: my_very_own\noutput_type: generate_until\n")
-    assert tasks_command(["my_very"], [folder]).splitlines()[1].startswith("my_very_own")
+    assert tasks_command(["my_very"], [folder])[0].splitlines()[1].startswith("my_very_own")
 
 
 def test_a_search_needs_neither_lm_eval_nor_anything_heavy():

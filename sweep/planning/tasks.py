@@ -330,8 +330,9 @@ def render(infos: Sequence[TaskInfo], *, width: int | None = None) -> str:
     return "\n".join(line.rstrip() if room is None else _cut(line, room) for line in lines)
 
 
-def tasks_command(words: Sequence[str], include_paths: Sequence[str] = ()) -> str:
-    """What `python launch.py tasks [words]` prints: the best matches, or without words the groups and how to search.
+def tasks_command(words: Sequence[str], include_paths: Sequence[str] = ()) -> tuple[str, bool]:
+    """What `python launch.py tasks [words]` prints: the best matches, or without words the groups and how to search;
+    and whether there is any.
 
     On a terminal it fits one screen and says how much more there is; into a pipe everything goes.
     """
@@ -345,20 +346,19 @@ def tasks_command(words: Sequence[str], include_paths: Sequence[str] = ()) -> st
         names = textwrap.wrap("  ".join(known.main_groups()), width=width or 120, break_on_hyphens=False)
         lines = names[: _lines(screen, len(names), beside=5)]
         more = "..." if len(lines) < len(names) else ""
-        return "\n".join(
-            filter(None, (f"{counts} in {source}. The groups, without parts of others:", *lines, more, how))
-        )
+        shown_groups = (f"{counts} in {source}. The groups, without parts of others:", *lines, more, how)
+        return "\n".join(filter(None, shown_groups)), True
     found = known.search(words)
     if not found:
         with_hint = nearest("_".join(words), known.names())
-        return f"nothing in {source} matches {' '.join(words)!r}{with_hint} ({counts})"
+        return f"nothing in {source} matches {' '.join(words)!r}{with_hint} ({counts})", False
     details = _details(_listed(known, found[0]), width) if found[0].lower() == "_".join(words).lower() else []
     shown = found[: _lines(screen, len(found), beside=4 + len(details))]
     more = f"... and {len(found) - len(shown)} more; add words to narrow it down" if len(shown) < len(found) else ""
     table = render([_listed(known, name) for name in shown], width=width)
     flags = "gated: needs accepted terms and HF_TOKEN; code: executes what the model writes, needs unsafe_code: true"
     legend = flags if re.search(r"\b(gated|code)\b", table) else ""
-    return "\n".join(filter(None, (table, more, *details, legend)))
+    return "\n".join(filter(None, (table, more, *details, legend))), True
 
 
 # ---- what the YAML says
