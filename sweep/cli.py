@@ -230,7 +230,14 @@ def _carry_out(arguments: Sequence[str]) -> int:
         "export": _export,
         "run": _run,
     }
-    return commands[parsed.command](parsed)
+    try:
+        return commands[parsed.command](parsed)
+    except ConfigError as error:
+        if parsed.conf is None:
+            raise
+        from sweep.planning.loading import with_source
+
+        raise ConfigError(with_source(str(error), parsed.conf, parsed.overrides)) from error
 
 
 def _sweeps() -> list[str]:

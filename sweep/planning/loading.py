@@ -62,7 +62,7 @@ def load(
     with one line that names the source, the key, what was wrong and the nearest known name, among which are the `words`
     that the command line may hold beside keys.
     """
-    folders = [conf_dir] if conf_dir else [Path("conf"), ROOT / "conf"]
+    folders = [conf_dir] if conf_dir else [*_FOLDERS]
     path = _find(conf, folders)
     files = _chain(path, folders)
     line = _command_line(
@@ -77,6 +77,39 @@ def load(
         return _build(_typed(document, _FILE, (), final=True))
     except _Mistake as mistake:
         raise _located(mistake, sources, default=files[-1]) from None
+
+
+_FOLDERS = (Path("conf"), ROOT / "conf")
+"""Where a sweep's name is looked up."""
+
+
+def with_source(text: str, conf: str, overrides: Sequence[str]) -> str:
+    """What was found wrong with a sweep after it was loaded, each line that begins with a key behind its source.
+
+    For checks that see the resolved sweep alone: of `tasks.gsm9k: ...` comes `conf/demo.yaml: tasks.gsm9k: ...`.
+    """
+    lines = text.split("\n")
+    keys = [re.match(r"(tasks|models|cells)\.([^.:]+)([^: ]*): ", line) for line in lines]
+    if not any(keys):
+        return text
+    path = _find(conf, _FOLDERS)
+    files = _chain(path, _FOLDERS)
+    line = _command_line(
+        overrides, known=[name for source in files for name in source.data.get("models", {})], words=()
+    )
+    sources = [*files, line]
+    sources = _suites(_merge_all(sources).get("suites", ()), [path.parent, *_FOLDERS]) + sources
+
+    def label(kind: str, name: str, below: str) -> str:
+        entries = [entry for entry in _merge_all(sources).get(kind, {}) if f"{name}-".startswith(f"{entry}-")]
+        # A variant or a grid's task has the name of its entry and more; what both may have set is said of the entry.
+        entry = max(entries, key=len, default=name)
+        rest = tuple(below.split(".")[1:])
+        place = "task" if kind == "tasks" else "model"
+        keys = ((kind, entry, *rest), *([("defaults", place, *rest)] if rest else []), (kind, entry))
+        return _holder(keys, sources, files[-1])[0].label
+
+    return "\n".join(f"{label(*key.groups())}: {line}" if key else line for key, line in zip(keys, lines, strict=True))
 
 
 def load_cluster(path: str) -> dict[str, NodeGroup]:
@@ -345,17 +378,23 @@ def _said(error: Exception) -> str:
 
 def _located(mistake: _Mistake, sources: Sequence[_Source], default: _Source) -> ConfigError:
     """The mistake as one line with the strongest source that holds one of its keys, or else the nearest key above."""
+    source, key = _holder(mistake.keys, sources, default)
+    shown = key if key in mistake.keys else mistake.keys[0]
+    return ConfigError(f"{source.label}: {'.'.join(shown)}: {mistake.text}")
+
+
+def _holder(keys: Sequence[_Key], sources: Sequence[_Source], default: _Source) -> tuple[_Source, _Key]:
+    """The strongest source that holds one of the keys, or else the nearest key above the first, and that key."""
 
     def holds(data: Any, key: _Key) -> bool:
         return not key or (isinstance(data, dict) and key[0] in data and holds(data[key[0]], key[1:]))
 
-    first = mistake.keys[0]
-    for key in (*mistake.keys, *(first[:length] for length in range(len(first) - 1, 0, -1))):
+    first = keys[0]
+    for key in (*keys, *(first[:length] for length in range(len(first) - 1, 0, -1))):
         for source in reversed(sources):
             if holds(source.data, key):
-                shown = key if key in mistake.keys else first
-                return ConfigError(f"{source.label}: {'.'.join(shown)}: {mistake.text}")
-    return ConfigError(f"{default.label}: {'.'.join(first)}: {mistake.text}")
+                return source, key
+    return default, first
 
 
 # --- Schema: the keys of a file and what each may hold ---------------------------------------------------------------
