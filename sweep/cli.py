@@ -60,7 +60,8 @@ cluster=FILE    with plan: what it would take on the cluster that the file descr
 
 exit codes      0    every cell is done
                 1    some cells failed (of plan: cannot run), a model cannot be served, something could not be fetched,
-                     or the walltime was too short to get on at all; it is listed, the rest is done; of tasks: nothing matches
+                     or the walltime was too short to get on at all; it is listed, the rest is done;
+                     of tasks: nothing matches
                 2    wrong input, the machines lack what the plan needs, or the run directory cannot be used or written
                 3    every cell is done, but a number is not as the sweep's `expect` says, or is not there;
                      of status: cells are owed and a driver is at work; 4: and none is

@@ -12,7 +12,7 @@ from sweep import ROOT
 from sweep.errors import ConfigError
 from sweep.masking import is_secret, secret_variables
 from sweep.planning.config import CellOverride, Device, Expectation, NodeGroup, Overflow, Seeds, SweepConfig
-from sweep.planning.loading import dump, load, load_cluster, secrets_of, sweep_file
+from sweep.planning.loading import dump, load, load_cluster, secrets_of, sweep_file, with_source
 
 SMALL = """
 models:
@@ -701,6 +701,25 @@ def test_a_file_elsewhere_that_extends_the_name_of_a_sweep_is_told_the_path_to_i
 
 def test_a_word_that_is_near_to_none_of_a_choice_is_answered_with_the_choice_alone():
     assert refused(SMALL, "wandb.mode=none").endswith("'auto' or 'online' or 'offline' or 'disabled', got 'none'")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "source"),
+    [
+        ("tasks.mmlu: unknown task", [], "conf/base.yaml: "),
+        ("tasks.own: unknown task", [], "conf/s.yaml: "),
+        ("tasks.new: unknown task", ["tasks.new={}"], "command line: "),
+        ("tasks.own-5shot: num_fewshot: 5", ["tasks.own.num_fewshot=[0,5]"], "command line: "),
+        ("models.qwen.server.zz: no such option", ["models.qwen.server.zz=1"], "command line: "),
+        ("models.qwen.server.zz: no such option", ["models.llama.chat=true"], "conf/base.yaml: "),
+        ("conf/s.yaml: models.qwen: said already", [], ""),
+        ("only=x: no such cell", [], ""),
+    ],
+)
+def test_what_is_found_after_loading_is_said_with_its_source(text, overrides, source):
+    write("base.yaml", SMALL)
+    write("s.yaml", "extends: base.yaml\ntasks: {own: }")
+    assert with_source(text, "s", overrides) == f"{source}{text}"
 
 
 def test_an_unknown_sweep_is_refused_with_the_nearest_one():

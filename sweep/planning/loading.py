@@ -100,6 +100,8 @@ def with_source(text: str, conf: str, overrides: Sequence[str]) -> str:
     sources = [*files, line]
     sources = _suites(_merge_all(sources).get("suites", ()), [path.parent, *_FOLDERS]) + sources
 
+    said = tuple(f"{source.label}: " for source in sources)  # a file may be called tasks.yaml
+
     def label(kind: str, name: str, below: str) -> str:
         entries = [entry for entry in _merge_all(sources).get(kind, {}) if f"{name}-".startswith(f"{entry}-")]
         # A variant or a grid's task has the name of its entry and more; what both may have set is said of the entry.
@@ -109,7 +111,10 @@ def with_source(text: str, conf: str, overrides: Sequence[str]) -> str:
         keys = ((kind, entry, *rest), *([("defaults", place, *rest)] if rest else []), (kind, entry))
         return _holder(keys, sources, files[-1])[0].label
 
-    return "\n".join(f"{label(*key.groups())}: {line}" if key else line for key, line in zip(keys, lines, strict=True))
+    return "\n".join(
+        f"{label(*key.groups())}: {line}" if key and not line.startswith(said) else line
+        for key, line in zip(keys, lines, strict=True)
+    )
 
 
 def load_cluster(path: str) -> dict[str, NodeGroup]:
