@@ -99,6 +99,8 @@ def live(model: Path) -> Iterator[Live]:
         server=engine,
         # The mode has the address that empties the prefix cache, so that every run can be the first one.
         env={"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": str(sides.KV_CACHE_GIB)},
+        # local-completions with 512 prompts in flight can keep the server from answering /health for over a minute.
+        hang_timeout_s=6000.0,
     )
     plan = ServerPlan(name=name, model=config, revision=None, adapters={name: None}, gpus=1, replicas=1)
     with tempfile.TemporaryDirectory() as folder:
