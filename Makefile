@@ -14,7 +14,7 @@ demo: setup ## set up, make four tiny models, and run the demo sweep over them
 	$(python) launch.py conf=demo
 
 test: lint ## set up, lint, check types, and run all tests
-	$(python) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(python) -m pytest
 
 test-quick: setup ## the inner loop: tests without vLLM, Ray and the slow ones
 	$(python) -m pytest -m "not vllm and not ray and not slow"

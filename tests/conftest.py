@@ -30,24 +30,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-KINDS = ("vllm", "ray", "slow")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For the two lanes of `make test`: a file stays in one, and the longest files come first."""
-
-    def rank(item: pytest.Item) -> int:
-        return next((rank for rank, kind in enumerate(KINDS) if item.get_closest_marker(kind)), len(KINDS))
-
-    of_file: dict[Path, int] = {}
-    for item in items:
-        of_file[item.path] = min(rank(item), of_file.get(item.path, len(KINDS)))
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-    items.sort(key=lambda item: of_file[item.path])
-
-
 @dataclass(frozen=True, kw_only=True)
 class StandIn:
     """A running stand-in server."""

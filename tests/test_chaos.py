@@ -405,7 +405,7 @@ def model_of(server: psutil.Process) -> str:
 @pytest.mark.timeout(1200)
 def test_sixty_random_kills_change_no_record_and_lose_no_answer(fields: OpenField, tmp_path: Path) -> None:
     begun = time.monotonic()
-    field = fields(3, models=3, cells=8, requests=80, latency_s=0.6, evaluators=1)
+    field = fields(3, models=3, cells=8, requests=160, latency_s=0.6, evaluators=1)
     chaos = Chaos(field=field, launch=field.bench.start(), random=random.Random(SEED))
     kinds = [kind for kind, count in KILLS.items() for _ in range(count)]
     chaos.random.shuffle(kinds)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 GONE_S = 15.0
 """What is ours must be gone so long after the command has ended."""
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(1500), pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

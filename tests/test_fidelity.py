@@ -33,7 +33,6 @@ PER_TOKEN = 0.001
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(1200),
-    pytest.mark.xdist_group("demo"),  # of its models, which are made once, and whose servers test_demo_sweep.py counts
     pytest.mark.skipif(not DATA.is_dir(), reason=f"needs real evaluation data in {DATA.relative_to(ROOT.parent)}"),
 ]
 
