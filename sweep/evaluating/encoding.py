@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
 
-ENCODED_AT_ONCE = 1000
+ENCODED_AT_ONCE = 250
 """Texts that the tokenizer gets in one call: enough for all its threads, without holding a whole group's encodings."""
 
 WORTH_CUTTING = 400
