@@ -139,6 +139,17 @@ def test_long_contexts_are_computed_once_and_short_ones_echoed() -> None:
     assert methods_used(choices(20), ALL) == {Method.ECHO: 4}
 
 
+def test_what_would_save_next_to_nothing_is_echoed_like_all_else() -> None:
+    def question(number: int, context: int) -> list[Scored]:
+        begin = (1000 + number,)
+        return [pair(4 * number + i, (*begin, *range(context)), range(100 * i, 100 * i + 8)) for i in range(4)]
+
+    short = [one for number in range(50) for one in question(number, 20)]
+    one_more, ten_more = question(50, 100), [one for number in range(50, 60) for one in question(number, 100)]
+    assert methods_used([*short, *one_more], ALL) == {Method.ECHO: 204}
+    assert methods_used([*short, *ten_more], ALL) == {Method.ECHO: 200, Method.FORCED: 40}
+
+
 def test_first_tokens_that_choices_share_are_asked_once() -> None:
     """`(A`, `(B`, ...: the bracket once, then all letters at once."""
     pairs = [pair(i, range(300), (500, 600 + i)) for i in range(4)]
