@@ -63,11 +63,7 @@ def load(
     that the command line may hold beside keys.
     """
     folders = [conf_dir] if conf_dir else [*_FOLDERS]
-    path = _find(conf, folders)
-    files = _chain(path, folders)
-    line = _command_line(
-        overrides, known=[name for source in files for name in source.data.get("models", {})], words=words
-    )
+    path, files, line = _said_in(conf, overrides, folders, words)
     sources = [*files, line]
     # Unlike everything else a name is not inherited: two sweeps of one name would share a run directory.
     name = line.data.get("name", files[-1].data.get("name", path.stem))
@@ -83,6 +79,16 @@ _FOLDERS = (Path("conf"), ROOT / "conf")
 """Where a sweep's name is looked up."""
 
 
+def _said_in(
+    conf: str, overrides: Sequence[str], folders: Sequence[Path], words: Collection[str] = ()
+) -> "tuple[Path, list[_Source], _Source]":
+    """The path of the sweep file, the files that it stands for, weakest first, and the command line."""
+    path = _find(conf, folders)
+    files = _chain(path, folders)
+    models = [name for source in files for name in source.data.get("models", {})]
+    return path, files, _command_line(overrides, known=models, words=words)
+
+
 def with_source(text: str, conf: str, overrides: Sequence[str]) -> str:
     """What was found wrong with a sweep after it was loaded, each line that begins with a key behind its source.
 
@@ -92,11 +98,7 @@ def with_source(text: str, conf: str, overrides: Sequence[str]) -> str:
     keys = [re.match(r"(tasks|models|cells)\.([^.:]+)([^: ]*): ", line) for line in lines]
     if not any(keys):
         return text
-    path = _find(conf, _FOLDERS)
-    files = _chain(path, _FOLDERS)
-    line = _command_line(
-        overrides, known=[name for source in files for name in source.data.get("models", {})], words=()
-    )
+    path, files, line = _said_in(conf, overrides, _FOLDERS)
     sources = [*files, line]
     sources = _suites(_merge_all(sources).get("suites", ()), [path.parent, *_FOLDERS]) + sources
 
@@ -108,8 +110,8 @@ def with_source(text: str, conf: str, overrides: Sequence[str]) -> str:
         entry = max(entries, key=len, default=name)
         rest = tuple(below.split(".")[1:])
         place = "task" if kind == "tasks" else "model"
-        keys = ((kind, entry, *rest), *([("defaults", place, *rest)] if rest else []), (kind, entry))
-        return _holder(keys, sources, files[-1])[0].label
+        places = ((kind, entry, *rest), *([("defaults", place, *rest)] if rest else []), (kind, entry))
+        return _holder(places, sources, files[-1])[0].label
 
     return "\n".join(
         f"{label(*key.groups())}: {line}" if key and not line.startswith(said) else line
