@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import data
-from bench.rows import ROUNDS, Row
+from bench.rows import ROUNDS, Row, in_turn
 from sweep.evaluating.client import Cancelled, Client, Pool
 from sweep.evaluating.concurrency import LOOK_S, Controller, automatic_limit
 from sweep.evaluating.scoring import COMPLETIONS
@@ -45,7 +45,9 @@ class Work:
     name: str
     prompt: int
     """Tokens."""
-    generated: int
+    generated: tuple[int, int]
+    """Fewest and most new tokens; each as likely. Were all alike, sequences that began together would end together, and
+    a whole batch would be replaced at once, which no real task does and which favours the size of the batch."""
 
     def asks(self, count: int, seed: int) -> list["Ask"]:
         return [Ask(work=self, seed=seed * count + number) for number in range(count)]
@@ -64,17 +66,18 @@ class Ask:
 
     @property
     def tokens(self) -> int:
-        return self.work.prompt + self.work.generated
+        return self.work.prompt + self.work.generated[1]
 
     def body(self) -> dict[str, Any]:
-        prompt = random.Random(self.seed).choices(VOCABULARY, k=self.work.prompt)
-        rest = {"logprobs": 1} if self.work.generated == 1 else {"ignore_eos": True}
-        return {"prompt": prompt, "max_tokens": self.work.generated, "temperature": 0, **rest}
+        rng = random.Random(self.seed)
+        prompt, length = rng.choices(VOCABULARY, k=self.work.prompt), rng.randint(*self.work.generated)
+        rest = {"logprobs": 1} if length == 1 else {"ignore_eos": True}
+        return {"prompt": prompt, "max_tokens": length, "temperature": 0, **rest}
 
 
 WORKS = (
-    Work(name="next-token scoring, 400-token prompts", prompt=400, generated=1),
-    Work(name="generation, 100-token prompts and 64 new tokens", prompt=100, generated=64),
+    Work(name="next-token scoring, 400-token prompts", prompt=400, generated=(1, 1)),
+    Work(name="generation, 100-token prompts and 16 to 112 new tokens", prompt=100, generated=(16, 112)),
 )
 QUEUED = 20_000
 """More than any side can do in its seconds."""
@@ -150,8 +153,8 @@ def measure(server: Server, endpoint: Endpoint, work: Work, *, rounds: int, seco
     rates: dict[str, list[float]] = {str(n): [] for n in FIXED} | {"auto": []}
     settled: list[int] = []
     seeds = itertools.count(1)
-    for _ in range(rounds):
-        for name, found in rates.items():
+    for number in range(rounds):
+        for name, found in in_turn(rates, number):
             controller = Controller(automatic_limit()) if name == "auto" else Controller(int(name), fixed=True)
             asks = work.asks(QUEUED, seed=next(seeds))
             found.append(side(server, endpoint, controller, asks, seconds))

@@ -6,6 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 ROUNDS = 3
 """Fewest runs of each side that a median is taken of."""
@@ -35,11 +38,18 @@ class Row:
         return json.dumps({"row": self.row, **measured, "medians": figures}, ensure_ascii=False)
 
 
+def in_turn(sides: Mapping[str, T], number: int) -> list[tuple[str, T]]:
+    """The sides in the order of this round: each is the first one in its turn."""
+    some = list(sides.items())
+    first = number % len(some)
+    return some[first:] + some[:first]
+
+
 def alternately(sides: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS) -> dict[str, float]:
     """Median seconds of each side. The sides take turns, so that what else the machine does falls on all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
+    for number in range(rounds):
+        for name, run in in_turn(sides, number):
             gc.collect()  # nobody pays for what the one before left
             start = time.perf_counter()
             run()

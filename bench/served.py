@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from bench import data, sides
+from bench.rows import in_turn
 from bench.sides import Job, Ran, Settings, Side, Size, Work
 from sweep.evaluating.concurrency import automatic_limit
 from sweep.evaluating.preflight import Expected, Facts, inspect
@@ -131,11 +132,11 @@ def best_settings(server: Live, work: Work, *, part: int) -> tuple[Settings, Siz
 def by_turns(
     turns: Mapping[str, Callable[[], Ran]], *, rounds: int, fewer: Mapping[str, int] | None = None
 ) -> dict[str, list[Ran]]:
-    """Every side so many times, one after the other, so that what else the machine does falls on all of them; `fewer`
-    for sides that are left out of the later rounds."""
+    """Every side so many times, by turns, so that what else the machine does falls on all of them, and each time with
+    another one first, since it matters what ran before; `fewer` for sides that are left out of the later rounds."""
     ran: dict[str, list[Ran]] = {name: [] for name in turns}
     for number in range(rounds):
-        for name, turn in turns.items():
+        for name, turn in in_turn(turns, number):
             if number < (fewer or {}).get(name, rounds):
                 ran[name].append(turn())
                 print(f"  {name}: {ran[name][-1].request_s:.2f} s, whole {ran[name][-1].command_s:.1f} s", flush=True)

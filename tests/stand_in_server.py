@@ -19,8 +19,8 @@ them dies, as a GPU that waits for another's does not. The rest is accepted and 
 
 Options of its own, each as `--stand-in-NAME VALUE` or as the environment variable `STAND_IN_NAME` in capitals (`env:`
 of a model gives it to one server); see `Options` for what they mean:
-    start_delay_s latency_s die_after die_mark hang_after mute_after refuse refuse_forced refuse_headless lose_port
-    null_logprobs null_chat_logprobs no_chat no_tokenize no_echo echo_shift echo_offset echo_clip busy_above
+    start_delay_s latency_s die_after die_mark hang_after mute_after toil_after refuse refuse_forced refuse_headless
+    lose_port null_logprobs null_chat_logprobs no_chat no_tokenize no_echo echo_shift echo_offset echo_clip busy_above
     other_tokenizer end_every vocabulary tree leftovers ignore_term requests_log
 """
 
@@ -63,6 +63,8 @@ class Options:
     """Answer no completion request any more after so many, with a /health that does; 0 never."""
     mute_after: int = 0
     """Do not answer /health any more after so many completion requests; 0 never."""
+    toil_after: int = 0
+    """Compute for ever, and answer nothing, after so many completion requests; 0 never."""
     refuse: str = ""
     """Print this to stderr and exit with code 1 instead of starting; `\\n` makes lines."""
     lose_port: str = ""
@@ -207,6 +209,8 @@ class StandIn:
             return web.json_response(refusal.body, status=refusal.status)
 
     async def health(self, _: web.Request) -> web.Response:
+        while 0 < self.options.toil_after <= self.requests:
+            pass
         if 0 < self.options.mute_after <= self.requests:
             await asyncio.Event().wait()
         return web.Response()

@@ -52,7 +52,7 @@ def test_a_figure_is_compared_with_its_bar(value: float, at_most: bool, holds: b
 def test_the_sides_of_a_comparison_take_turns() -> None:
     ran: list[str] = []
     seconds = alternately({"stock": lambda: ran.append("stock"), "ours": lambda: ran.append("ours")}, rounds=3)
-    assert ran == ["stock", "ours"] * 3
+    assert ran == ["stock", "ours", "ours", "stock", "stock", "ours"]
     assert set(seconds) == {"stock", "ours"}
 
 
@@ -96,13 +96,20 @@ def test_the_wire_is_timed_in_both_libraries_from_the_first_request_to_the_last_
         assert wire.request_s == before
 
 
+def turns(ran: list[str], *names: str) -> dict[str, Callable[[], Ran]]:
+    """Sides that only note that it was their turn."""
+    return {name: lambda name=name: ran.append(name) or Ran() for name in names}
+
+
+def test_every_side_is_the_first_one_in_its_turn() -> None:
+    ran: list[str] = []
+    by_turns(turns(ran, "stock", "ours", "echo"), rounds=4)
+    assert "".join(name[0] for name in ran) == "soe" + "oes" + "eso" + "soe"
+
+
 def test_a_side_may_be_left_out_of_later_rounds() -> None:
     ran: list[str] = []
-
-    def turn(name: str) -> Callable[[], Ran]:
-        return lambda: ran.append(name) or Ran()
-
-    found = by_turns({name: turn(name) for name in ("stock", "ours")}, rounds=3, fewer={"stock": 1})
+    found = by_turns(turns(ran, "stock", "ours"), rounds=3, fewer={"stock": 1})
     assert ran == ["stock", "ours", "ours", "ours"]
     assert {name: len(some) for name, some in found.items()} == {"stock": 1, "ours": 3}
 

@@ -355,10 +355,9 @@ def test_good_servers_are_a_table_and_exit_code_0_and_nothing_else_is_left(folde
     code, output = desk.check("only=[ab]*/*")
     assert code == 0, output
     found = rows(output)
-    names = ["key", "served name", "max_model_len", "completion logprobs", "chat logprobs", "echo", "tokenizer"]
-    assert list(found) == [
-        (model, name) for model in ("alpha", "beta") for name in (*names, "next_token", "forced_decoding")
-    ]
+    questions = ["key", "served name", "max_model_len", "completion logprobs", "chat logprobs", "echo", "tokenizer"]
+    methods = ["next_token", "prompt_logprobs", "forced_decoding"]
+    assert list(found) == [(model, name) for model in ("alpha", "beta") for name in (*questions, *methods)]
     assert {outcome for outcome, _ in found.values()} == {"passed"}
     assert found["alpha", "key"] == ("passed", "401 without it, 200 with it")
     assert found["beta", "tokenizer"] == ("passed", "the same token ids for all 7 texts")

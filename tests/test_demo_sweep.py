@@ -67,7 +67,7 @@ def test_the_last_model_was_served_as_awq(directory: RunDirectory) -> None:
 
 def test_both_ways_of_scoring_were_used(records: dict[tuple[str, str], Record]) -> None:
     assert set(records["demo-base", "demo_capitals_mc"].settings["methods"]) == {"next_token"}
-    assert set(records["demo-base", "demo_stories"].settings["methods"]) == {"echo"}
+    assert set(records["demo-base", "demo_stories"].settings["methods"]) == {"prompt_logprobs"}
 
 
 def test_every_record_tells_what_its_server_was_asked(records: dict[tuple[str, str], Record]) -> None:
@@ -77,7 +77,7 @@ def test_every_record_tells_what_its_server_was_asked(records: dict[tuple[str, s
         assert {check["name"]: check["outcome"] for check in checks} == dict.fromkeys(
             (
                 *("key", "served name", "max_model_len", "completion logprobs", "chat logprobs", "echo", "tokenizer"),
-                *("next_token", "forced_decoding"),
+                *("next_token", "prompt_logprobs", "forced_decoding"),
             ),
             "passed",
         )

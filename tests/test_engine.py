@@ -22,6 +22,7 @@ from sweep.serving.engine import (
     FORCED_DECODING,
     NO_EXTRAS,
     ON_CPU,
+    PROMPT_LOGPROBS,
     SUPPORTED,
     TAIL_PREFILL,
     Extras,
@@ -69,22 +70,34 @@ def _nothing_from_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # The command line
 
 
+def together(*some: Extras) -> Extras:
+    return Extras(
+        methods=tuple(method for one in some for method in one.methods),
+        options={name: value for one in some for name, value in one.options.items()},
+    )
+
+
 @pytest.mark.parametrize(
     ("on_cpu", "changes", "found"),
     [
-        (True, {}, replace(FORCED_DECODING, options={**ON_CPU, **FORCED_DECODING.options})),
+        (True, {}, together(Extras(options=ON_CPU), PROMPT_LOGPROBS, FORCED_DECODING)),
         (
             True,
             {"server": {"worker-extension-cls": "mine.Mine"}},
-            replace(FORCED_DECODING, options={"block_size": 32, "max_num_seqs": 256, **FORCED_DECODING.options}),
+            together(Extras(options={"block_size": 32, "max_num_seqs": 256}), PROMPT_LOGPROBS, FORCED_DECODING),
         ),
-        (True, {"server": {"worker-extension-cls": "mine.Mine", "block-size": 64, "max-num-seqs": 8}}, FORCED_DECODING),
-        (False, {}, TAIL_PREFILL),
-        (False, {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}, FORCED_DECODING),
+        (
+            True,
+            {"server": {"worker-extension-cls": "mine.Mine", "block-size": 64, "max-num-seqs": 8}},
+            together(PROMPT_LOGPROBS, FORCED_DECODING),
+        ),
+        (False, {}, together(PROMPT_LOGPROBS, TAIL_PREFILL)),
+        (False, {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}, together(PROMPT_LOGPROBS, FORCED_DECODING)),
         (True, {"scoring": Scoring.ECHO}, Extras(options=ON_CPU)),
         (False, {"scoring": Scoring.ECHO}, NO_EXTRAS),
-        (True, {"server": {"logits-processors": ["mine:Mine"]}}, Extras(options=ON_CPU)),
+        (True, {"server": {"logits-processors": ["mine:Mine"]}}, together(Extras(options=ON_CPU), PROMPT_LOGPROBS)),
         (False, {"server": {"enable_scale_out": False}}, NO_EXTRAS),
+        (False, {"server": {"enable_prompt_tokens_details": True}}, PROMPT_LOGPROBS),
         (True, {"url": "http://x", "path": ""}, NO_EXTRAS),
     ],
 )

@@ -215,7 +215,7 @@ def test_log_likelihoods_and_choices_are_those_of_stock_lm_eval(outcomes: dict[s
 
 def test_one_token_choices_are_scored_by_the_next_token_and_longer_ones_otherwise(outcomes: dict[str, Any]) -> None:
     assert outcomes["mmlu_abstract_algebra"]["ours"]["methods"] == {"next_token": 100}
-    assert set(outcomes["hellaswag"]["ours"]["methods"]) <= {"echo", "forced_decoding"}
+    assert set(outcomes["hellaswag"]["ours"]["methods"]) <= {"prompt_logprobs", "forced_decoding"}
 
 
 def test_perplexities_are_those_of_stock_lm_eval(outcomes: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from sweep.evaluating.scoring import (
     Method,
     NextTokenCall,
     Packed,
+    PromptCall,
     Scored,
     ScoringCall,
     TailCall,
@@ -38,7 +39,7 @@ def pair(index: int = 0, context: Sequence[int] = (1, 2), continuation: Sequence
     return Scored(index=index, context=tuple(context), continuation=tuple(continuation))
 
 
-ALL = (Method.ECHO, Method.NEXT_TOKEN, Method.FORCED, Method.TAIL)
+ALL = (Method.ECHO, Method.PROMPT, Method.NEXT_TOKEN, Method.FORCED, Method.TAIL)
 
 VOCABULARY = 40
 
@@ -64,6 +65,12 @@ def reply_of(call: ScoringCall, body: Mapping[str, Any], prompt: Sequence[int]) 
         best = max(range(VOCABULARY), key=lambda t: rows[-1][t])
         top_ids = {f"token_id:{t}": rows[-1][t] for t in (*body["logprob_token_ids"], best)}
         return {"choices": [{"logprobs": {"top_logprobs": [top_ids]}}]}
+    if isinstance(call, PromptCall):
+        told = [
+            {str(t): {"logprob": some[t]}, "b": {"logprob": max(some)}}
+            for some, t in zip(rows, prompt[1:], strict=False)
+        ]
+        return {"choices": [{}], "prompt_logprobs": [None, *told]}
     if isinstance(call, TailCall):
         tail = [
             {str(t): {"logprob": some[t]}, "b": {"logprob": max(some)}}
@@ -136,18 +143,19 @@ def test_long_contexts_are_computed_once_and_short_ones_echoed() -> None:
     assert methods_used(choices(600), ALL) == {Method.FORCED: 4}
     assert methods_used(choices(600), (Method.ECHO, Method.TAIL)) == {Method.TAIL: 4}
     assert methods_used(choices(600), (Method.ECHO, Method.NEXT_TOKEN)) == {Method.ECHO: 4}
-    assert methods_used(choices(20), ALL) == {Method.ECHO: 4}
+    assert methods_used(choices(20), ALL) == {Method.PROMPT: 4}
+    assert methods_used(choices(20), (Method.ECHO, Method.FORCED)) == {Method.ECHO: 4}
 
 
-def test_what_would_save_next_to_nothing_is_echoed_like_all_else() -> None:
+def test_what_would_save_next_to_nothing_is_asked_whole_like_all_else() -> None:
     def question(number: int, context: int) -> list[Scored]:
         begin = (1000 + number,)
         return [pair(4 * number + i, (*begin, *range(context)), range(100 * i, 100 * i + 8)) for i in range(4)]
 
     short = [one for number in range(50) for one in question(number, 20)]
     one_more, ten_more = question(50, 100), [one for number in range(50, 60) for one in question(number, 100)]
-    assert methods_used([*short, *one_more], ALL) == {Method.ECHO: 204}
-    assert methods_used([*short, *ten_more], ALL) == {Method.ECHO: 200, Method.FORCED: 40}
+    assert methods_used([*short, *one_more], ALL) == {Method.PROMPT: 204}
+    assert methods_used([*short, *ten_more], ALL) == {Method.PROMPT: 200, Method.FORCED: 40}
 
 
 def test_first_tokens_that_choices_share_are_asked_once() -> None:
@@ -184,6 +192,12 @@ def test_a_tail_that_lacks_rows_is_left_to_echo(cached: int, rows: int) -> None:
     found = [None, *[{"5": {"logprob": -1.0}}] * (rows - 1)]
     got = list(call.logprobs({"choices": [{}], "usage": usage, "prompt_logprobs": found}))
     assert [answer.logprobs for answer in got] == ([(-1.0, -1.0)] if (cached, rows) == (3, 3) else [])
+
+
+@pytest.mark.parametrize("rows", [[None], [None, {"5": {"logprob": -1.0}}], [None, *[{"6": {"logprob": -1.0}}] * 2]])
+def test_a_prompt_without_its_own_rows_is_left_to_echo(rows: list[Any]) -> None:
+    call = PromptCall(pair=pair(0, (1,), (5, 5)))
+    assert list(call.logprobs({"choices": [{}], "prompt_logprobs": rows})) == []
 
 
 def test_a_request_never_forces_behind_two_contexts_of_one_sum() -> None:

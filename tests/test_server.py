@@ -150,7 +150,7 @@ def test_a_server_starts_answers_and_stops(bench: Bench) -> None:
         api_key=KEY,
         max_model_len=512,
         engine_version="0.32.0",
-        scoring=("forced_decoding",),
+        scoring=("prompt_logprobs", "forced_decoding"),
     )
     assert KEY not in repr(endpoint)
     port = int(endpoint.url.rpartition(":")[2])
@@ -343,6 +343,16 @@ def test_a_server_that_does_not_answer_health_is_ended(bench: Bench) -> None:
         one.wait(),
     )
     assert time.monotonic() - asked > 1
+    until(lambda: running() == [])
+
+
+def test_a_server_that_is_silent_because_it_computes_is_given_all_of_its_time(bench: Bench) -> None:
+    one = bench(toil_after=1, hang_timeout_s=4)
+    endpoint = one.start()
+    assert ask(endpoint, "/v1/completions", {"model": "m", "prompt": [1]})[0] == 200
+    silent_s = re.match(r"was silent for (\S+) s though its API server computes, the last time /", one.wait())
+    assert silent_s is not None
+    assert float(silent_s[1]) > 2  # 0.4 s where it computes nothing
     until(lambda: running() == [])
 
 

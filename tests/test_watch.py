@@ -12,11 +12,18 @@ BUSY = replace(IDLE, running=3, waiting=2, kv_cache_use=0.5)
 
 
 def looks(
-    watch: Watch, times: int, seen: Snapshot | None, *, fault: str | None = None, asked: bool = False, each_s: float = 2
+    watch: Watch,
+    times: int,
+    seen: Snapshot | None,
+    *,
+    fault: str | None = None,
+    asked: bool = False,
+    each_s: float = 2,
+    computed_s: float = 0.0,
 ) -> str | None:
     """The first verdict in so many equal looks."""
     for _ in range(times):
-        if verdict := watch.look(fault=fault, seen=seen, asked=asked, elapsed_s=each_s):
+        if verdict := watch.look(fault=fault, seen=seen, asked=asked, elapsed_s=each_s, computed_s=computed_s):
             return verdict
     return None
 
@@ -96,6 +103,22 @@ def test_one_answer_ends_a_silence() -> None:
     assert looks(watch, 29, None, fault="/health answered 503") is None
     assert looks(watch, 1, BUSY) is None
     assert looks(watch, 29, None, fault="/health answered 503") is None
+
+
+def test_a_silent_server_whose_api_server_computes_has_all_of_the_time() -> None:
+    watch = Watch(600)
+    assert looks(watch, 299, None, fault="/health gave TimeoutError: timed out", computed_s=1.9) is None
+    assert looks(watch, 2, None, fault="/health gave TimeoutError: timed out", computed_s=1.9) == (
+        "was silent for 600 s though its API server computes, the last time /health gave TimeoutError: timed out "
+        "(hang_timeout_s = 600)"
+    )
+
+
+def test_a_silent_server_that_stops_computing_has_a_tenth_of_the_time_that_is_left() -> None:
+    watch = Watch(600)
+    assert looks(watch, 150, None, fault="x", computed_s=1.0) is None
+    assert looks(watch, 14, None, fault="x", computed_s=0.9) is None
+    assert looks(watch, 2, None, fault="x", computed_s=0.9)
 
 
 def test_figures_that_are_not_understood_are_no_proof_of_anything() -> None:

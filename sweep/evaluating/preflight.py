@@ -97,7 +97,7 @@ SAME_TOKENIZER = (
     "there (vLLM takes Mistral's own where a checkpoint has one; with `tokenizer_mode: hf` it does not)"
 )
 
-METHODS = (Method.NEXT_TOKEN, Method.FORCED, Method.TAIL)
+METHODS = (Method.NEXT_TOKEN, Method.PROMPT, Method.FORCED, Method.TAIL)
 """What is proven against echo, where the server offers it; the first one every server may."""
 
 TOGETHER = 4
@@ -122,7 +122,7 @@ class Check:
     model: str
     name: str
     """`key`, `served name`, `max_model_len`, `completion logprobs`, `chat logprobs`, `echo`, `tokenizer`,
-    `next_token`, `forced_decoding`, `tail_prefill`."""
+    `next_token`, `prompt_logprobs`, `forced_decoding`, `tail_prefill`."""
     outcome: Outcome
     detail: str
     """What came; of a failed one: what was asked, what came, what to do."""

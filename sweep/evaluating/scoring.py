@@ -2,7 +2,8 @@
 
 The reference is stock lm-eval's `local-completions` with tokenized requests: each pair a prompt of its own, which
 comes back with the log-probabilities of all its tokens (`EchoCall`). vLLM ignores its prefix cache for such a request.
-The other methods ask about a context that the cache may hold, and for no more than what follows it:
+`PromptCall` is the same with token ids only, without the text of each of them that nobody reads. The other methods ask
+about a context that the cache may hold, and for no more than what follows it:
 
 - `NextTokenCall`: all continuations of one token over a context, from the log-probabilities of its next token.
 - `ForcedCall`: longer ones, which the server is made to write (forced_decoding.py, our own servers' V1 runner).
@@ -42,13 +43,13 @@ NEXT_TOKEN_MOST = 128
 FORCED_TOGETHER = 16
 """Contexts whose continuations are asked in turns: few enough to stay in the server's cache meanwhile."""
 
-ECHO_TOKEN = 1.0
+ECHO_TOKEN, PROMPT_TOKEN = 1.0, 0.75
 FORCED_STEP = 4.0
 CALL = 12.0
 CACHE_BLOCK = 16
-"""What scoring costs, in tokens of an echoed prompt: each token echoed, each step of a forced continuation, each prompt
-sent, and what of a cached context is computed again since vLLM keeps whole blocks. Only which of two right methods is
-taken depends on them; docs/performance.md has the measurement."""
+"""What scoring costs, in tokens of an echoed prompt: each token echoed, or told without its text, each step of a forced
+continuation, each prompt sent, and what of a cached context is computed again since vLLM keeps whole blocks. Only which
+of two right methods is taken depends on them; docs/performance.md has the measurement."""
 
 WORTH_SAVING = 0.05
 """Of what echo would cost in all: a few forced continuations among many echoes are steps one after the other, for which
@@ -57,6 +58,7 @@ everything waits in the end. In hellaswag four of 400 made the whole a seventh s
 
 class Method(StrEnum):
     ECHO = "echo"
+    PROMPT = "prompt_logprobs"
     NEXT_TOKEN = "next_token"
     FORCED = "forced_decoding"
     TAIL = "tail_prefill"
@@ -135,6 +137,56 @@ class EchoCall:
         greedy = all(t >= max(b.values()) for t, b in zip(tokens, best, strict=True))
         for index in (self.pair.index, *self.also):
             yield LogProb(index=index, start=start, logprobs=tuple(tokens), is_greedy=greedy)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptCall:
+    """Score one pair by the log-probabilities of its whole prompt, as token ids: an echo of which nothing is turned
+    into text, which costs a server more than computing it where the model is small."""
+
+    pair: Scored
+    also: Sequence[int] = ()
+    """Other answers that it is too."""
+
+    method = Method.PROMPT
+    path = GENERATE
+    group = None
+    prefix = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.pair.context) + len(self.pair.continuation) + 1
+
+    def body(self) -> dict[str, Any]:
+        return _whole_prompt(self.pair.context, self.pair.continuation)
+
+    def logprobs(self, reply: Mapping[str, Any]) -> Iterator[LogProb]:
+        """One LogProb for each index; none where the rows are not those of this prompt."""
+        _choice(reply)
+        rows = reply.get("prompt_logprobs") or []
+        start = len(self.pair.context)
+        if len(rows) == start + len(self.pair.continuation) and (found := _told(rows[start:], self.pair.continuation)):
+            for index in (self.pair.index, *self.also):
+                yield LogProb(index=index, start=start, logprobs=found[0], is_greedy=found[1])
+
+
+def _whole_prompt(context: Tokens, continuation: Tokens, **sampling: Any) -> dict[str, Any]:
+    """Token ids in, log-probabilities of the prompt out, each with the likeliest token's."""
+    return {
+        "token_ids": [*context, *continuation],
+        "sampling_params": {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 1, "detokenize": False, **sampling},
+    }
+
+
+def _told(rows: Sequence[Any], tokens: Tokens) -> tuple[tuple[float, ...], bool] | None:
+    """What rows of prompt log-probabilities say of these tokens: their own, and whether each was the likeliest; None
+    where a row tells of something else."""
+    wanted = [str(token) for token in tokens]
+    if not all(row and token in row for row, token in zip(rows, wanted, strict=True)):
+        return None
+    logprobs = tuple(row[token]["logprob"] for row, token in zip(rows, wanted, strict=True))
+    best = [max(other["logprob"] for other in row.values()) for row in rows]
+    return logprobs, all(logprob >= top for logprob, top in zip(logprobs, best, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,17 +324,8 @@ class TailCall:
         return len(self.context) + len(self.continuation) + 1
 
     def body(self) -> dict[str, Any]:
-        return {
-            "token_ids": [*self.context, *self.continuation],
-            "sampling_params": {
-                "max_tokens": 1,
-                "temperature": 0,
-                "prompt_logprobs": 1,
-                # Unset it would be true: vLLM wants to be asked before it leaves out the rows of cached tokens.
-                "skip_reading_prefix_cache": False,
-                "detokenize": False,
-            },
-        }
+        # Unset it would be true: vLLM wants to be asked before it leaves out the rows of cached tokens.
+        return _whole_prompt(self.context, self.continuation, skip_reading_prefix_cache=False)
 
     def logprobs(self, reply: Mapping[str, Any]) -> Iterator[LogProb]:
         """One LogProb for each index; none where the cache reached into the continuation, or rows are missing because
@@ -295,18 +338,12 @@ class TailCall:
         if cached >= len(self.context) or len(computed) < len(self.context) + len(self.continuation) - cached:
             return
         # What the V1 runner has in front of them was never written to: only these are looked at.
-        rows = computed[-len(self.continuation) :]
-        wanted = [str(token) for token in self.continuation]
-        if not all(row and token in row for row, token in zip(rows, wanted, strict=True)):
-            return
-        logprobs = tuple(row[token]["logprob"] for row, token in zip(rows, wanted, strict=True))
-        best = [max(other["logprob"] for other in row.values()) for row in rows]
-        greedy = all(logprob >= top for logprob, top in zip(logprobs, best, strict=True))
-        for index in self.indices:
-            yield LogProb(index=index, start=len(self.context), logprobs=logprobs, is_greedy=greedy)
+        if found := _told(computed[-len(self.continuation) :], self.continuation):
+            for index in self.indices:
+                yield LogProb(index=index, start=len(self.context), logprobs=found[0], is_greedy=found[1])
 
 
-ScoringCall = EchoCall | NextTokenCall | ForcedCall | TailCall
+ScoringCall = EchoCall | PromptCall | NextTokenCall | ForcedCall | TailCall
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -451,26 +488,27 @@ _Way = tuple[float, list[tuple[Method, "_Edge"]]]
 def scoring_calls(pairs: Sequence[Scored], *, methods: Collection[Method]) -> tuple[list[ScoringCall], Assembly]:
     """The calls that answer all `pairs` by the cheapest of `methods`, and what puts their answers together.
 
-    Echo is always allowed, and taken for all where the others would save next to nothing. Distinct contexts keep their
-    order; all that follows one stands together, so that the server still has it in its cache, and so do contexts of a
-    common prefix, where `pairs` have them so.
+    Echo is always allowed; all prompts are asked for whole where the others would save next to nothing. Distinct
+    contexts keep their order; all that follows one stands together, so that the server still has it in its cache, and
+    so do contexts of a common prefix, where `pairs` have them so.
     """
     by_context: dict[Tokens, dict[Tokens, list[int]]] = {}
     for pair in pairs:
         by_context.setdefault(pair.context, {}).setdefault(pair.continuation, []).append(pair.index)
-    longer = next((m for m in (Method.FORCED, Method.TAIL) if m in methods), Method.ECHO)
+    whole = Method.PROMPT if Method.PROMPT in methods else Method.ECHO
+    longer = next((m for m in (Method.FORCED, Method.TAIL) if m in methods), whole)
     cheaper: list[_Way] = []
-    by_echo: list[_Way] = []
+    by_whole: list[_Way] = []
     contexts = list(by_context)
     for place, (context, indices) in enumerate(by_context.items()):
         cost, found = _cheapest(context, indices, longer, next_token=Method.NEXT_TOKEN in methods)
         neighbours = contexts[max(0, place - 1) : place] + contexts[place + 1 : place + 2]
         cached = max((common_length(context, other) for other in neighbours), default=0)
-        echo_cost = sum(_echo_cost(context, continuation) for continuation in indices)
-        by_echo.append((echo_cost, [(Method.ECHO, _edge(context, ids, some)) for ids, some in indices.items()]))
-        cheaper.append(min(by_echo[-1], (cost + len(context) - cached, found), key=lambda way: way[0]))
-    saves = sum(cost for cost, _ in cheaper) < (1 - WORTH_SAVING) * sum(cost for cost, _ in by_echo)
-    edges = [edge for _, found in (cheaper if saves else by_echo) for edge in found]
+        whole_cost = sum(_whole_cost(context, continuation, whole) for continuation in indices)
+        by_whole.append((whole_cost, [(whole, _edge(context, ids, some)) for ids, some in indices.items()]))
+        cheaper.append(min(by_whole[-1], (cost + len(context) - cached, found), key=lambda way: way[0]))
+    saves = sum(cost for cost, _ in cheaper) < (1 - WORTH_SAVING) * sum(cost for cost, _ in by_whole)
+    edges = [edge for _, found in (cheaper if saves else by_whole) for edge in found]
     by_method: dict[Method, list[_Edge]] = defaultdict(list)
     for method, edge in edges:
         by_method[method].append(edge)
@@ -487,8 +525,9 @@ def _edge(context: Tokens, tokens: Tokens, indices: Sequence[int]) -> _Edge:
     return _Edge(context=context, tokens=tokens, indices=tuple(indices))
 
 
-def _echo_cost(context: Tokens, continuation: Tokens) -> float:
-    return CALL + ECHO_TOKEN * (len(context) + len(continuation))
+def _whole_cost(context: Tokens, continuation: Tokens, method: Method) -> float:
+    token = PROMPT_TOKEN if method is Method.PROMPT else ECHO_TOKEN
+    return CALL + token * (len(context) + len(continuation))
 
 
 def _cheapest(
@@ -527,7 +566,7 @@ def _one(
         return CALL + FORCED_STEP * (len(tokens) + 1), (longer, edge)
     if longer is Method.TAIL:
         return CALL + CACHE_BLOCK + len(tokens), (longer, edge)
-    return _echo_cost(context, tokens), (Method.ECHO, edge)
+    return _whole_cost(context, tokens, longer), (longer, edge)
 
 
 def calls_by(method: Method, edges: Sequence[_Edge]) -> list[ScoringCall]:
@@ -539,11 +578,10 @@ def calls_by(method: Method, edges: Sequence[_Edge]) -> list[ScoringCall]:
             return list(_forced_calls(edges))
         case Method.TAIL:
             return [TailCall(context=e.context, continuation=e.tokens, indices=e.indices) for e in edges]
+    kind = PromptCall if method is Method.PROMPT else EchoCall
     return [
-        EchoCall(
-            pair=Scored(index=edge.indices[0], context=edge.context, continuation=edge.tokens), also=edge.indices[1:]
-        )
-        for edge in edges
+        kind(pair=Scored(index=e.indices[0], context=e.context, continuation=e.tokens), also=e.indices[1:])
+        for e in edges
     ]
 
 

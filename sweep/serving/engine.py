@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -192,6 +192,9 @@ MANY_CORES = 8
 """From so many on, a CPU server leaves one core to the process that feeds the engine, as vLLM does on any machine. Of
 two that is half of what computes: 1.75 s for five-shot questions that take 1.22 s without."""
 
+PROMPT_LOGPROBS = Extras(methods=("prompt_logprobs",), options={"enable_scale_out": True})
+"""Token ids in and out, with any runner."""
+
 FORCED_DECODING = Extras(
     methods=("forced_decoding",), options={"logits_processors": ["sweep.serving.forced_decoding:ForcedDecoding"]}
 )
@@ -226,11 +229,13 @@ def extras(plan: ServerPlan, *, on_cpu: bool) -> Extras:
         return NO_EXTRAS
     given = {_snake(key) for key in plan.model.server}
     old_runner = on_cpu or plan.model.env.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
-    found = FORCED_DECODING if old_runner else TAIL_PREFILL
-    if plan.model.scoring is Scoring.ECHO or found.options.keys() & given:
-        found = NO_EXTRAS
-    mended = {name: value for name, value in ON_CPU.items() if on_cpu and name not in given}
-    return replace(found, options={**mended, **found.options})
+    options = {name: value for name, value in ON_CPU.items() if on_cpu and name not in given}
+    methods: tuple[str, ...] = ()
+    for found in (PROMPT_LOGPROBS, FORCED_DECODING if old_runner else TAIL_PREFILL):
+        if plan.model.scoring is not Scoring.ECHO and not found.options.keys() & given:
+            options |= found.options
+            methods += found.methods
+    return Extras(methods=methods, options=options)
 
 
 def command(

@@ -317,7 +317,7 @@ class Server:
         watch = Watch(self.plan.model.hang_timeout_s)
         request: threading.Thread | None = None
         blind = False
-        last = time.monotonic()
+        last, computed_s = time.monotonic(), process.computed_s(port)
         while not (process.dead.wait(watch.period_s) or self._stopping.is_set()):
             fault, seen, path = None, None, "/health"
             try:
@@ -333,7 +333,11 @@ class Server:
                 blind = True
             asked = request is not None and request.is_alive()
             last, elapsed_s = time.monotonic(), time.monotonic() - last
-            if reason := watch.look(fault=fault, seen=seen, asked=asked, elapsed_s=elapsed_s):
+            before_s, computed_s = computed_s, process.computed_s(port)
+            reason = watch.look(
+                fault=fault, seen=seen, asked=asked, elapsed_s=elapsed_s, computed_s=computed_s - before_s
+            )
+            if reason:
                 log.warning("%s %s", self.name, reason)
                 self._note(f"{reason}; it is ended")
                 process.condemn(reason)
@@ -435,6 +439,7 @@ class _Process:
         self._verdict: str | None = None
         self._grace_s = START_GRACE_S
         self._closing = threading.Lock()
+        self._api_servers: list[psutil.Process] | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._log_path = log_path
         with log_path.open("ab") as file:
@@ -496,16 +501,31 @@ class _Process:
     def listens(self, port: int) -> bool:
         """Whether it is one of our processes that listens there; taken for granted where that cannot be seen."""
         try:
-            below = psutil.Process(self._supervisor.pid).children(recursive=True)
-            return any(
-                connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
-                for process in below
-                for connection in process.net_connections("tcp")
-            )
+            return bool(self._listeners(port))
         except psutil.NoSuchProcess:
             return False
         except psutil.AccessDenied:
             return True
+
+    def computed_s(self, port: int) -> float:
+        """Processor time that those of our processes have used which listen there; 0 where that cannot be seen."""
+        try:
+            if self._api_servers is None:
+                self._api_servers = self._listeners(port)
+            times = [process.cpu_times() for process in self._api_servers]
+        except psutil.Error:
+            return 0.0
+        return float(sum(used.user + used.system for used in times))
+
+    def _listeners(self, port: int) -> list[psutil.Process]:
+        return [
+            process
+            for process in psutil.Process(self._supervisor.pid).children(recursive=True)
+            if any(
+                connection.laddr.port == port and connection.status == psutil.CONN_LISTEN
+                for connection in process.net_connections("tcp")
+            )
+        ]
 
     def become_ready(self, grace_s: float) -> None:
         """From now on it gets so long to end by itself, also when we are the ones who die."""

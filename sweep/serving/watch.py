@@ -7,7 +7,11 @@ looks was starved, one look of an hour is one look. `server.py` does the looking
 from sweep.serving.metrics import Snapshot
 
 SILENT_SHARE = 0.1
-"""/health is answered by the API server at once whatever the engine does, so a tenth of the patience is plenty."""
+"""/health is answered by the API server at once whatever the engine does, so a tenth of the patience is plenty. One
+that computes is only late, and has all of it: turning 512 echoed prompts into JSON kept one from answering for 66 s."""
+
+BUSY_SHARE = 0.5
+"""Of a core: an API server that uses more computes."""
 
 PERIOD_S = 2.0
 LOOKS_LEAST = 4
@@ -24,6 +28,8 @@ class Watch:
         """How long one look may wait for each answer."""
         self.period_s = min(PERIOD_S, self.answer_timeout_s)
         self._silent_s = 0.0
+        self._spent_s = 0.0
+        """Of the patience with a silence."""
         self._still_s = 0.0
         self._done: tuple[float, ...] | None = None
 
@@ -32,22 +38,28 @@ class Watch:
         """Nothing has moved for half of the patience. It may just have nothing to do: a request of ours would tell."""
         return self._still_s >= self.hang_timeout_s / 2
 
-    def look(self, *, fault: str | None, seen: Snapshot | None, asked: bool, elapsed_s: float) -> str | None:
+    def look(
+        self, *, fault: str | None, seen: Snapshot | None, asked: bool, elapsed_s: float, computed_s: float = 0.0
+    ) -> str | None:
         """Why the server counts as dead, None while it does not.
 
         `fault` is what was wrong with the answer of /health or /metrics, `seen` what the latter told (None: nothing
         that we understand, then only silence counts), `asked` whether a request of ours is unanswered, `elapsed_s` the
-        time since the look before.
+        time since the look before, `computed_s` the processor time that its API server used in it.
         """
         if fault:
-            self._silent_s += min(elapsed_s, self.period_s + self.answer_timeout_s)
-            if self._silent_s < self.silent_timeout_s:
+            silent_s = min(elapsed_s, self.period_s + self.answer_timeout_s)
+            computes = computed_s >= BUSY_SHARE * elapsed_s > 0
+            self._silent_s += silent_s
+            self._spent_s += silent_s * (SILENT_SHARE if computes else 1.0)
+            if self._spent_s < self.silent_timeout_s:
                 return None
+            but = " though its API server computes" if computes else ""
             return (
-                f"was silent for {self._silent_s:.3g} s, the last time {fault} "
-                f"(a tenth of hang_timeout_s = {self.hang_timeout_s:g})"
+                f"was silent for {self._silent_s:.3g} s{but}, the last time {fault} "
+                f"({'' if computes else 'a tenth of '}hang_timeout_s = {self.hang_timeout_s:g})"
             )
-        self._silent_s = 0.0
+        self._silent_s = self._spent_s = 0.0
         if seen is None:
             return None
         # Not the requests themselves: clients that give up and come again would look like motion.
