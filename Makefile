@@ -13,8 +13,8 @@ demo: setup ## set up, make four tiny models, and run the demo sweep over them
 	$(python) -m sweep.demo
 	$(python) launch.py conf=demo
 
-test: lint ## set up, lint, check types, and run all tests
-	$(python) -m pytest
+test: lint ## set up, lint, check types, and run all tests, two files at a time
+	$(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-quick: setup ## the inner loop: tests without vLLM, Ray and the slow ones
 	$(python) -m pytest -m "not vllm and not ray and not slow"

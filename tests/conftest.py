@@ -1,4 +1,6 @@
-"""What tests of several modules share: a stand-in server without a supervisor, a process for Ray, a tiny model."""
+"""What tests of several modules share: a stand-in server without a supervisor, a process for Ray, a tiny model, and
+the order in which `make test` hands their files to its two workers.
+"""
 
 import json
 import multiprocessing
@@ -18,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from sweep.running.machine import prepare_local_ray
 from sweep.serving.server import Endpoint
@@ -28,6 +31,28 @@ KEY = "key-of-the-stand-in-0123456789"
 # ignores a signal does not end of it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+LONGEST = ("deaths", "runner", "demo_sweep", "fidelity", "chaos", "partition", "fetch", "deploy", "several_nodes")
+"""Files that take minutes, in this order before all others: what a worker takes up last should be short."""
+
+ALONE = {"tests/test_fidelity.py": "tests/test_demo_sweep.py"}
+"""Files that one worker takes one after the other, under the name of the first: they make the same models, and see that
+no server is left on this machine."""
+
+
+class _ByFile(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return ALONE.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
+    return _ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @dataclass(frozen=True, kw_only=True)

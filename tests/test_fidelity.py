@@ -130,7 +130,7 @@ def run(endpoint: Endpoint, calls: Sequence[Any], on_reply: Callable[[Any, Mappi
 
 def test_all_methods_and_generation_at_once_give_what_each_gives_alone(endpoint: Endpoint) -> None:
     """One request with `logprob_token_ids` in a batch takes the likeliest token out of the others' rows."""
-    assert set(endpoint.scoring) == {Method.FORCED}
+    assert set(endpoint.scoring) == {Method.PROMPT, Method.FORCED}
     pairs = hostile_pairs(endpoint)
     echo: dict[int, LogProb] = {}
     run(
@@ -138,7 +138,10 @@ def test_all_methods_and_generation_at_once_give_what_each_gives_alone(endpoint:
         calls_by(Method.ECHO, edges_of(pairs)),
         lambda call, reply: echo.update({answer.index: answer for answer in call.logprobs(reply)}),
     )
-    able = {Method.NEXT_TOKEN: [p for p in pairs if len(p.continuation) == 1], Method.FORCED: pairs, Method.ECHO: pairs}
+    able = {
+        Method.NEXT_TOKEN: [p for p in pairs if len(p.continuation) == 1],
+        **dict.fromkeys((Method.FORCED, Method.PROMPT, Method.ECHO), pairs),
+    }
     prompts = [p.context for p in pairs[::9]]
     writing = [
         GenerateCall(index=i, prompt=Packed(p), parameters={"max_tokens": 9, "temperature": 0, "stop": ["zzz"]})

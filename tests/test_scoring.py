@@ -194,7 +194,16 @@ def test_a_tail_that_lacks_rows_is_left_to_echo(cached: int, rows: int) -> None:
     assert [answer.logprobs for answer in got] == ([(-1.0, -1.0)] if (cached, rows) == (3, 3) else [])
 
 
-@pytest.mark.parametrize("rows", [[None], [None, {"5": {"logprob": -1.0}}], [None, *[{"6": {"logprob": -1.0}}] * 2]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [None],
+        [None, {"5": {"logprob": -1.0}}],
+        [None, *[{"6": {"logprob": -1.0}}] * 2],
+        [None, *[{"5": {"logprob": None}, "6": {"logprob": -1.0}}] * 2],
+    ],
+    ids=["none", "too few", "of another token", "no number"],
+)
 def test_a_prompt_without_its_own_rows_is_left_to_echo(rows: list[Any]) -> None:
     call = PromptCall(pair=pair(0, (1,), (5, 5)))
     assert list(call.logprobs({"choices": [{}], "prompt_logprobs": rows})) == []

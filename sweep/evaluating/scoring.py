@@ -180,13 +180,15 @@ def _whole_prompt(context: Tokens, continuation: Tokens, **sampling: Any) -> dic
 
 def _told(rows: Sequence[Any], tokens: Tokens) -> tuple[tuple[float, ...], bool] | None:
     """What rows of prompt log-probabilities say of these tokens: their own, and whether each was the likeliest; None
-    where a row tells of something else."""
+    where a row tells of something else, or of no number (null: a model that computes NaN)."""
     wanted = [str(token) for token in tokens]
     if not all(row and token in row for row, token in zip(rows, wanted, strict=True)):
         return None
     logprobs = tuple(row[token]["logprob"] for row, token in zip(rows, wanted, strict=True))
-    best = [max(other["logprob"] for other in row.values()) for row in rows]
-    return logprobs, all(logprob >= top for logprob, top in zip(logprobs, best, strict=True))
+    every = [[other["logprob"] for other in row.values()] for row in rows]
+    if any(None in some for some in every):
+        return None
+    return logprobs, all(logprob >= max(some) for logprob, some in zip(logprobs, every, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
