@@ -153,9 +153,10 @@ def measure(server: Server, endpoint: Endpoint, work: Work, *, rounds: int, seco
     rates: dict[str, list[float]] = {str(n): [] for n in FIXED} | {"auto": []}
     settled: list[int] = []
     seeds = itertools.count(1)
-    for number in range(rounds):
-        for name, found in in_turn(rates, number):
-            controller = Controller(automatic_limit()) if name == "auto" else Controller(int(name), fixed=True)
+    for turn in range(rounds):
+        for name, found in in_turn(rates, turn):
+            number = automatic_limit() if name == "auto" else int(name)
+            controller = Controller(number, fixed=name != "auto", guessed=name == "auto")
             asks = work.asks(QUEUED, seed=next(seeds))
             found.append(side(server, endpoint, controller, asks, seconds))
             if name == "auto":

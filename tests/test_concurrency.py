@@ -348,6 +348,40 @@ def test_a_server_that_tells_nothing_keeps_what_it_began_with() -> None:
 # Where it begins, and how it is shared
 
 
+def test_a_guess_is_sent_in_full_once_the_server_shows_no_long_queue() -> None:
+    run = Drive(Simulated(knee=256, places=256), Controller(320, guessed=True))
+    assert (run.controller.limit, run.controller.settled) == (80, 320)
+    run(1)
+    assert run.limits[0] == 80  # nothing to compare with yet
+    assert run.controller.limit == 320
+    assert run(9).share(8) >= 0.95
+
+
+def test_a_guess_stays_small_where_the_first_part_of_it_waits() -> None:
+    run = Drive(Simulated(knee=4, places=4, work=SCORING), Controller(320, guessed=True))(10)
+    assert max(run.limits) == 80
+    assert run.controller.limit < 40
+    assert run.controller.settled == run.controller.limit
+
+
+def test_a_guess_waits_for_work_that_could_fill_it() -> None:
+    run = Drive(Simulated(knee=256, places=256), Controller(320, guessed=True))(10, wanted=20)
+    assert set(run.limits) == {80}
+    assert run.controller.settled == 320
+    assert run(1).limits[-1] == 320
+
+
+def test_a_guess_is_sent_in_full_where_the_server_tells_nothing() -> None:
+    controller = Controller(40, guessed=True)
+    assert controller.limit == 10
+    assert {controller.look(now_s=second, seen=None, wanted=100) for second in range(100)} == {40}
+
+
+@pytest.mark.parametrize("start", [1, 2, 8])
+def test_a_small_guess_is_no_larger_for_it(start: int) -> None:
+    assert Controller(start, guessed=True).limit == min(start, 2)
+
+
 @pytest.mark.parametrize(
     ("max_num_seqs", "limit"),
     [(None, 320), (64, 80), (1, 1), ("8", 10)],

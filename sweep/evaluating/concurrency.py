@@ -20,6 +20,10 @@ BATCH = 256
 AHEAD = 1.25
 """A quarter more than one batch in flight, so that the server never waits for the next request."""
 
+FIRST_SHARE = 0.25
+"""Of what a server begins with when nothing is known of its work, so much is sent at once, and the rest when it is seen
+to have no long queue: prompts that wait a minute help nobody, and many that grow at once may not fit in its cache."""
+
 AHEAD_S = 1.0
 """A queue of so much time is never too long. Short scoring requests are computed in whole batches of which the figures,
 written after each step, show nothing; on two cores a quarter of a second was too little for a full one."""
@@ -209,10 +213,11 @@ class _Trial:
 class Controller:
     """The limit of one endpoint. Told at each look how the server stands, it says how many may be in flight."""
 
-    def __init__(self, start: int, *, fixed: bool = False) -> None:
-        """`fixed` is a number that the user gave: it never changes."""
-        self.limit = start
+    def __init__(self, start: int, *, fixed: bool = False, guessed: bool = False) -> None:
+        """`fixed` is a number that the user gave: it never changes; `guessed` one that comes from no work before."""
+        self.limit = min(start, max(LIMIT_LEAST, int(FIRST_SHARE * start))) if guessed else start
         self._start = start
+        self._opening = self.limit < start
         self._fixed = fixed
         self._last: tuple[float, Snapshot] | None = None
         self._tells = False
@@ -233,6 +238,8 @@ class Controller:
     @property
     def settled(self) -> int:
         """The limit without the trial that may be going on: where the next server of this model begins."""
+        if self._opening:
+            return self._start
         return self._trial.before if self._trial else self.limit
 
     @property
@@ -265,8 +272,10 @@ class Controller:
         if self._fixed:
             return self.limit
         if refused and now_s >= self._refused_s + REFUSED_CALM_S:
-            self._refused_s = now_s
+            self._refused_s, self._opening = now_s, False
             self._hold(max(1, self.limit * 3 // 4), now_s + CALM_S)
+        elif self._opening:
+            self._open(_between(last, (now_s, seen)) if last and seen and now_s > last[0] else None, wanted)
         elif seen is None:
             self._rest()
             if not self._tells:
@@ -279,6 +288,20 @@ class Controller:
         """Without a word of the server: back to where it was before it refused."""
         if wanted >= self.limit < self._start and now_s >= self._next_trial_s:
             self._hold(min(self._start, math.ceil(self.limit * (1 + STEPS[0]))), now_s + REFUSED_CALM_S)
+
+    def _open(self, interval: _Interval | None, wanted: int) -> None:
+        """Allows all that it begins with, but to a server that has a long queue by then, which is judged as it is."""
+        if interval is None:
+            opens = not self._tells
+        elif wanted < self.limit:
+            return
+        else:
+            self._window.intervals.append(interval)
+            opens = interval.waiting <= self._window.reserve
+            self._opening = len(self._window) < QUEUE_LOOKS
+        if opens:
+            self._opening = False
+            self._change(self._start)
 
     def _judge(self, now_s: float, interval: _Interval, wanted: int, preempted: bool) -> None:
         window = self._window

@@ -587,7 +587,7 @@ class Runner:
         elif server.concurrency is not None:
             controller = Controller(server.concurrency)
         else:
-            controller = Controller(automatic_limit(model.server.get("max_num_seqs")))
+            controller = Controller(automatic_limit(model.server.get("max_num_seqs")), guessed=True)
         self.cluster.tune(name_of_life, controller)
         return controller.load
 
