@@ -112,6 +112,11 @@ def launch(*arguments: str) -> Said:
         (["fetch", "conf=small"], r"fetch has to ask the hub, and HF_HUB_OFFLINE forbids it"),
         (["status", "conf=small", "only=m/t"], r"only= has no meaning for `status`"),
         (["status", "conf=small"], r"nothing was launched into .*runs/small yet"),
+        (["status", "conf"], r"nothing was launched into conf yet \(there is no plan\.json\); the run directory of"),
+        (["status", "cnf"], r"no folder 'cnf': a run directory, or conf=NAME, is wanted; did you mean 'conf'\?"),
+        (["status", "small"], r"no folder 'small': .*; did you mean 'conf=small'\?"),
+        (["status", "conf", "conf"], r"`status` takes one run directory"),
+        (["status", "conf", "limit=3"], r"limit=3 has no meaning beside a run directory \(conf\)"),
         (["report", "conf=small"], r"nothing was launched into .*runs/small yet \(there is no plan\.json\)"),
         (["export", "conf=small"], r"nothing was launched into .*runs/small yet"),
         (["report", "conf", "gone"], r"no folder 'gone': a run directory, or conf=NAME, is wanted"),
@@ -595,6 +600,21 @@ def test_status_tells_how_a_sweep_stands_in_half_a_second_of_work(
     assert "4 of 4 cells done" in said.out
     assert said.err == ""
     assert said.cpu_s < 0.5
+
+
+def test_status_of_a_run_directory_needs_no_sweep_file(runner: Runner, directory: RunDirectory, output: Output) -> None:
+    runner.fails = {"second/gsm8k"}
+    main(["conf=small"])
+    output()
+    assert main(["status", "conf=small"]) == 1
+    by_name = output()
+    copied = directory.root.rename(directory.root.parent / "copied")
+    Path("conf/small.yaml").unlink()
+    assert main(["status", str(copied)]) == 1
+    assert output() == by_name.replace("runs/small", "runs/copied")
+    for near in ("runs", "runs/copied/logs"):
+        assert main(["status", near]) == 2
+        assert re.search(rf"nothing was launched into {near} yet .*; did you mean 'runs/copied'\?", output())
 
 
 def test_after_only_one_cell_ran_the_status_is_still_of_all(runner: Runner, output: Output) -> None:
