@@ -19,6 +19,7 @@ ORDER = [
     "remembered",
     "record",
     # planning
+    "numbers",
     "tasks",
     "config",
     "loading",
