@@ -23,6 +23,7 @@ ORDER = [
     "tasks",
     "config",
     "loading",
+    "keys",
     "hub",
     "plan",
     # results
