@@ -61,7 +61,7 @@ lmsweep: many language models, many lm-eval tasks, one command
   python launch.py tasks [WORD ...]                 search lm-eval's tasks, groups and tags
 
 conf=NAME       conf/NAME.yaml, or a path to a YAML file
-key=value       overrides any key of it: limit=10, models.qwen.chat=true, tasks.gsm8k.num_fewshot=0
+key=value       overrides any key (docs/keys.md): limit=10, models.qwen.chat=true, tasks.gsm8k.num_fewshot=0
 only=M/T        run the cells of model M and task T again (shell wildcards), from stored answers where there are any;
                 with plan, check and fetch: only what these cells need
 fresh=true      set the old run directory aside and begin anew
@@ -148,7 +148,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
     if words:
         _require_directories(command, words, [*options.keys() - {"to", "samples"}, *overrides])
     elif "conf" not in options:
-        raise ConfigError(f"which sweep? conf=NAME is missing; there are {', '.join(_sweeps()) or 'none here'}")
+        wanted = "conf=NAME, or a run directory," if command in _DIRECTORIES else "conf=NAME"
+        raise ConfigError(f"which sweep? {wanted} is missing; there are {', '.join(_sweeps()) or 'none here'}")
     if options.get("fresh", "false") not in ("true", "false"):
         raise ConfigError(f"fresh={options['fresh']}: true or false")
     if command == "report":

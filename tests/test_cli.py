@@ -148,6 +148,7 @@ def launch(*arguments: str) -> Said:
         (["check", "conf=small", "models.first.device=gpu"], r"not enough GPUs: first needs 1 GPU on one node"),
         (["conf=small", "plan"], r"'plan' is not of the form key=value"),
         (["plan"], r"which sweep\? conf=NAME is missing; there are .*\bsmall\b"),
+        (["status"], r"which sweep\? conf=NAME, or a run directory, is missing; there are .*\bsmall\b"),
         (["plam", "conf=small"], r"unknown command 'plam'; did you mean 'plan'\?"),
         (["small"], r"unknown command 'small'; did you mean 'conf=small'\?"),
         (["conf=small", "models.first.server.port=1"], r"command line: models\.first\.server\.port: not set here"),
