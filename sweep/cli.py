@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweep import ROOT
-from sweep.errors import ConfigError, ReportError, ResourceError, StoreError, SweepError, boundary, nearest
+from sweep.errors import (
+    ConfigError,
+    ReportError,
+    ResourceError,
+    StoreError,
+    SweepError,
+    boundary,
+    nearest,
+    nearest_file,
+)
 
 if TYPE_CHECKING:
     from sweep.planning.config import SweepConfig
@@ -41,7 +50,8 @@ lmsweep: many language models, many lm-eval tasks, one command
   python launch.py plan conf=NAME [key=value ...]   what it would do: cells, GPUs, server commands; starts nothing
   python launch.py check conf=NAME [key=value ...]  start each server, ask what it can do, stop it: a table, no scores
   python launch.py fetch conf=NAME [key=value ...]  bring weights, tokenizers, data into HF_HOME; needs no GPU
-  python launch.py status conf=NAME [key=value ...] what is done, running, owed, failed; from any machine
+  python launch.py status conf=NAME [key=value ...] what is done, running, owed, failed; from any machine;
+                                                    `status DIR` of any run directory, as report DIR and export DIR
   python launch.py report conf=NAME [publish=true]  make report.html, report.md and results.csv anew from the files;
                                                     publish=true: and W&B's runs, with what W&B did not get
                                                     samples=false: no prompt and no answer in the page
@@ -51,7 +61,7 @@ lmsweep: many language models, many lm-eval tasks, one command
   python launch.py tasks [WORD ...]                 search lm-eval's tasks, groups and tags
 
 conf=NAME       conf/NAME.yaml, or a path to a YAML file
-key=value       overrides any key of it: limit=10, models.qwen.chat=true, tasks.gsm8k.num_fewshot=0
+key=value       overrides any key (docs/keys.md): limit=10, models.qwen.chat=true, tasks.gsm8k.num_fewshot=0
 only=M/T        run the cells of model M and task T again (shell wildcards), from stored answers where there are any;
                 with plan, check and fetch: only what these cells need
 fresh=true      set the old run directory aside and begin anew
@@ -97,7 +107,7 @@ AT_WORK, ABANDONED = 3, 4
 class Arguments:
     command: str
     words: tuple[str, ...]
-    """Of `tasks`; of `report` and `export` the run directories, where there is no conf."""
+    """Of `tasks`; of `status`, `report` and `export` the run directories, where there is no conf."""
     conf: str | None = None
     overrides: tuple[str, ...] = ()
     """Dot-list entries for the config."""
@@ -126,7 +136,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         return Arguments(command=command, words=tuple(rest))
     options: dict[str, str] = {}
     overrides = []
-    words = [argument for argument in rest if "=" not in argument] if command in ("report", "export") else []
+    words = [argument for argument in rest if "=" not in argument] if command in _DIRECTORIES else []
     for argument in [argument for argument in rest if argument not in words]:
         key, equals, value = argument.partition("=")
         if not equals:
@@ -138,7 +148,8 @@ def parse(arguments: Sequence[str]) -> Arguments:
     if words:
         _require_directories(command, words, [*options.keys() - {"to", "samples"}, *overrides])
     elif "conf" not in options:
-        raise ConfigError(f"which sweep? conf=NAME is missing; there are {', '.join(_sweeps()) or 'none here'}")
+        wanted = "conf=NAME, or a run directory," if command in _DIRECTORIES else "conf=NAME"
+        raise ConfigError(f"which sweep? {wanted} is missing; there are {', '.join(_sweeps()) or 'none here'}")
     if options.get("fresh", "false") not in ("true", "false"):
         raise ConfigError(f"fresh={options['fresh']}: true or false")
     if command == "report":
@@ -181,16 +192,20 @@ def parse(arguments: Sequence[str]) -> Arguments:
 _KEPT = ("publish", "to")
 """Options of the commands that tell what is kept."""
 
+_DIRECTORIES = {"status": 1, "report": 2, "export": 1}
+"""Commands that take run directories in place of a sweep file, and how many at most."""
+
 
 def _require_directories(command: str, words: Sequence[str], others: Sequence[str]) -> None:
     """Raises ConfigError unless `words` are run directories, and all that is said."""
     if others:
         raise ConfigError(f"{min(others)} has no meaning beside a run directory ({words[0]})")
-    if len(words) > (2 if command == "report" else 1):
-        raise ConfigError(f"`{command}` takes {'two run directories' if command == 'report' else 'one run directory'}")
+    if len(words) > (most := _DIRECTORIES[command]):
+        raise ConfigError(f"`{command}` takes {'two run directories' if most == 2 else 'one run directory'}")
     for word in words:
         if not Path(word).is_dir():
-            raise ConfigError(f"no folder {word!r}: a run directory, or conf=NAME, is wanted")
+            sweep = f"; did you mean 'conf={word}'?" if word in _sweeps() else nearest_file(Path(word))
+            raise ConfigError(f"no folder {word!r}: a run directory, or conf=NAME, is wanted{sweep}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -322,12 +337,11 @@ def _fetch(arguments: Arguments) -> int:
 
 
 def _status(arguments: Arguments) -> int:
-    from sweep.planning.loading import load
     from sweep.results.store import RunDirectory
     from sweep.status import describe, standing
 
-    config = load(str(arguments.conf), arguments.overrides, words=COMMANDS[arguments.command])
-    directory = RunDirectory(Path(config.runs_dir) / config.name)
+    (root,) = _kept(arguments)
+    directory = RunDirectory(root)
     stands = standing(directory, now=time.time())
     # What goes into a file or another program is whole.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None

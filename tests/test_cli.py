@@ -96,6 +96,14 @@ def launch(*arguments: str) -> Said:
         (["conf=small", "models.frist.chat=true"], r"models\.frist: no such model .*did you mean 'first'\?"),
         (["conf=small", "models.first.x=1"], r"models\.first\.x: unknown key"),
         (["conf=small", "tasks.gsm9k={}"], r"command line: tasks\.gsm9k: unknown task 'gsm9k'; did you mean 'gsm8k'\?"),
+        (
+            ["plan", "conf=small", "tasks.gsm8k.expect.exact_match={value: 0.7, tolerance: 0.1}"],
+            r"command line: tasks\.gsm8k\.expect\.exact_match: .* 'exact_match,none'; did you mean 'exact_match,stric",
+        ),
+        (
+            ["conf=small", "models.first.expect.arc_easy.ac={value: 0.7, tolerance: 0.1}"],
+            r"command line: models\.first\.expect\.arc_easy\.ac: there is no number 'ac,none'; did you mean 'acc,none'",
+        ),
         (["conf=small", "limt=3"], r"limt: unknown key; did you mean 'limit'\?"),
         (["conf=small", "frsh=true"], r"frsh: unknown key; did you mean 'fresh'\?"),
         (["plan", "conf=small", "clutser=c.yaml"], r"clutser: unknown key; did you mean 'cluster'\?"),
@@ -112,6 +120,11 @@ def launch(*arguments: str) -> Said:
         (["fetch", "conf=small"], r"fetch has to ask the hub, and HF_HUB_OFFLINE forbids it"),
         (["status", "conf=small", "only=m/t"], r"only= has no meaning for `status`"),
         (["status", "conf=small"], r"nothing was launched into .*runs/small yet"),
+        (["status", "conf"], r"nothing was launched into conf yet \(there is no plan\.json\); the run directory of"),
+        (["status", "cnf"], r"no folder 'cnf': a run directory, or conf=NAME, is wanted; did you mean 'conf'\?"),
+        (["status", "small"], r"no folder 'small': .*; did you mean 'conf=small'\?"),
+        (["status", "conf", "conf"], r"`status` takes one run directory"),
+        (["status", "conf", "limit=3"], r"limit=3 has no meaning beside a run directory \(conf\)"),
         (["report", "conf=small"], r"nothing was launched into .*runs/small yet \(there is no plan\.json\)"),
         (["export", "conf=small"], r"nothing was launched into .*runs/small yet"),
         (["report", "conf", "gone"], r"no folder 'gone': a run directory, or conf=NAME, is wanted"),
@@ -135,6 +148,7 @@ def launch(*arguments: str) -> Said:
         (["check", "conf=small", "models.first.device=gpu"], r"not enough GPUs: first needs 1 GPU on one node"),
         (["conf=small", "plan"], r"'plan' is not of the form key=value"),
         (["plan"], r"which sweep\? conf=NAME is missing; there are .*\bsmall\b"),
+        (["status"], r"which sweep\? conf=NAME, or a run directory, is missing; there are .*\bsmall\b"),
         (["plam", "conf=small"], r"unknown command 'plam'; did you mean 'plan'\?"),
         (["small"], r"unknown command 'small'; did you mean 'conf=small'\?"),
         (["conf=small", "models.first.server.port=1"], r"command line: models\.first\.server\.port: not set here"),
@@ -597,6 +611,21 @@ def test_status_tells_how_a_sweep_stands_in_half_a_second_of_work(
     assert said.cpu_s < 0.5
 
 
+def test_status_of_a_run_directory_needs_no_sweep_file(runner: Runner, directory: RunDirectory, output: Output) -> None:
+    runner.fails = {"second/gsm8k"}
+    main(["conf=small"])
+    output()
+    assert main(["status", "conf=small"]) == 1
+    by_name = output()
+    copied = directory.root.rename(directory.root.parent / "copied")
+    Path("conf/small.yaml").unlink()
+    assert main(["status", str(copied)]) == 1
+    assert output() == by_name.replace("runs/small", "runs/copied")
+    for near in ("runs", "runs/copied/logs"):
+        assert main(["status", near]) == 2
+        assert re.search(rf"nothing was launched into {near} yet .*; did you mean 'runs/copied'\?", output())
+
+
 def test_after_only_one_cell_ran_the_status_is_still_of_all(runner: Runner, output: Output) -> None:
     main(["conf=small"])
     main(["conf=small", "only=first/arc_easy"])
@@ -689,19 +718,19 @@ def test_the_exit_code_says_how_a_launch_ended_and_whether_it_is_worth_another(
 
 def test_a_number_that_is_not_as_expected_is_exit_code_3_and_a_line(runner: Runner, output: Output) -> None:
     """Checked again by every launch, as expectations change no cell; a failed cell says more than a missed number."""
-    met = "tasks.gsm8k.expect.acc={value: 0.52, tolerance: 0.02}"
+    met = "tasks.arc_easy.expect.acc={value: 0.52, tolerance: 0.02}"
     assert main(["conf=small", met]) == DONE
     assert re.search(r"expected (\d) of \1 numbers are as the sweep file expects them", output())
     ran = len(runner.ran)
-    missed = "models.first.expect.gsm8k.acc={value: 0.6, tolerance: 0.02}"
+    missed = "models.first.expect.arc_easy.acc={value: 0.6, tolerance: 0.02}"
     assert main(["conf=small", met, missed]) == MISSED
-    assert "first/gsm8k: acc is 0.5000, not expected: 0.6 ± 0.02 (-0.1000)" in output()
-    unknown = "models.first.expect.gsm8k.accc={value: 0.5, tolerance: 0.02}"
-    assert main(["conf=small", unknown]) == MISSED
-    assert "accc cannot be checked against 0.5 ± 0.02: there is no such number, only acc,none" in output()
+    assert "first/arc_easy: acc is 0.5000, not expected: 0.6 ± 0.02 (-0.1000)" in output()
+    absent = "models.first.expect.arc_easy.acc_norm={value: 0.5, tolerance: 0.02}"
+    assert main(["conf=small", absent]) == MISSED
+    assert "acc_norm cannot be checked against 0.5 ± 0.02: there is no such number, only acc,none" in output()
     assert len(runner.ran) == ran
-    runner.fails = {"first/gsm8k"}
-    assert main(["conf=small", missed, "only=first/gsm8k"]) == FAILED
+    runner.fails = {"first/arc_easy"}
+    assert main(["conf=small", missed, "only=first/arc_easy"]) == FAILED
 
 
 def test_help_and_readme_name_the_exit_codes_that_there_are() -> None:

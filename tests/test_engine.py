@@ -563,7 +563,12 @@ def test_the_supported_versions_are_those_that_are_installed_with_us() -> None:
 
 
 FLAGS = ["--model", "--max-num-seqs", "--max-num-batched-tokens", "--dtype", "--block-size", "--quantization"]
-KNOWN = {"options": FLAGS, "variables": ["VLLM_LOGGING_LEVEL", "VLLM_CACHE_ROOT"], "mistakes": [[]]}
+KNOWN = {
+    "options": FLAGS,
+    "variables": ["VLLM_LOGGING_LEVEL", "VLLM_CACHE_ROOT"],
+    "quantizations": ["awq", "fp8", "gptq"],
+    "mistakes": [[]],
+}
 
 Python = Callable[..., str]
 
@@ -717,6 +722,41 @@ def test_the_same_question_is_asked_once_and_another_again(python: Python, tmp_p
     assert [what for what, *_ in asked(tmp_path)][3:] == ["installed", "check", "installed", "check"]
 
 
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("awqq", "; did you mean 'awq'?"), ("GTPQ", "; did you mean 'gptq'?"), ("int7", "; unset, it is read from the ")],
+)
+def test_a_quantization_that_vllm_does_not_have_is_refused(python: Python, name: str, cure: str) -> None:
+    both = KNOWN | {"mistakes": [[], []]}
+    (line,) = refused(*(plan(name=one, quantization=name, server_python=python(both)) for one in "ab"))
+    assert line.startswith(f"models.a.quantization: vLLM 0.33.0 has no quantization {name!r}{cure}")
+    assert line.endswith("(the same for b)")
+
+
+@pytest.mark.parametrize(
+    ("listed", "asked_for"),
+    [
+        (["awq"], {"quantization": "AWQ"}),
+        (["awq"], {}),
+        (None, {"quantization": "awqq"}),
+        (["awq"], {"quantization": "awqq", "trust_remote_code": True}),
+        (["awq"], {"quantization": "awqq", "env": {"PYTHONPATH": "/mine"}}),
+    ],
+)
+def test_a_quantization_that_may_exist_is_not_refused(
+    python: Python, listed: list[str] | None, asked_for: dict[str, Any]
+) -> None:
+    given = plan(server_python=python(KNOWN | {"quantizations": listed}), **asked_for)
+    assert examine([given], required=True, say=print) == ()
+
+
+def test_a_name_that_a_plugin_may_bring_is_asked_about_again(python: Python) -> None:
+    given = plan(server_python=python(), quantization="mine")
+    assert len(refused(given)) == 1
+    python(KNOWN | {"quantizations": None})  # the plugin is installed
+    assert examine([given], required=True, say=print) == ()
+
+
 @pytest.mark.parametrize("how", ["broken", "unwritable"])
 def test_a_cache_that_cannot_be_used_is_done_without(python: Python, tmp_path: Path, how: str) -> None:
     given = plan(server_python=python())
@@ -818,7 +858,7 @@ def test_the_installed_vllm_accepts_a_good_set_and_names_every_mistake_of_a_bad_
             "help": True,
         },
     )
-    unfit = plan(name="unfit", server={"enable_auto_tool_choice": True})
+    unfit = plan(name="unfit", quantization="awqq", server={"enable_auto_tool_choice": True})
     shown = refused(good, large, bad, unfit)
     assert [line.partition(f": vLLM {vllm} ")[0] for line in shown] == [
         "models.bad.dtype",
@@ -828,6 +868,7 @@ def test_the_installed_vllm_accepts_a_good_set_and_names_every_mistake_of_a_bad_
         "models.bad.server.max_num_seqs",
         "models.bad.server.help",
         "models.unfit.server",
+        "models.unfit.quantization",
     ]
     assert "invalid choice: 'bf16' (choose from" in shown[0]
     assert "did you mean 'max_num_seqs'" in shown[1]
@@ -835,3 +876,4 @@ def test_the_installed_vllm_accepts_a_good_set_and_names_every_mistake_of_a_bad_
     assert "it is a switch" in shown[3]
     assert "it is no switch" in shown[4]
     assert "--enable-auto-tool-choice requires --tool-call-parser" in shown[6]
+    assert "; did you mean 'awq'" in shown[7]

@@ -19,9 +19,11 @@ ORDER = [
     "remembered",
     "record",
     # planning
+    "numbers",
     "tasks",
     "config",
     "loading",
+    "keys",
     "hub",
     "plan",
     # results

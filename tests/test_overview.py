@@ -10,9 +10,11 @@ import pytest
 from sweep.errors import ConfigError
 from sweep.overview import describe, document, expected, rendered
 from sweep.planning.config import CellOverride, Device, Model, SweepConfig, Task
-from sweep.planning.plan import Plan, make_plan
+from sweep.planning.plan import Cell, Plan, ServerPlan, make_plan
 from sweep.record import Counts, Record, Status
 from sweep.results.store import RunDirectory
+from sweep.running import simulate
+from sweep.running.costs import Costs
 from sweep.running.inventory import Node
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -249,3 +251,23 @@ def test_a_model_over_several_nodes_is_planned_on_each_of_them() -> None:
     models = {"huge": Model(path="org/huge-400B", tensor_parallel=8, nodes=2)}
     shown = forecast(sweep(models=models, tasks={"gsm8k": Task(task="gsm8k")}), nodes)
     assert re.fullmatch(r"  a 0-7, b 0-7  \.+A+", shown[3])
+
+
+class KnownCosts(Costs):
+    def __init__(self, **seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def expected_s(self, cell: Cell, server: ServerPlan, *, on_cpu: bool) -> float:
+        return self.seconds[cell.model.name]
+
+
+@pytest.mark.parametrize(("longer_s", "servers"), [(34, 2), (64, 3)])
+def test_no_server_is_planned_that_would_never_serve(longer_s: float, servers: int) -> None:
+    """A start takes 42 s. When b's GPU is free, a has 4 s less to do than it has `longer_s`."""
+    models = {"a": Model(path="org/a-1B"), "b": Model(path="org/b-1B", replicas=1)}
+    plan = planned(sweep(models=models, tasks={"gsm8k": Task(task="gsm8k")}))
+    nodes = [Node(name="n", gpus=2, evaluators=4)]
+    spans = simulate.forecast(plan, nodes, KnownCosts(a=100 + longer_s, b=100)).spans
+    assert len(spans) == servers
+    assert all(span.ready_s is not None for span in spans)

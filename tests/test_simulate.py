@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from functools import partial
 
 import pytest
 
@@ -9,6 +10,7 @@ from bench import schedule as bench
 from sweep.running.costs import corrected_s, in_order
 from sweep.running.inventory import Need, Node
 from sweep.running.restarts import BACKOFF_S
+from sweep.running.schedule import schedule
 from sweep.running.simulate import REDONE_S, STOP_S, Outcome, SimulatedCell, SimulatedServer, simulate
 
 START_S = 10.0
@@ -66,6 +68,16 @@ def test_gpus_of_a_model_that_is_done_go_to_the_one_with_most_left() -> None:
         ("b", (("n0", (1,)),)),
         ("a", (("n0", (1,)),)),
     ]
+
+
+@pytest.mark.parametrize(("hope", "lives"), [(0.1, 3), (1.0, 2)])
+def test_a_start_that_is_only_hoped_to_pay_is_made_where_hope_allows_it(hope: float, lives: int) -> None:
+    nodes = [Node(name="n", gpus=2, evaluators=4)]
+    # From 102 on b's GPU is free, and a has 8 s left: less than a start.
+    outcome = simulate(nodes, [model("a", 100, replicas=None), model("b", 90)], decide=partial(schedule, hope=hope))
+    assert outcome.makespan_s == pytest.approx(START_S + 100)
+    assert [span.ready_s is None for span in outcome.spans].count(True) == lives - 2
+    assert len(outcome.spans) == lives
 
 
 def test_gpu_seconds_are_those_that_servers_hold() -> None:

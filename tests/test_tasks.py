@@ -123,6 +123,19 @@ def test_code_execution_needs_confirmation_and_the_message_says_how():
 # ---- the user's own tasks
 
 
+def test_a_number_that_a_task_of_lm_evals_cannot_give_is_known_before_it_runs():
+    known = catalog()
+    assert "did you mean 'exact_match,strict-match'" in known.missing("gsm8k", "exact_match")
+    assert known.missing("gsm8k", "exact_match,flexible-extract") is None
+    assert known.missing("mmlu", "acc") is known.missing("mmlu", "mmlu_anatomy/acc,none") is None
+    assert known.missing("mmlu", "mmlu_stem/acc") is None
+    assert "did you mean 'acc,none'" in known.missing("mmlu", "acc_norm")
+    assert known.missing("mmlu_stem_tasks", "acc") is None  # each task of a tag stands for itself
+    assert "no subtask 'mmlu_anatomi'; did you mean 'mmlu_anatomy'" in known.missing("mmlu", "mmlu_anatomi/acc")
+    assert known.missing("ifeval", "of_its_own_code") is None
+    assert "its filters are none" in known.missing("ifeval", "prompt_level_strict_acc,strict")
+
+
 def test_a_users_task_wins_over_lm_evals_of_the_same_name_and_lm_eval_keeps_its_others(tmp_path):
     folder = write(tmp_path, gsm8k="task: gsm8k\ndataset_path: mine/gsm\noutput_type: generate_until\n")
     known = catalog([folder])

@@ -21,6 +21,7 @@ def make_arg_parser(parser):
     parser.add_argument("--model")
     parser.add_argument("--max-num-seqs", type=int)
     parser.add_argument("--dtype", choices=["auto", "half"])
+    parser.add_argument("--quantization")
     parser.add_argument("--config", type=json.loads)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--auto-tools", action="store_true")
@@ -39,6 +40,8 @@ def vllm(folder: Path, *, parser: str = "entrypoints/common/cli_args.py", versio
         "envs.py": "environment_variables = {'VLLM_B': None, 'VLLM_A': None}",
         "platforms.py": "import os\nclass current_platform: device_type = os.environ.get('VLLM_TARGET_DEVICE', '')",
         "utils/argparse_utils.py": "from argparse import ArgumentParser as FlexibleArgumentParser",
+        "model_executor/layers/quantization/__init__.py": "QUANTIZATION_METHODS = ['awq', 'fp8']",
+        "model_executor/layers/quantization/deep/awq.py": "accepted = user_quant in ('awq', \"marlin\")",
         parser: CLI_ARGS,
     }
     if version is not None:
@@ -94,7 +97,7 @@ def test_the_parser_is_found_where_vllm_keeps_it(tmp_path: Path, place: str) -> 
 
 def test_a_parser_somewhere_else_is_not_guessed(tmp_path: Path) -> None:
     said = check(vllm(tmp_path, parser="elsewhere/cli_args.py"), [])
-    assert said == {"options": None, "variables": None, "mistakes": None}
+    assert said == {"options": None, "variables": None, "quantizations": None, "mistakes": None}
 
 
 def test_a_gpu_build_on_a_machine_without_a_gpu_is_asked_as_well(tmp_path: Path) -> None:
@@ -129,6 +132,36 @@ def test_options_that_are_right_alone_are_judged_together(tmp_path: Path) -> Non
     tools = ("t", "--auto-tools", ["--auto-tools"])
     said = check(vllm(tmp_path), [tools], [tools, eager], [tools, ("x", "--x", ["--x"])])
     assert said["mistakes"] == [[["", "Error: --auto-tools requires --enforce-eager"]], [], [["x", None]]]
+
+
+def asks(*names: str) -> list[list[tuple[str, str, list[str]]]]:
+    return [[("quantization", "--quantization", ["--quantization", name])] for name in names]
+
+
+def plugin(folder: Path, group: str, where: str) -> None:
+    """A distribution with an entry point."""
+    (folder / "some-1.dist-info").mkdir()
+    (folder / "some-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: some\nVersion: 1\n")
+    (folder / "some-1.dist-info" / "entry_points.txt").write_text(f"[{group}]\nsome = {where}:register\n")
+
+
+def test_a_quantization_is_known_that_vllm_lists_or_takes_for_a_checkpoint(tmp_path: Path) -> None:
+    plugin(tmp_path, "vllm.general_plugins", "vllm.plugins.lora")  # vLLM comes with such of its own
+    assert check(vllm(tmp_path), *asks("awqq", "AWQ", "Marlin", "arlin"))["quantizations"] == ["awq", "fp8", "marlin"]
+    assert check(tmp_path, [])["quantizations"] == ["awq", "fp8"]
+
+
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "vllm.platform_plugins"])
+def test_where_another_package_may_add_quantizations_none_is_unknown(tmp_path: Path, group: str) -> None:
+    plugin(vllm(tmp_path), group, "some")
+    assert check(tmp_path, *asks("awqq"))["quantizations"] is None
+
+
+@pytest.mark.parametrize("listing", ["", "raise RuntimeError('no GPU')"])
+def test_a_vllm_that_does_not_list_its_quantizations_refuses_none(tmp_path: Path, listing: str) -> None:
+    (vllm(tmp_path) / "vllm/model_executor/layers/quantization/__init__.py").write_text(listing)
+    said = check(tmp_path, *asks("awqq"))
+    assert (said["quantizations"], said["mistakes"]) == (None, [[]])
 
 
 def test_a_module_of_ours_hides_none_of_the_same_name(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a sweep can be told: every key of a sweep file, its meaning, its unit and the reason for its default.
 
-Plain data after everything that a file may leave open has been resolved; loading.py makes it from YAML.
+Plain data after everything that a file may leave open has been resolved; loading.py makes it from YAML, and keys.py
+docs/keys.md from the texts below the fields.
 """
 
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ class Model:
     """What ends the reasoning of a reasoning model (`</think>`): its answer is the text behind the last one. Stop
     strings then apply to the answer alone, so give it room (`gen_kwargs: {max_gen_toks: ...}`)."""
     dtype: str = "auto"
+    """As vLLM takes it: `auto` is the checkpoint's own, a half one where that is float32."""
     quantization: str | None = None
     """Left to vLLM, which reads it from the checkpoint, when unset."""
     trust_remote_code: bool = False
@@ -125,9 +127,10 @@ class Task:
     """One lm-eval task with its settings, after `defaults`, `suites` and shot grids have been resolved."""
 
     task: str
-    """lm-eval's name of a task, group or tag."""
+    """lm-eval's name of a task, group or tag; unset means the task's key."""
     num_fewshot: int | None = None
-    """Unset means the task's own default."""
+    """Examples before each question; unset means the task's own default. A file may give a list: one task for each,
+    named `<name>-0shot`, `<name>-5shot`."""
     limit: int | float | None = None
     """Documents per subtask, or a share of them below 1; unset means all."""
     gen_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -160,9 +163,13 @@ class Seeds:
     """lm-eval's four seeds and their defaults."""
 
     random: int = 0
+    """Of Python's `random`."""
     numpy: int = 1234
+    """Of numpy."""
     torch: int = 1234
+    """Of torch."""
     fewshot: int = 1234
+    """Of the draw of examples, where a task draws them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +177,15 @@ class CellOverride:
     """Changes one model × task; every field that is set replaces the task's."""
 
     skip: bool | None = None
+    """The model does not run the task."""
     num_fewshot: int | None = None
+    """As of a task."""
     limit: int | float | None = None
+    """As of a task."""
     gen_kwargs: dict[str, Any] | None = None
+    """As of a task, whose own they replace as a whole."""
     on_overflow: Overflow | None = None
+    """As of a task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +193,13 @@ class WandbConfig:
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto` is online with WANDB_API_KEY (or a login) and offline without; the other words decide it."""
     project: str = "lmsweep"
+    """W&B's, made when it is missing."""
     entity: str | None = None
+    """Team or user whose project it is; unset means the account's default."""
     group: str | None = None
-    """Unset means the sweep's name."""
+    """Of the runs; unset means the sweep's name."""
     tags: tuple[str, ...] = ()
+    """On every run."""
     samples: bool | int = False
     """Samples of each cell that go to W&B, as a table and as lines of lm-eval's sample files: at most so many; `true`
     means 200. Prompts and answers are data that is published, so none go unasked; a task's `share_samples` forbids
@@ -211,7 +226,9 @@ class NodeGroup:
     """Like nodes of a cluster that a file describes, for `plan cluster=FILE`."""
 
     count: int = 1
+    """How many there are."""
     gpus: int = 0
+    """On each."""
     gpu_type: str = ""
     """By Ray's name for it (`H100`)."""
     gpu_memory_gb: float | None = None
@@ -227,13 +244,17 @@ class NodeGroup:
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     name: str
+    """Names the run directory and W&B's runs; unset means as the file is called, whatever that extends."""
     models: dict[str, Model]
+    """By a name of your own: letters, digits, `-` and `_`."""
     tasks: dict[str, Task]
+    """By a name of your own, which is lm-eval's unless `task` says that."""
     runs_dir: str = "runs"
     """Absolute after loading; the sweep lives in `<runs_dir>/<name>`."""
     limit: int | float | None = None
-    """For every task that sets none of its own; already filled in there."""
+    """As of a task, for every task that sets none of its own, in which it is filled in already."""
     seeds: Seeds = field(default_factory=Seeds)
+    """What is random in an evaluation."""
     retries: int = 1
     """How often a cell is run again that failed of an error that may pass (a data set that could not be read, servers
     that answer with errors): once tells an accident from a fault, and costs no answer that was given. What is lost with
@@ -243,7 +264,9 @@ class SweepConfig:
     cells: dict[str, CellOverride] = field(default_factory=dict)
     """Keys are `model/task` and may hold shell wildcards; later keys win."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    """How the sweep is mirrored to W&B."""
     ray: RayConfig = field(default_factory=RayConfig)
+    """On which cluster it runs."""
     api_key: str | None = field(default=None, repr=False)
     """Key of our servers, from the environment (`${oc.env:NAME}`); a random one when unset."""
     env: dict[str, str] = field(default_factory=dict, repr=False)

@@ -2,20 +2,9 @@
 
 A sweep is put together from sources, weakest first: the suites it names, the files it extends, the file itself, the
 command line; `defaults` lie under every model and task. Each source is checked alone before they are merged, so that a
-wrong key or type is said with the file that holds it. What a file may leave open, and is resolved here:
+wrong key or type is said with the file that holds it. What a file may leave open, and is resolved here, is in OPEN.
 
-    extends: base.yaml        another file, or a list of them, to start from; later ones win
-    defaults: {model, task}   settings under every model and every task
-    suites: [name]            adds the tasks of conf/suites/<name>.yaml
-    models.<entry>:
-      variants: {name: {...}}   several models of one entry, each with its own changes; named <entry>-<name>
-      checkpoints: [glob]       one model for each folder that matches; named <entry>-<folder>
-      adapters: {name: path}    LoRA adapters that the entry's server serves too; named <entry>-<name>
-      url: http://host:port     in place of path: a server that someone else runs, not one that we start
-    tasks.<name>.num_fewshot: [0, 5]   one task for each; named <name>-0shot, <name>-5shot
-
-This module does not know which tasks lm-eval has, which options
-vLLM takes or which models the hub holds.
+This module does not know which tasks lm-eval has, which options vLLM takes or which models the hub holds.
 """
 
 import glob
@@ -70,7 +59,7 @@ def load(
     try:
         sources = _suites(_merge_all(sources).get("suites", ()), [path.parent, *folders]) + sources
         document = _resolve(_merge_all(sources) | {"name": name})
-        return _build(_typed(document, _FILE, (), final=True))
+        return _build(_typed(document, FILE, (), final=True))
     except _Mistake as mistake:
         raise _located(mistake, sources, default=files[-1]) from None
 
@@ -124,9 +113,9 @@ def load_cluster(path: str) -> dict[str, NodeGroup]:
     where = Path(path).expanduser()
     if not where.is_file():
         raise ConfigError(f"command line: cluster: no file {str(where.absolute())!r}{nearest_file(where)}")
-    source = _read(where, {"nodes": _Named(get_type_hints(NodeGroup))})
+    source = _read(where, {"nodes": Named(get_type_hints(NodeGroup))})
     try:
-        document = _typed(_resolve(source.data), {"nodes": _Named(get_type_hints(NodeGroup))}, (), final=True)
+        document = _typed(_resolve(source.data), {"nodes": Named(get_type_hints(NodeGroup))}, (), final=True)
         groups = {name: NodeGroup(**group) for name, group in document.get("nodes", {}).items()}
         if not groups:
             raise _Mistake("describes no nodes; give it some, as in `nodes: {h100: {count: 2, gpus: 8}}`", ("nodes",))
@@ -234,7 +223,7 @@ def _chain(path: Path, folders: Sequence[Path], above: tuple[Path, ...] = ()) ->
     Names are looked up in `folders` for messages alone: what `extends` takes is a path.
     """
     path = path.absolute()
-    source = _read(path, _FILE)
+    source = _read(path, FILE)
     extended = source.data.pop("extends", ())
     chain = []
     for name in [extended] if isinstance(extended, str) else extended:
@@ -328,7 +317,7 @@ def _command_line(overrides: Sequence[str], known: Sequence[str], words: Collect
         if name not in known and not (isinstance(model, dict) and {"path", "url"} & model.keys()):
             near = nearest(name, known) or f"; the sweep has {_listed(known)}"
             raise ConfigError(f"{label}: models.{name}: no such model (a new one needs a path or url){near}")
-    schema = {key: kind for key, kind in _FILE.items() if key != "extends"}
+    schema = {key: kind for key, kind in FILE.items() if key != "extends"}
     for name in data:
         if isinstance(name, str) and name not in schema:
             raise ConfigError(f"{label}: {name}: unknown key{_near(name, [*words, *schema])}")
@@ -408,7 +397,7 @@ def _holder(keys: Sequence[_Key], sources: Sequence[_Source], default: _Source) 
 
 
 @dataclass(frozen=True)
-class _Named:
+class Named:
     """A mapping whose keys the user chooses."""
 
     of: Any
@@ -417,23 +406,23 @@ class _Named:
     """Names end up in other names, paths and overrides, so they hold letters, digits, `-` and `_` only."""
 
 
-class _Options:
+class Options:
     """vLLM's options by name, in either spelling."""
 
 
-_EXPECT = _Named(get_type_hints(Expectation), plain=False)
-_ENV = _Named(str | int | float, plain=False)  # `OMP_NUM_THREADS: 8` needs no quotes
+_EXPECT = Named(get_type_hints(Expectation), plain=False)
+_ENV = Named(str | int | float, plain=False)  # `OMP_NUM_THREADS: 8` needs no quotes
 _VARIANT = {key: kind for key, kind in get_type_hints(Model).items() if key not in ("entry", "adapter")} | {
     "env": _ENV,
-    "server": _Options,
+    "server": Options,
     "checkpoints": tuple[str, ...],
-    "adapters": _Named(str),
-    "expect": _Named(_EXPECT),
+    "adapters": Named(str),
+    "expect": Named(_EXPECT),
 }
-_ENTRY = _VARIANT | {"variants": _Named(_VARIANT)}
+_ENTRY = _VARIANT | {"variants": Named(_VARIANT)}
 _TASK = get_type_hints(Task) | {"num_fewshot": int | tuple[int, ...] | None, "expect": _EXPECT}
-_SUITE = {"tasks": _Named(_TASK)}
-_FILE = _SUITE | {
+_SUITE: dict[str, Any] = {"tasks": Named(_TASK)}
+FILE: dict[str, Any] = _SUITE | {
     "extends": str | tuple[str, ...],
     "name": str,
     "runs_dir": str,
@@ -442,15 +431,25 @@ _FILE = _SUITE | {
     "retries": int,
     "max_failures": int | None,
     "defaults": {"model": _ENTRY, "task": _TASK},
-    "models": _Named(_ENTRY),
+    "models": Named(_ENTRY),
     "suites": tuple[str, ...],
-    "cells": _Named(get_type_hints(CellOverride), plain=False),
+    "cells": Named(get_type_hints(CellOverride), plain=False),
     "wandb": get_type_hints(WandbConfig),
     "ray": get_type_hints(RayConfig),
     "api_key": str | None,
     "env": _ENV,
     "walltime": str | int | float | None,
 }
+
+OPEN: Mapping[str, str] = {
+    "extends": "Another file, or a list of them, to start from, by its path relative to this one; later ones win.",
+    "suites": "Adds the tasks of `conf/suites/<name>.yaml`.",
+    "defaults": "Settings under every model (`model:`) and under every task (`task:`).",
+    "variants": "Several models of one entry, each with its own changes: `<entry>-<name>`.",
+    "checkpoints": "In place of `path`, patterns of folders: one model for each that matches, `<entry>-<folder>`.",
+    "adapters": "LoRA adapters (folder or hub id) that the entry's server serves too: `<entry>-<name>`.",
+}
+"""Keys beside those of config.py: what a file may leave open, and what comes of it."""
 
 _UNFIT: Any = object()
 
@@ -464,7 +463,7 @@ def _typed(value: Any, kind: Any, key: _Key, *, final: bool = False) -> Any:
         raise _Mistake("missing value", key)
     if _unresolved(value, final):
         return value
-    if not (isinstance(kind, (dict, _Named)) or kind is _Options):
+    if not (isinstance(kind, (dict, Named)) or kind is Options):
         fit = _fit(value, kind, final)
         if fit is _UNFIT:
             raise _Mistake(_misfit(value, kind, key), key)
@@ -477,12 +476,12 @@ def _typed(value: Any, kind: Any, key: _Key, *, final: bool = False) -> Any:
             raise _Mistake(f"a name is text; write '{name}' in quotes", (*key, str(name)))
         if isinstance(kind, dict) and name not in kind:
             raise _Mistake(f"unknown key{_near(name, kind)}", (*key, name))
-        if isinstance(kind, _Named) and kind.plain and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        if isinstance(kind, Named) and kind.plain and not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise _Mistake(f"a name holds only letters, digits, - and _; call it {_plain(name)!r}", (*key, name))
-        option = name.lstrip("-").replace("-", "_") if kind is _Options else name
+        option = name.lstrip("-").replace("-", "_") if kind is Options else name
         if option in typed:
             raise _Mistake(f"the same option as {option!r}, which is set too", (*key, name))
-        item_kind = kind[name] if isinstance(kind, dict) else kind.of if isinstance(kind, _Named) else Any
+        item_kind = kind[name] if isinstance(kind, dict) else kind.of if isinstance(kind, Named) else Any
         typed[option] = _typed(item, item_kind, (*key, name), final=final)
     return typed
 
@@ -519,9 +518,7 @@ def _unresolved(value: Any, final: bool) -> bool:
 
 def _misfit(value: Any, kind: Any, key: _Key) -> str:
     """What was wanted, what was given, and how to write what was probably meant."""
-    arms = [arm for arm in get_args(kind) if arm is not NoneType] if get_origin(kind) in (Union, UnionType) else [kind]
-    words = [word for arm in arms for word in (get_args(arm) if get_origin(arm) is Literal else _members(arm))]
-    wanted = [repr(word) for word in words] + [_KIND_WORDS[arm] for arm in arms if arm in _KIND_WORDS]
+    arms, words = _arms(kind), _words(kind)
     cure = ""
     if isinstance(value, str):
         cure = nearest(value, words)
@@ -533,7 +530,21 @@ def _misfit(value: Any, kind: Any, key: _Key) -> str:
         cure += f", write {_SWITCHES[value]}" if _SWITCHES[value] in words else ""
     elif str in arms and isinstance(value, (int, float)):
         cure = "; put it in quotes"
-    return f"wants {' or '.join(wanted)}, got {_shown(value, key)}{cure}"
+    return f"wants {wanted(kind)}, got {_shown(value, key)}{cure}"
+
+
+def wanted(kind: Any) -> str:
+    """What a type hint takes, in words."""
+    return " or ".join([*map(repr, _words(kind)), *(_KIND_WORDS[arm] for arm in _arms(kind) if arm in _KIND_WORDS)])
+
+
+def _arms(kind: Any) -> list[Any]:
+    return [arm for arm in get_args(kind) if arm is not NoneType] if get_origin(kind) in (Union, UnionType) else [kind]
+
+
+def _words(kind: Any) -> list[str]:
+    """The words that it may be."""
+    return [word for arm in _arms(kind) for word in (get_args(arm) if get_origin(arm) is Literal else _members(arm))]
 
 
 _SWITCHES = {False: "disabled", True: "online"}

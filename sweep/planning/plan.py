@@ -3,7 +3,7 @@
 import fnmatch
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -222,13 +222,15 @@ def make_plan(
 ) -> Plan:
     """The plan of a sweep. `only` (`model/task`, wildcards allowed) narrows it to cells that run again, done or not.
 
-    Checks task names and shot numbers against the installed lm-eval. `commits` is `Plan.commits` of the last launch: it
-    stands in where the hub is not asked or does not answer, so that such a launch goes on with the weights that the
-    run directory is about. Raises ConfigError.
+    Checks task names, shot numbers and what is expected of scores against the installed lm-eval. `commits` is
+    `Plan.commits` of the last launch: it stands in where the hub is not asked or does not answer, so that such a launch
+    goes on with the weights that the run directory is about. Raises ConfigError.
     """
     catalogs = {path: catalog((path,) if path else ()) for path in {t.include_path for t in config.tasks.values()}}
     for name, task in config.tasks.items():
         _check_task(f"tasks.{name}", task, catalogs[task.include_path])
+    if misnamed := list(_misnamed(config, catalogs)):
+        raise ConfigError("\n".join(misnamed))
     task_files = dict.fromkeys(catalogs, "")
     for folder in filter(None, catalogs):
         with boundary(ConfigError, f"include_path: read {folder}"):
@@ -291,6 +293,18 @@ def _check_task(key: str, task: Task, known: Catalog) -> None:
         known.check(task.task, num_fewshot=task.num_fewshot, unsafe_code=task.unsafe_code)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
+
+
+def _misnamed(config: SweepConfig, catalogs: Mapping[str | None, Catalog]) -> Iterator[str]:
+    """A line for each number that is expected of a task and that it cannot give: after the sweep would be too late."""
+    said = [(f"tasks.{name}.expect", name, task.expect) for name, task in config.tasks.items()]
+    for model_name, model in config.models.items():
+        said += [(f"models.{model_name}.expect.{name}", name, expect) for name, expect in model.expect.items()]
+    for key, name, expect in said:
+        task = config.tasks[name]
+        for number in expect:
+            if (why := catalogs[task.include_path].missing(task.task, number)) is not None:
+                yield f"{key}.{number}: {why}"
 
 
 def _tasks_of(model: ModelPlan, tasks: Mapping[str, Task]) -> list[str]:

@@ -29,6 +29,7 @@ import yaml
 
 from sweep import remembered
 from sweep.errors import ConfigError, boundary, nearest
+from sweep.planning.numbers import ANY, Numbers, missing, of_group, of_task
 
 GATED_DATASETS: Mapping[str, str] = {
     "Idavidrein/gpqa": "lm_eval/tasks/gpqa/README.md",
@@ -86,6 +87,8 @@ class TaskInfo:
     """Direct children of a group or tag."""
     subtasks: int = 1
     """Tasks that lm-eval runs for this name; 1 for a task."""
+    numbers: tuple[Numbers, ...] = (ANY,)
+    """What it can give: of a group its aggregates, of a tag what its tasks give."""
     path: str | None = None
     """The YAML file; None for a tag and for a task that is defined inside a group's file."""
 
@@ -166,11 +169,15 @@ class Catalog:
         metadata = None
         if entry.kind is Kind.TAG:
             members = tuple(sorted(entry.tagged))
+            numbers = tuple(number for task in tasks for number in task.numbers)
         else:
             assert entry.path is not None
             config = self._yaml.load(entry.path)
             metadata = config.get("metadata")
             members = tuple(self._children(name, config, {}))
+            numbers = of_group(
+                config.get("aggregate_metric_list"), (number for task in tasks for number in task.numbers)
+            )
         return TaskInfo(
             name=name,
             kind=entry.kind,
@@ -183,6 +190,7 @@ class Catalog:
             version=_version(metadata),
             members=members,
             subtasks=len(tasks),
+            numbers=numbers,
             path=entry.path,
         )
 
@@ -212,6 +220,11 @@ class Catalog:
                 f"code that the model writes would be executed: {_which(name, unsafe, len(leaves))} "
                 "marked unsafe by lm-eval; set `unsafe_code: true` for this task to allow it"
             )
+
+    def missing(self, name: str, number: str) -> str | None:
+        """Why `name` gives no such number (`metric,filter`, see numbers.py); None where it may."""
+        subtasks = {leaf.name: leaf.numbers[0] for leaf in self.leaves(name)}
+        return missing(number, self.info(name).numbers, subtasks, self.names(Kind.GROUP))
 
     def search(self, words: Sequence[str]) -> tuple[str, ...]:
         """Names where each word occurs in the name, data set, tags or output type, whatever its case; best first.
@@ -369,11 +382,12 @@ def _describe(name: str, leaf: _Leaf) -> TaskInfo:
     shots = config.get("num_fewshot")
     dataset = config.get("dataset_path")
     subset = config.get("dataset_name")
+    # generate_until is the default of lm-eval's TaskConfig
+    output_type = config.get("output_type", None if "class" in config else "generate_until")
     return TaskInfo(
         name=name,
         kind=Kind.TASK,
-        # generate_until is the default of lm-eval's TaskConfig
-        output_type=config.get("output_type", None if "class" in config else "generate_until"),
+        output_type=output_type,
         num_fewshot=shots if isinstance(shots, int) else None,
         dataset_path=None if dataset is None else str(dataset),
         dataset_name=None if subset is None else str(subset),
@@ -381,6 +395,7 @@ def _describe(name: str, leaf: _Leaf) -> TaskInfo:
         unsafe_code=config.get("unsafe_code", False) is not False,
         gated=dataset in GATED_DATASETS,
         version=_version(config.get("metadata")),
+        numbers=(of_task(config, output_type),),
         path=leaf.path,
     )
 

@@ -149,11 +149,13 @@ def read_commits(directory: RunDirectory) -> dict[str, str]:
 
 def require_launched(directory: RunDirectory) -> None:
     """Raises StoreError where no sweep was ever launched."""
-    if not directory.plan.exists():
-        raise StoreError(
-            f"nothing was launched into {directory.root} yet (there is no {directory.plan.name}); the run directory of "
-            "a sweep is <runs_dir>/<name>"
-        )
+    if directory.plan.exists():
+        return
+    name = directory.plan.name
+    near = [directory.root.parent / name, *sorted(directory.root.glob(f"*/{name}"))]
+    found = [repr(str(plan.parent)) for plan in near if plan.exists()]
+    cure = f"did you mean {' or '.join(found[:3])}?" if found else "the run directory of a sweep is <runs_dir>/<name>"
+    raise StoreError(f"nothing was launched into {directory.root} yet (there is no {name}); {cure}")
 
 
 def read_cells(directory: RunDirectory) -> dict[str, str]:

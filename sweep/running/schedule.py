@@ -250,9 +250,9 @@ def _late_s(server: ServerView, live: int, end_s: float) -> float:
     return end_s + DOUBT * server.work_s / live if live else end_s
 
 
-def schedule(view: View) -> list[Action]:
+def schedule(view: View, *, hope: float = HOPE) -> list[Action]:
     """What to do now, each with its reason. Retirements come first; their GPUs count as free once they are."""
-    return [*retirements(view), *_starts(view), *cells(view)]
+    return [*retirements(view), *_starts(view, hope), *cells(view)]
 
 
 def retirements(view: View) -> Iterator[RetireServer]:
@@ -266,16 +266,16 @@ def _in_order(some: Iterable[_Known]) -> list[_Known]:
     return sorted(some, key=lambda known: known.order)
 
 
-def _starts(view: View) -> Iterator[StartServer]:
+def _starts(view: View, hope: float) -> Iterator[StartServer]:
     if view.places.free_gpus > ROUNDING:
-        yield from _filled(view, view.gpus)
+        yield from _filled(view, view.gpus, hope)
     if view.places.free_slots > 0:
-        yield from _filled(view, view.slots)
+        yield from _filled(view, view.slots, hope)
     for known in _in_order(view.external.values()):
         yield StartServer(server=known.view.name, reason=f"{_owed(known.view)}, someone else runs it")
 
 
-def _filled(view: View, pool: _Pool) -> Iterator[StartServer]:
+def _filled(view: View, pool: _Pool, hope: float) -> Iterator[StartServer]:
     """What to start of a pool while there is room."""
     filling = _Filling(view)
     # A lost server comes back before others begin: evaluators that wait for it are missing elsewhere. While it rests it
@@ -299,7 +299,7 @@ def _filled(view: View, pool: _Pool) -> Iterator[StartServer]:
         elif nodes := filling.place(known, until_s=end_s):
             yield StartServer(server=known.view.name, nodes=nodes, reason=f"first server, {_owed(known.view)}")
             served.append((known, 1, end_s))
-    yield from _replicas(view, served, filling)
+    yield from _replicas(view, served, filling, hope)
     for known in later:
         if nodes := filling.place(known, until_s=_alone_s(view, known.view), keep=False):
             yield StartServer(server=known.view.name, nodes=nodes, reason=f"first server, {_owed(known.view)}")
@@ -338,7 +338,9 @@ class _Turns:
         return False
 
 
-def _replicas(view: View, served: Iterable[tuple[_Known, int, float]], filling: "_Filling") -> Iterator[StartServer]:
+def _replicas(
+    view: View, served: Iterable[tuple[_Known, int, float]], filling: "_Filling", hope: float
+) -> Iterator[StartServer]:
     """One after the other to the model that would end last, should its work be more than expected."""
 
     def entry(known: _Known, live: int, end_s: float) -> tuple[float, int, int, float, _Known]:
@@ -353,7 +355,7 @@ def _replicas(view: View, served: Iterable[tuple[_Known, int, float]], filling: 
         _, _, live, end_s, known = heap[0]
         server, left_s = known.view, end_s - now_s
         then_s = min(left_s, (left_s * live + server.start_s) / (live + 1))
-        pays = left_s > HOPE * server.start_s and live < server.most
+        pays = left_s > hope * server.start_s and live < server.most
         nodes = filling.place(known, until_s=now_s + then_s, keep=False) if pays else ()
         if not nodes:
             heappop(heap)

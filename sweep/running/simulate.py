@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heapify, heappop, heappush
 from time import perf_counter
 
@@ -181,7 +182,10 @@ PREPARE_S, LAST_S = 5.0, 2.0
 
 def forecast(plan: Plan, nodes: Sequence[Node], costs: Costs) -> Outcome:
     """What the owed cells of a plan would take on these nodes, as far as is known; servers that someone else runs and
-    those that can never start there are left out."""
+    those that can never start there are left out.
+
+    A sweep also starts servers that serve only if they start faster than expected; here they would never serve.
+    """
     cells_by_server: dict[str, list[SimulatedCell]] = {}
     on_cpus = {name: on_cpu(server, cluster_gpus=total_gpus(nodes)) for name, server in plan.owed_servers.items()}
     for cell in plan.owed:
@@ -207,7 +211,7 @@ def forecast(plan: Plan, nodes: Sequence[Node], costs: Costs) -> Outcome:
                 starts_s=lambda _, takes_s=takes_s: takes_s,  # type: ignore[misc]
             )
         )
-    return simulate(nodes, servers)
+    return simulate(nodes, servers, decide=partial(schedule, hope=1.0))
 
 
 def simulate(

@@ -635,6 +635,8 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     options: list[str] | None
     variables: list[str] | None
+    quantizations: list[str] | None
+    """None also where names cannot be checked."""
     mistakes: list[list[tuple[str, str | None]]] | None
 
 
@@ -663,7 +665,8 @@ def _verdict(python: str, servers: Sequence[ServerPlan], say: Callable[[str], ob
     say(f"asking vLLM {installed.version} whether it knows all options; some 15 s, the next time none")
     answer = _parser_says(_Answer, python, origin, "check", question=question)
     verdict = _judged(installed.version, python, servers, options, answer)
-    remembered.keep(path, verdict)
+    if not any(_is_unknown(server, answer) for server in servers):  # a plugin that comes later may bring the name
+        remembered.keep(path, verdict)
     return verdict
 
 
@@ -707,12 +710,26 @@ def _judged(
             else:
                 why = f"vLLM {version} refuses it: {masked(_plain(words), secrets)}"
             refusals.setdefault((f".{key or 'server'}", why), []).append(server.name)
+        if _is_unknown(server, answer):
+            asked = str(server.model.quantization)
+            near = nearest(asked.lower(), answer.quantizations or ()) or "; unset, it is read from the checkpoint"
+            why = f"vLLM {version} has no quantization {asked!r}{near}"
+            refusals.setdefault((".quantization", why), []).append(server.name)
         for name in variables(server):
             if name.startswith("VLLM_") and name not in answer.variables:
                 near = _instead(name, MOVED_VARIABLES, answer.variables)
                 why = f"vLLM {version} has no variable {name!r} and does not read it{near}"
                 notices.setdefault((f".env.{name}", why), []).append(server.name)
     return _Verdict(refusals=list(_lines(refusals)), notices=list(_lines(notices)))
+
+
+def _is_unknown(server: ServerPlan, answer: _Answer) -> bool:
+    """Whether vLLM has no quantization of the name that is asked for, as far as can be told: code that comes with the
+    checkpoint, or on a path of the server's own, may add it."""
+    model = server.model
+    if model.quantization is None or answer.quantizations is None or model.trust_remote_code:
+        return False
+    return "PYTHONPATH" not in model.env and model.quantization.lower() not in answer.quantizations
 
 
 def _lines(found: Mapping[tuple[str, str], Sequence[str]]) -> Iterator[str]:

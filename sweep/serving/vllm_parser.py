@@ -18,6 +18,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,9 @@ PARSERS = ("entrypoints/launchers/cli_args.py", "entrypoints/common/cli_args.py"
 
 DEFINITIONS = ("_version.py", "engine/arg_utils.py", "envs.py", *PARSERS)
 """Files of vLLM whose change means other options."""
+
+PLUGINS = ("vllm.general_plugins", "vllm.platform_plugins")
+"""Entry points by which other packages add quantizations."""
 
 UNNUMBERED = "dev"
 """What vLLM itself calls a build that does not know its version."""
@@ -65,7 +69,7 @@ def installed() -> dict[str, Any]:
 
 
 def check(answer: int) -> dict[str, Any]:
-    """`options` and `variables` that this vLLM has, and `mistakes`, a list for each server.
+    """`options`, `variables` and `quantizations` that this vLLM has, and `mistakes`, a list for each server.
 
     All are None where its parser is kept at a place that we do not know. `answer` is where stdout went.
     """
@@ -90,17 +94,37 @@ def check(answer: int) -> dict[str, Any]:
     folder = Path(vllm.envs.__file__).parent
     place = next((name for name in PARSERS if (folder / name).is_file()), None)
     if place is None:
-        return {"options": None, "variables": None, "mistakes": None}
+        return {"options": None, "variables": None, "quantizations": None, "mistakes": None}
     module = importlib.import_module(f"vllm.{place.removesuffix('.py').replace('/', '.')}")
     parser = module.make_arg_parser(Parser())
     flags = {flag for flag in parser._option_string_actions if flag.startswith("--")}
+    servers = json.load(sys.stdin)
+    asked = {args[-1].lower() for options in servers for _, flag, args in options if flag == "--quantization" and args}
     return {
         "options": sorted(flags),
         "variables": sorted(vllm.envs.environment_variables),
-        "mistakes": [
-            mistakes(parser, flags, module.validate_parsed_serve_args, options) for options in json.load(sys.stdin)
-        ],
+        "quantizations": quantizations(asked),
+        "mistakes": [mistakes(parser, flags, module.validate_parsed_serve_args, options) for options in servers],
     }
+
+
+def quantizations(asked: set[str]) -> list[str] | None:
+    """What `--quantization` takes, in lower case as vLLM reads it, or None where only a start would tell.
+
+    Beside the methods that it lists vLLM takes names for one or another checkpoint (`marlin`), so one of `asked` that
+    its sources hold counts too. Where other packages may add names (on a GPU only, say) any name may be one.
+    """
+    if any(not point.value.startswith("vllm.") for group in PLUGINS for point in entry_points(group=group)):
+        return None
+    try:
+        methods = importlib.import_module("vllm.model_executor.layers.quantization")
+        known = set(methods.QUANTIZATION_METHODS)
+        sources = list(Path(str(methods.__file__)).parent.rglob("*.py")) if asked - known else []
+        text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    except Exception as error:  # noqa: BLE001 (a server of it will say more)
+        sys.stderr.write(f"its quantizations cannot be listed: {error!r}\n")
+        return None
+    return sorted(known | {name for name in asked if f'"{name}"' in text or f"'{name}'" in text})
 
 
 def mistakes(parser: Any, flags: set[str], validate: Callable[[Any], None], options: list[Option]) -> list[Mistake]:
