@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -373,23 +374,38 @@ def _report(arguments: Arguments) -> int:
     from sweep.results.publish import publish
 
     config = _loaded(arguments)
-    outcome = publish(sweep, config, secrets=secrets_of(config), texts=_chapters(sweep, findings))
+    outcome = publish(sweep, config, secrets=secrets_of(config), texts=_chapters(findings))
     print(_said_of_wandb(outcome, "the same command tries again"))
     return DONE if outcome.mode == "online" and not outcome.errors else FAILED
 
 
-def _tables_and_chapters(sweep: "Sweep") -> dict[str, str]:
+class _Examined:
+    """What was compared at the end of a launch, for the next who wants it: it reads every sample, maybe for minutes."""
+
+    def __init__(self) -> None:
+        self._known: tuple[object, Findings] | None = None
+
+    def __call__(self, sweep: "Sweep") -> "Findings":
+        from sweep.reporting import examined
+
+        # Not the order of tasks and records, which tells nothing of what is compared.
+        asked = (sweep.models, {(record.model, record.task): record for record in sweep.records})
+        if self._known is None or self._known[0] != asked:
+            self._known = (asked, examined(sweep))
+        return self._known[1]
+
+
+def _tables_and_chapters(sweep: "Sweep", examined: _Examined) -> dict[str, str]:
     """The tables come first: comparisons may take minutes, in which a batch system may end everything."""
     _write_tables(sweep)
-    return _chapters(sweep)
+    return _chapters(examined(sweep))
 
 
-def _chapters(sweep: "Sweep", findings: "Findings | None" = None) -> dict[str, str]:
+def _chapters(findings: "Findings") -> dict[str, str]:
     """Of W&B's Report, Markdown by title."""
-    from sweep.reporting import examined
     from sweep.results.summary import compared
 
-    return {"Paired comparisons": compared(findings or examined(sweep))}
+    return {"Paired comparisons": compared(findings)}
 
 
 def _export(arguments: Arguments) -> int:
@@ -449,7 +465,7 @@ def _run(arguments: Arguments) -> int:
         _require_same_sweep(whole, directory, read_cells(directory).keys())
     if not plan.owed and not plan.refused:
         print(f"all {len(plan.cells)} cells are done; `only=model/task` runs one again, `fresh=true` all of them")
-        return _conclude(config, plan, plan.done, directory, before, launched=False)
+        return _conclude(config, plan, plan.done, directory, before, _Examined(), launched=False)
     planned = document(plan) | {"cells": cells_document(whole)}
     if plan.owed:
         prepare_ray(config.ray, plan.owed_servers)
@@ -465,7 +481,7 @@ def _run(arguments: Arguments) -> int:
             write_file(directory.plan, masked_json(json.dumps(planned, indent=1).encode(), hidden))
         for record in plan.refused.values():
             store.write_record(record, {})
-        carried, ends_at_s = None, math.inf
+        carried, ends_at_s, examined = None, math.inf, _Examined()
         if plan.owed:
             with _logged_to(directory.driver_log, hidden):
                 from sweep.running.runner import carry_out
@@ -478,14 +494,14 @@ def _run(arguments: Arguments) -> int:
                     api_key=api_key,
                     secrets=hidden,
                     ends_at_s=ends_at_s,
-                    texts=_tables_and_chapters,
+                    texts=partial(_tables_and_chapters, examined=examined),
                 )
     finally:
         store.close()
     records = read_records(directory)
     ended = {**plan.refused, **(carried.records if carried else {})}
     stopped = carried is not None and bool(carried.signal or carried.out_of_time)
-    code = _conclude(config, whole, ended, directory, records, stopped=stopped)
+    code = _conclude(config, whole, ended, directory, records, examined, stopped=stopped)
     if carried is None:
         return code
     publish = shlex.join(
@@ -522,6 +538,7 @@ def _conclude(
     ended: "Mapping[str, Record]",
     directory: "RunDirectory",
     records: "Mapping[tuple[str, str], Record]",
+    examined: _Examined,
     *,
     launched: bool = True,
     stopped: bool = False,
@@ -561,7 +578,7 @@ def _conclude(
     elif shown_already:
         print(f"page     {directory.page}")
     else:
-        _show(sweep, secrets_of(config))
+        _show(sweep, secrets_of(config), examined)
     failed = [record for record in ended.values() if record.status is Status.FAILED]
     if failed:
         print(f"\n{failures(failed)}")
@@ -595,14 +612,14 @@ def _is_shown(directory: "RunDirectory", whole: "Plan") -> bool:
     return min(path.stat().st_mtime for path in made) >= newest and read_cells(directory) == planned
 
 
-def _show(sweep: "Sweep", hidden: Sequence[str]) -> None:
+def _show(sweep: "Sweep", hidden: Sequence[str], examined: _Examined) -> None:
     """Make the page and say where it is and what it says; a sweep is finished without it, too."""
     from sweep.reporting import write_page
     from sweep.results.summary import headline, in_lines
 
     try:
         with boundary(ReportError, "make the page"):
-            said = in_lines(headline(sweep, write_page(sweep).comparisons))
+            said = in_lines(headline(sweep, write_page(sweep, findings=examined(sweep)).comparisons))
     except SweepError as error:
         with _logged_to(sweep.directory.driver_log, hidden):
             log.exception("there is no new page")

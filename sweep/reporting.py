@@ -17,11 +17,12 @@ from sweep.results.store import write_file
 from sweep.results.summary import compared, headline
 
 
-def write_page(sweep: Sweep, *, samples: bool = True) -> Findings:
-    """report.html, and report.md with the comparisons; what was compared. Without `samples` no prompt or answer is in
-    the page. What cannot be read costs its part and is said there. Raises StoreError where nothing can be written.
+def write_page(sweep: Sweep, *, samples: bool = True, findings: Findings | None = None) -> Findings:
+    """report.html, and report.md with the comparisons; what was compared, which is `findings` where it was before.
+    Without `samples` no prompt or answer is in the page. What cannot be read costs its part and is said there. Raises
+    StoreError where nothing can be written.
     """
-    findings = examined(sweep)
+    findings = examined(sweep) if findings is None else findings
     references: tuple[Published, ...] = ()
     troubles = []
     try:

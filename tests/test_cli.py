@@ -24,6 +24,7 @@ from sweep.errors import ConfigError, StoreError
 from sweep.planning.plan import Cell, Plan, ServerPlan
 from sweep.planning.tasks import catalog
 from sweep.record import Record, Score, Status
+from sweep.results.compare import examine
 from sweep.results.reading import Sweep, read_sweep
 from sweep.results.store import RunDirectory, Store, read_commits, read_records
 from sweep.results.tracking import Outcome
@@ -529,8 +530,34 @@ def test_the_tables_are_there_before_the_chapters_of_the_report_take_their_time(
 
     monkeypatch.setattr("sweep.reporting.examined", examined)
     with pytest.raises(StoreError, match="killed"):
-        runner.texts[0](read_sweep(directory.root))
+        runner.texts[0](replace(read_sweep(directory.root), models=("second", "first")))  # not compared before
     assert there == [True]
+
+
+@pytest.mark.parametrize(("changed", "times"), [(False, 1), (True, 2)], ids=["the same records", "another record"])
+def test_what_was_compared_for_w_and_bs_report_is_not_compared_again_for_the_page(
+    runner: Runner, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, changed: bool, times: int
+) -> None:
+    compared: list[Sweep] = []
+    carry_out = runner.carry_out
+
+    def counted(sweep: Sweep) -> Any:
+        compared.append(sweep)
+        return examine(sweep)
+
+    def with_a_report(*arguments: Any, texts: Callable[[Any], Any], **named: Any) -> SimpleNamespace:
+        carried = carry_out(*arguments, texts=texts, **named)
+        sweep = read_sweep(directory.root)
+        first = replace(sweep.records[0], wall_s=1.0) if changed else sweep.records[0]
+        told.append(texts(replace(sweep, records=(*sweep.records[1:], first)))["Paired comparisons"])
+        return carried
+
+    told: list[str] = []
+    monkeypatch.setattr("sweep.reporting.examine", counted)
+    monkeypatch.setattr(runner, "carry_out", with_a_report)
+    assert main(["conf=small"]) == 0
+    assert len(compared) == times
+    assert directory.report.read_text().endswith(told[0])
 
 
 def test_export_writes_parquet_where_it_is_told_to(
