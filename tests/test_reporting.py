@@ -125,4 +125,4 @@ def test_an_interrupt_while_a_chart_is_drawn_is_no_failed_chart(monkeypatch: pyt
 
     monkeypatch.setattr(vl_convert, "vegalite_to_svg", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        charts.task_chart([charts.Point(model="m", value=0.5, stderr=None)], "acc")
+        charts.task_chart([charts.Point(model="m", value=0.5, low=0.4, high=0.6)], "acc")

@@ -242,6 +242,16 @@ def tango(only_a: NDArray[np.int64], only_b: NDArray[np.int64], n: NDArray[np.in
     return end(-1.0, z), end(1.0, z)
 
 
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The score interval of a proportion: it stays within 0 and 1 and is never without width, at 0 % and 100 % either.
+
+    Wilson (1927), JASA 22:209-212. Brown, Cai and DasGupta (2001), Statistical Science 16:101-133, recommend it and
+    show how far the normal interval falls short of its level near 0 and 1.
+    """
+    found = stats.binomtest(right, n).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
+
+
 def permutation(units: Floats) -> Floats:
     """Two-sided p of each row: that the sum of its differences is so far from 0 when their signs are those of coins.
 
