@@ -47,7 +47,8 @@ lmsweep: many language models, many lm-eval tasks, one command
                                                     publish=true: and W&B's runs, with what W&B did not get
                                                     samples=false: no prompt and no answer in the page
   python launch.py report DIR DIR [to=FILE]         the second sweep against the first, by model and task, document by
-                                                    document; DIR is a run directory (runs/NAME)
+                                                    document; DIR is a run directory (runs/NAME). pair=M:N,…
+                                                    compares model M of the first with model N of the second
   python launch.py export conf=NAME [to=DIR]        scores, samples and responses as Parquet, in runs/NAME/export or DIR
   python launch.py tasks [WORD ...]                 search lm-eval's tasks, groups and tags
 
@@ -78,7 +79,7 @@ COMMANDS = {
     "check": ("only",),
     "fetch": ("only",),
     "status": (),
-    "report": ("samples", "publish", "to"),
+    "report": ("samples", "publish", "to", "pair"),
     "export": ("to",),
     "tasks": (),
 }
@@ -113,6 +114,8 @@ class Arguments:
     publish: bool = False
     to: str | None = None
     """Where to write: a folder, of `report` a file."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Of `report` with two run directories: a model of the first and one of the second."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -137,7 +140,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         else:
             overrides.append(argument)
     if words:
-        _require_directories(command, words, [*options.keys() - {"to", "samples"}, *overrides])
+        _require_directories(command, words, [*options.keys() - {"to", "samples", "pair"}, *overrides])
     elif "conf" not in options:
         raise ConfigError(f"which sweep? conf=NAME is missing; there are {', '.join(_sweeps()) or 'none here'}")
     if options.get("fresh", "false") not in ("true", "false"):
@@ -156,8 +159,10 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError(f"publish={options['publish']}: true or false")
     if command == "report" and "to" in options and len(words) < 2:
         raise ConfigError("to= of `report` belongs to two run directories; the page of one sweep lies in its own")
-    if command == "export" and "publish" in options:
-        raise ConfigError("publish= belongs to `report`")
+    if command == "report" and "pair" in options and len(words) < 2:
+        raise ConfigError("pair= of `report` belongs to two run directories, whose models it pairs")
+    if command == "export" and (wrong := options.keys() & {"publish", "pair"}):
+        raise ConfigError(f"{min(wrong)}= belongs to `report`")
     if command in ("check", "fetch") and "fresh" in options:
         raise ConfigError(f"fresh= belongs to a run; `{command}` neither reads results nor writes any")
     if command not in ("plan", "report") and "samples" in options:
@@ -176,11 +181,25 @@ def parse(arguments: Sequence[str]) -> Arguments:
         cluster=options.get("cluster"),
         publish=options.get("publish") == "true",
         to=options.get("to"),
+        pairs=_pairs(options["pair"]) if "pair" in options else (),
     )
 
 
-_KEPT = ("publish", "to")
+_KEPT = ("publish", "to", "pair")
 """Options of the commands that tell what is kept."""
+
+
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    """`base:base-awq,small` -> base with base-awq, and small with small. Raises ConfigError."""
+    pairs = []
+    for part in text.split(","):
+        first, colon, second = (piece.strip() for piece in part.partition(":"))
+        if not first or (colon and not second) or ":" in second:
+            raise ConfigError(
+                f"pair={text}: wants MODEL:MODEL, the second of the second run directory, several with commas between"
+            )
+        pairs.append((first, second or first))
+    return tuple(pairs)
 
 
 def _require_directories(command: str, words: Sequence[str], others: Sequence[str]) -> None:
@@ -357,7 +376,7 @@ def _report(arguments: Arguments) -> int:
     from sweep.results.summary import headline, in_lines
 
     if others:
-        text = between(sweep, others[0])
+        text = between(sweep, others[0], pairs=arguments.pairs)
         print(text)
         if arguments.to is not None:
             with boundary(StoreError, f"write {arguments.to}"):

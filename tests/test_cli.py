@@ -123,6 +123,11 @@ def launch(*arguments: str) -> Said:
         (["report", "conf=small", "samples=1"], r"samples=1: false makes the page without samples"),
         (["report", "conf", "conf", "samples=false"], r"samples= belongs to the page of one sweep"),
         (["report", "conf=small", "to=x"], r"to= of `report` belongs to two run directories"),
+        (["report", "conf", "pair=a:b"], r"pair= of `report` belongs to two run directories"),
+        (["report", "conf=small", "pair=a:b"], r"pair= of `report` belongs to two run directories"),
+        (["report", "conf", "conf", "pair=a:"], r"pair=a:: wants MODEL:MODEL"),
+        (["report", "conf", "conf", "pair=a,,b"], r"pair=a,,b: wants MODEL:MODEL"),
+        (["export", "conf=small", "pair=a:b"], r"pair= belongs to `report`"),
         (["export", "conf=small", "only=m/t"], r"only= has no meaning for `export`"),
         (["export", "conf=small", "publish=true"], r"publish= belongs to `report`"),
         (["conf=small", "to=x"], r"to: unknown key"),
@@ -472,6 +477,15 @@ def test_two_sweeps_are_compared_and_nothing_is_written_unless_it_is_asked_for(
     assert {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()} == before
     assert main(["report", str(directory.root), str(other), "to=compared.md"]) == 0
     assert (place / "compared.md").read_text().strip() == output().strip()
+    assert main(["report", str(directory.root), str(other), "pair=second:first"]) == 0
+    assert "- compared: second of a with first of b" in output()
+    assert main(["report", str(directory.root), str(other), "pair=second"]) == 2
+    assert f"pair=second:second: {other} has no model 'second'; it has first" in output()
+
+
+def test_pairs_are_models_with_a_colon_between_or_one_name_for_both() -> None:
+    asked = parse(["report", str(ROOT / "conf"), str(ROOT / "tests"), "pair=base:base-awq, small ,a:b"])
+    assert asked.pairs == (("base", "base-awq"), ("small", "small"), ("a", "b"))
 
 
 @pytest.mark.parametrize(("mode", "errors", "code"), [("online", (), 0), ("offline", (), 1), ("online", ("lost",), 1)])
