@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,8 @@ lmsweep: many language models, many lm-eval tasks, one command
                                                     publish=true: and W&B's runs, with what W&B did not get
                                                     samples=false: no prompt and no answer in the page
   python launch.py report DIR DIR [to=FILE]         the second sweep against the first, by model and task, document by
-                                                    document; DIR is a run directory (runs/NAME)
+                                                    document; DIR is a run directory (runs/NAME). pair=M:N,…
+                                                    compares model M of the first with model N of the second
   python launch.py export conf=NAME [to=DIR]        scores, samples and responses as Parquet, in runs/NAME/export or DIR
   python launch.py tasks [WORD ...]                 search lm-eval's tasks, groups and tags
 
@@ -87,7 +89,7 @@ COMMANDS = {
     "check": ("only",),
     "fetch": ("only",),
     "status": (),
-    "report": ("samples", "publish", "to"),
+    "report": ("samples", "publish", "to", "pair"),
     "export": ("to",),
     "tasks": (),
 }
@@ -122,6 +124,8 @@ class Arguments:
     publish: bool = False
     to: str | None = None
     """Where to write: a folder, of `report` a file."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Of `report` with two run directories: a model of the first and one of the second."""
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -146,7 +150,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         else:
             overrides.append(argument)
     if words:
-        _require_directories(command, words, [*options.keys() - {"to", "samples"}, *overrides])
+        _require_directories(command, words, [*options.keys() - {"to", "samples", "pair"}, *overrides])
     elif "conf" not in options:
         wanted = "conf=NAME, or a run directory," if command in _DIRECTORIES else "conf=NAME"
         raise ConfigError(f"which sweep? {wanted} is missing; there are {', '.join(_sweeps()) or 'none here'}")
@@ -166,8 +170,10 @@ def parse(arguments: Sequence[str]) -> Arguments:
         raise ConfigError(f"publish={options['publish']}: true or false")
     if command == "report" and "to" in options and len(words) < 2:
         raise ConfigError("to= of `report` belongs to two run directories; the page of one sweep lies in its own")
-    if command == "export" and "publish" in options:
-        raise ConfigError("publish= belongs to `report`")
+    if command == "report" and "pair" in options and len(words) < 2:
+        raise ConfigError("pair= of `report` belongs to two run directories, whose models it pairs")
+    if command == "export" and (wrong := options.keys() & {"publish", "pair"}):
+        raise ConfigError(f"{min(wrong)}= belongs to `report`")
     if command in ("check", "fetch") and "fresh" in options:
         raise ConfigError(f"fresh= belongs to a run; `{command}` neither reads results nor writes any")
     if command not in ("plan", "report") and "samples" in options:
@@ -186,14 +192,28 @@ def parse(arguments: Sequence[str]) -> Arguments:
         cluster=options.get("cluster"),
         publish=options.get("publish") == "true",
         to=options.get("to"),
+        pairs=_pairs(options["pair"]) if "pair" in options else (),
     )
 
 
-_KEPT = ("publish", "to")
+_KEPT = ("publish", "to", "pair")
 """Options of the commands that tell what is kept."""
 
 _DIRECTORIES = {"status": 1, "report": 2, "export": 1}
 """Commands that take run directories in place of a sweep file, and how many at most."""
+
+
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    """`base:base-awq,small` -> base with base-awq, and small with small. Raises ConfigError."""
+    pairs = []
+    for part in text.split(","):
+        first, colon, second = (piece.strip() for piece in part.partition(":"))
+        if not first or (colon and not second) or ":" in second:
+            raise ConfigError(
+                f"pair={text}: wants MODEL:MODEL, the second of the second run directory, several with commas between"
+            )
+        pairs.append((first, second or first))
+    return tuple(pairs)
 
 
 def _require_directories(command: str, words: Sequence[str], others: Sequence[str]) -> None:
@@ -370,7 +390,7 @@ def _report(arguments: Arguments) -> int:
     from sweep.results.summary import headline, in_lines
 
     if others:
-        text = between(sweep, others[0])
+        text = between(sweep, others[0], pairs=arguments.pairs)
         print(text)
         if arguments.to is not None:
             with boundary(StoreError, f"write {arguments.to}"):
@@ -387,23 +407,38 @@ def _report(arguments: Arguments) -> int:
     from sweep.results.publish import publish
 
     config = _loaded(arguments)
-    outcome = publish(sweep, config, secrets=secrets_of(config), texts=_chapters(sweep, findings))
+    outcome = publish(sweep, config, secrets=secrets_of(config), texts=_chapters(findings))
     print(_said_of_wandb(outcome, "the same command tries again"))
     return DONE if outcome.mode == "online" and not outcome.errors else FAILED
 
 
-def _tables_and_chapters(sweep: "Sweep") -> dict[str, str]:
+class _Examined:
+    """What was compared at the end of a launch, for the next who wants it: it reads every sample, maybe for minutes."""
+
+    def __init__(self) -> None:
+        self._known: tuple[object, Findings] | None = None
+
+    def __call__(self, sweep: "Sweep") -> "Findings":
+        from sweep.reporting import examined
+
+        # Not the order of tasks and records, which tells nothing of what is compared.
+        asked = (sweep.models, {(record.model, record.task): record for record in sweep.records})
+        if self._known is None or self._known[0] != asked:
+            self._known = (asked, examined(sweep))
+        return self._known[1]
+
+
+def _tables_and_chapters(sweep: "Sweep", examined: _Examined) -> dict[str, str]:
     """The tables come first: comparisons may take minutes, in which a batch system may end everything."""
     _write_tables(sweep)
-    return _chapters(sweep)
+    return _chapters(examined(sweep))
 
 
-def _chapters(sweep: "Sweep", findings: "Findings | None" = None) -> dict[str, str]:
+def _chapters(findings: "Findings") -> dict[str, str]:
     """Of W&B's Report, Markdown by title."""
-    from sweep.reporting import examined
     from sweep.results.summary import compared
 
-    return {"Paired comparisons": compared(findings or examined(sweep))}
+    return {"Paired comparisons": compared(findings)}
 
 
 def _export(arguments: Arguments) -> int:
@@ -463,7 +498,7 @@ def _run(arguments: Arguments) -> int:
         _require_same_sweep(whole, directory, read_cells(directory).keys())
     if not plan.owed and not plan.refused:
         print(f"all {len(plan.cells)} cells are done; `only=model/task` runs one again, `fresh=true` all of them")
-        return _conclude(config, plan, plan.done, directory, before, launched=False)
+        return _conclude(config, plan, plan.done, directory, before, _Examined(), launched=False)
     planned = document(plan) | {"cells": cells_document(whole)}
     if plan.owed:
         prepare_ray(config.ray, plan.owed_servers)
@@ -479,7 +514,7 @@ def _run(arguments: Arguments) -> int:
             write_file(directory.plan, masked_json(json.dumps(planned, indent=1).encode(), hidden))
         for record in plan.refused.values():
             store.write_record(record, {})
-        carried, ends_at_s = None, math.inf
+        carried, ends_at_s, examined = None, math.inf, _Examined()
         if plan.owed:
             with _logged_to(directory.driver_log, hidden):
                 from sweep.running.runner import carry_out
@@ -492,14 +527,14 @@ def _run(arguments: Arguments) -> int:
                     api_key=api_key,
                     secrets=hidden,
                     ends_at_s=ends_at_s,
-                    texts=_tables_and_chapters,
+                    texts=partial(_tables_and_chapters, examined=examined),
                 )
     finally:
         store.close()
     records = read_records(directory)
     ended = {**plan.refused, **(carried.records if carried else {})}
     stopped = carried is not None and bool(carried.signal or carried.out_of_time)
-    code = _conclude(config, whole, ended, directory, records, stopped=stopped)
+    code = _conclude(config, whole, ended, directory, records, examined, stopped=stopped)
     if carried is None:
         return code
     publish = shlex.join(
@@ -536,6 +571,7 @@ def _conclude(
     ended: "Mapping[str, Record]",
     directory: "RunDirectory",
     records: "Mapping[tuple[str, str], Record]",
+    examined: _Examined,
     *,
     launched: bool = True,
     stopped: bool = False,
@@ -575,7 +611,7 @@ def _conclude(
     elif shown_already:
         print(f"page     {directory.page}")
     else:
-        _show(sweep, secrets_of(config))
+        _show(sweep, secrets_of(config), examined)
     failed = [record for record in ended.values() if record.status is Status.FAILED]
     if failed:
         print(f"\n{failures(failed)}")
@@ -609,14 +645,14 @@ def _is_shown(directory: "RunDirectory", whole: "Plan") -> bool:
     return min(path.stat().st_mtime for path in made) >= newest and read_cells(directory) == planned
 
 
-def _show(sweep: "Sweep", hidden: Sequence[str]) -> None:
+def _show(sweep: "Sweep", hidden: Sequence[str], examined: _Examined) -> None:
     """Make the page and say where it is and what it says; a sweep is finished without it, too."""
     from sweep.reporting import write_page
     from sweep.results.summary import headline, in_lines
 
     try:
         with boundary(ReportError, "make the page"):
-            said = in_lines(headline(sweep, write_page(sweep).comparisons))
+            said = in_lines(headline(sweep, write_page(sweep, findings=examined(sweep)).comparisons))
     except SweepError as error:
         with _logged_to(sweep.directory.driver_log, hidden):
             log.exception("there is no new page")

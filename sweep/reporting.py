@@ -4,9 +4,10 @@ It works beside a driver, after one died, and on a run directory that was copied
 the tables and costs them nothing when it cannot be made.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from sweep.errors import ConfigError, StoreError, boundary
+from sweep.errors import ConfigError, StoreError, boundary, nearest
 from sweep.record import Record, Status
 from sweep.results.compare import Findings, examine, examine_sweeps
 from sweep.results.page import page
@@ -17,11 +18,12 @@ from sweep.results.store import write_file
 from sweep.results.summary import compared, headline
 
 
-def write_page(sweep: Sweep, *, samples: bool = True) -> Findings:
-    """report.html, and report.md with the comparisons; what was compared. Without `samples` no prompt or answer is in
-    the page. What cannot be read costs its part and is said there. Raises StoreError where nothing can be written.
+def write_page(sweep: Sweep, *, samples: bool = True, findings: Findings | None = None) -> Findings:
+    """report.html, and report.md with the comparisons; what was compared, which is `findings` where it was before.
+    Without `samples` no prompt or answer is in the page. What cannot be read costs its part and is said there. Raises
+    StoreError where nothing can be written.
     """
-    findings = examined(sweep)
+    findings = examined(sweep) if findings is None else findings
     references: tuple[Published, ...] = ()
     troubles = []
     try:
@@ -62,28 +64,53 @@ def _unread(sweep: Sweep, record: Record) -> str | None:
     return None
 
 
-def between(a: Sweep, b: Sweep) -> str:
-    """The same models and tasks in two sweeps, as Markdown: checkpoints, versions of vLLM. Raises StoreError."""
-    findings = examine_sweeps(a, b)
+def between(a: Sweep, b: Sweep, *, pairs: Sequence[tuple[str, str]] = ()) -> str:
+    """The same tasks in two sweeps, as Markdown: checkpoints, versions of vLLM. `pairs` are a model of `a` and one of
+    `b` each, and nothing else is compared; without them models of one name are, or the only model of `a` with that of
+    `b`. Raises StoreError, and ConfigError for a model that is not there.
+    """
+    _require_models(a, b, pairs)
+    alone = not pairs and len(a.models) == len(b.models) == 1 and a.models != b.models
+    by_name = [(model, model) for model in a.models if model in b.models]
+    chosen = list(dict.fromkeys(pairs)) or ([(a.models[0], b.models[0])] if alone else by_name)
+    findings = examine_sweeps(a, b, pairs=chosen)
     verdicts = [one.verdict for one in findings.comparisons]
     by_verdict = [(verdicts.count(v), v) for v in ("better", "worse", "differs", "no difference shown")]
-    only = [
-        f"- {counted(len(cells), 'cell')} done in {sweep.directory.root} only: {', '.join(sorted(cells)[:3])}"
-        + (" …" if len(cells) > 3 else "")
-        for sweep, other in ((a, b), (b, a))
-        if (cells := _done(sweep) - _done(other))
-    ]
+    named = ", ".join(f"{of_a} of a with {of_b} of b" for of_a, of_b in chosen)
     lines = [
         f"- a: {_made_of(a)}",
         f"- b: {_made_of(b)}",
-        *only,
+        *([f"- compared: {named}, as each sweep has just one model"] if alone else []),
+        *([f"- compared: {named}"] if pairs else []),
+        *([] if chosen else ["- no model has one name in both: `pair=MODEL:MODEL` says which belong together"]),
+        *_only(a, b, chosen, all_models=not pairs),
+        *_only(b, a, [(of_b, of_a) for of_a, of_b in chosen], all_models=not pairs),
         f"- {len(verdicts)} numbers compared: {', '.join(f'{n} {what}' for n, what in by_verdict if n) or 'none'}",
     ]
     return "\n".join([*lines, "", compared(findings, most=None)])
 
 
-def _done(sweep: Sweep) -> set[str]:
-    return {f"{r.model}/{r.task}" for r in sweep.records if r.status is Status.DONE}
+def _require_models(a: Sweep, b: Sweep, pairs: Sequence[tuple[str, str]]) -> None:
+    for pair in pairs:
+        for sweep, model in zip((a, b), pair, strict=True):
+            if model not in sweep.models:
+                near = nearest(model, sweep.models) or f"; it has {', '.join(sweep.models)}"
+                raise ConfigError(f"pair={':'.join(pair)}: {sweep.directory.root} has no model {model!r}{near}")
+
+
+def _only(sweep: Sweep, other: Sweep, pairs: Sequence[tuple[str, str]], *, all_models: bool) -> list[str]:
+    """What `sweep` has done and `other` has not; the models of `pairs` are those of `sweep` and `other`."""
+    theirs = _done(other)
+    done = {cell for cell in _done(sweep) if all_models or cell[0] in [ours for ours, _ in pairs]}
+    both = {(ours, task) for ours, of_other in pairs for _, task in done if (of_other, task) in theirs}
+    cells = sorted(f"{model}/{task}" for model, task in done - both)
+    more = " …" if len(cells) > 3 else ""
+    where = sweep.directory.root
+    return [f"- {counted(len(cells), 'cell')} done in {where} only: {', '.join(cells[:3])}{more}"] if cells else []
+
+
+def _done(sweep: Sweep) -> set[tuple[str, str]]:
+    return {(record.model, record.task) for record in sweep.records if record.status is Status.DONE}
 
 
 def _made_of(sweep: Sweep) -> str:

@@ -184,6 +184,14 @@ def make_tasks(folder: Path) -> Path:
     write("writing", {"task": "writing", **writing})
     sampled = {"until": ["\n"], "max_gen_toks": 4, "do_sample": True, "temperature": 0.8}
     write("sampled", {"task": "sampled", **writing, "generation_kwargs": sampled, "repeats": 3})
+    digit = [{"function": "regex", "regex_pattern": "(\\d)"}, {"function": "take_first"}]
+    counted = {"doc_to_target": "1", "filter_list": [*writing["filter_list"], {"name": "digit", "filter": digit}]}
+    write("counted", {"task": "counted", **writing, **counted})
+    letter = [{"function": "multi_choice_regex"}, {"function": "take_first"}]
+    write("slow_filter", {"task": "slow_filter", **writing, "filter_list": [{"name": "letter", "filter": letter}]})
+    middle = [{"metric": "exact_match", "aggregation": "median"}]
+    write("measured", {"task": "measured", **writing, "metric_list": middle})
+    write("targeted", {"task": "targeted", **writing, "doc_to_target": "!function utils.target"})
     story = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
     write("story", {"task": "story", **data, **story, "metric_list": [{"metric": "bits_per_byte"}]})
     family = {"group": "family", "task": ["letters", "phrases"], "metadata": {"version": 3}}
@@ -249,6 +257,10 @@ def undefined(doc, results):
 
 def code(doc, results):
     return {"score": int(os.environ.get("HF_ALLOW_CODE_EVAL", "0"))}
+
+
+def target(doc):
+    return doc["choices"][doc["answer"]]
 
 
 def dice(doc):

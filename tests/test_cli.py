@@ -24,6 +24,7 @@ from sweep.errors import ConfigError, StoreError
 from sweep.planning.plan import Cell, Plan, ServerPlan
 from sweep.planning.tasks import catalog
 from sweep.record import Record, Score, Status
+from sweep.results.compare import examine
 from sweep.results.reading import Sweep, read_sweep
 from sweep.results.store import RunDirectory, Store, read_commits, read_records
 from sweep.results.tracking import Outcome
@@ -135,6 +136,11 @@ def launch(*arguments: str) -> Said:
         (["report", "conf=small", "samples=1"], r"samples=1: false makes the page without samples"),
         (["report", "conf", "conf", "samples=false"], r"samples= belongs to the page of one sweep"),
         (["report", "conf=small", "to=x"], r"to= of `report` belongs to two run directories"),
+        (["report", "conf", "pair=a:b"], r"pair= of `report` belongs to two run directories"),
+        (["report", "conf=small", "pair=a:b"], r"pair= of `report` belongs to two run directories"),
+        (["report", "conf", "conf", "pair=a:"], r"pair=a:: wants MODEL:MODEL"),
+        (["report", "conf", "conf", "pair=a,,b"], r"pair=a,,b: wants MODEL:MODEL"),
+        (["export", "conf=small", "pair=a:b"], r"pair= belongs to `report`"),
         (["export", "conf=small", "only=m/t"], r"only= has no meaning for `export`"),
         (["export", "conf=small", "publish=true"], r"publish= belongs to `report`"),
         (["conf=small", "to=x"], r"to: unknown key"),
@@ -485,6 +491,15 @@ def test_two_sweeps_are_compared_and_nothing_is_written_unless_it_is_asked_for(
     assert {path: path.read_bytes() for path in (place / "runs").rglob("*") if path.is_file()} == before
     assert main(["report", str(directory.root), str(other), "to=compared.md"]) == 0
     assert (place / "compared.md").read_text().strip() == output().strip()
+    assert main(["report", str(directory.root), str(other), "pair=second:first"]) == 0
+    assert "- compared: second of a with first of b" in output()
+    assert main(["report", str(directory.root), str(other), "pair=second"]) == 2
+    assert f"pair=second:second: {other} has no model 'second'; it has first" in output()
+
+
+def test_pairs_are_models_with_a_colon_between_or_one_name_for_both() -> None:
+    asked = parse(["report", str(ROOT / "conf"), str(ROOT / "tests"), "pair=base:base-awq, small ,a:b"])
+    assert asked.pairs == (("base", "base-awq"), ("small", "small"), ("a", "b"))
 
 
 @pytest.mark.parametrize(("mode", "errors", "code"), [("online", (), 0), ("offline", (), 1), ("online", ("lost",), 1)])
@@ -543,8 +558,34 @@ def test_the_tables_are_there_before_the_chapters_of_the_report_take_their_time(
 
     monkeypatch.setattr("sweep.reporting.examined", examined)
     with pytest.raises(StoreError, match="killed"):
-        runner.texts[0](read_sweep(directory.root))
+        runner.texts[0](replace(read_sweep(directory.root), models=("second", "first")))  # not compared before
     assert there == [True]
+
+
+@pytest.mark.parametrize(("changed", "times"), [(False, 1), (True, 2)], ids=["the same records", "another record"])
+def test_what_was_compared_for_w_and_bs_report_is_not_compared_again_for_the_page(
+    runner: Runner, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, changed: bool, times: int
+) -> None:
+    compared: list[Sweep] = []
+    carry_out = runner.carry_out
+
+    def counted(sweep: Sweep) -> Any:
+        compared.append(sweep)
+        return examine(sweep)
+
+    def with_a_report(*arguments: Any, texts: Callable[[Any], Any], **named: Any) -> SimpleNamespace:
+        carried = carry_out(*arguments, texts=texts, **named)
+        sweep = read_sweep(directory.root)
+        first = replace(sweep.records[0], wall_s=1.0) if changed else sweep.records[0]
+        told.append(texts(replace(sweep, records=(*sweep.records[1:], first)))["Paired comparisons"])
+        return carried
+
+    told: list[str] = []
+    monkeypatch.setattr("sweep.reporting.examine", counted)
+    monkeypatch.setattr(runner, "carry_out", with_a_report)
+    assert main(["conf=small"]) == 0
+    assert len(compared) == times
+    assert directory.report.read_text().endswith(told[0])
 
 
 def test_export_writes_parquet_where_it_is_told_to(

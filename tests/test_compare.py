@@ -15,6 +15,7 @@ import statsmodels.api as sm
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from sweep.record import Record, Score, Status
 from sweep.results import compare as compare_module
@@ -31,6 +32,7 @@ from sweep.results.compare import (
     permutation,
     saddlepoint,
     tango,
+    wilson,
 )
 from sweep.results.reading import Sweep
 from sweep.results.store import RunDirectory
@@ -266,6 +268,14 @@ def test_a_p_that_random_signs_cannot_reach_comes_from_the_saddlepoint() -> None
     assert permutation(unlike[None])[0] == pytest.approx(2.0**-59)
     unlike[:5] *= -1
     assert 2.0**-59 < permutation(unlike[None])[0] < 1e-6
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 40), (1, 40), (20, 40), (39, 40), (40, 40), (1, 2), (999, 1000)])
+def test_the_interval_of_a_share_is_that_of_statsmodels_and_has_a_width_at_both_ends(right: int, n: int) -> None:
+    low, high = wilson(right, n)
+    assert (low, high) == pytest.approx(proportion_confint(right, n, method="wilson"))
+    assert 0 <= low < high <= 1
+    assert low <= right / n <= high
 
 
 @pytest.mark.parametrize(("only_a", "only_b", "n"), [(2, 12, 50), (0, 0, 20), (0, 7, 7), (3, 1, 200), (150, 90, 2000)])

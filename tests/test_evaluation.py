@@ -1,6 +1,7 @@
 """Cells against stock lm-eval on the same stand-in; documents made once; what a record says; previews and checks."""
 
 import json
+import logging
 import os
 import random
 import re
@@ -703,7 +704,36 @@ def test_multiple_choice_is_estimated_as_it_is_scored(task: str, cell: Any, run:
     assert channel.live["finished_documents"] == sum(score.samples or 0 for score in scores if score.metric == "acc")
 
 
-def test_what_is_no_multiple_choice_is_not_estimated(cell: Any, run: Any) -> None:
+@pytest.mark.parametrize("task", ["counted", "sampled"])
+def test_generation_is_estimated_by_each_filter_as_it_is_scored(task: str, cell: Any, run: Any) -> None:
     channel = Memory(facts())
-    run(cell("writing", limit=4), channel)
+    scores = run(cell(task), channel).record.scores
+    assert task == "sampled" or any(0 < score.value < 1 for score in scores), "or nothing would be shown here"
+    assert {f"{score.metric}__{score.filter}_of_finished": score.value for score in scores} | {
+        "finished_documents": 16
+    } == pytest.approx(channel.live)
+    again = Memory(facts(), answers=dict(channel.answers))
+    run(cell(task), again)
+    assert again.live.keys() == channel.live.keys(), "of stored answers, too"
+
+
+@pytest.mark.parametrize(
+    ("task", "why"),
+    [
+        ("story", "loglikelihood_rolling"),
+        ("timed", "its scoring is its own"),
+        ("slow_filter", "multi_choice_regex"),
+        ("measured", "its metrics are not just the mean of exact_match"),
+        ("targeted", "code of its own"),
+    ],
+)
+def test_what_is_scored_slowly_or_by_code_of_its_own_is_not_estimated(
+    task: str, why: str, cell: Any, run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel = Memory(facts())
+    with caplog.at_level(logging.DEBUG, logger="sweep"):
+        run(cell(task, limit=4), channel)
     assert channel.live == {}
+    (said,) = [record.message for record in caplog.records if "no live estimate" in record.message]
+    assert said.startswith(f"no live estimate of {task}: ")
+    assert why in said

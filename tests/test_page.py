@@ -1,5 +1,6 @@
 """The page in a real browser: what it shows, that it asks nobody for anything, that only its own script runs."""
 
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from playwright.sync_api import expect, sync_playwright
 from sweep.record import Counts, Record, Score, Status
 from sweep.results.answers import blocks
 from sweep.results.charts import Bar, Label, Point, task_chart, timeline_chart
-from sweep.results.compare import compare, leaders
+from sweep.results.compare import compare, leaders, wilson
 from sweep.results.page import page
 from sweep.results.reading import Sample, Sweep, read_sweep
 from sweep.results.references import Published
@@ -270,8 +271,98 @@ def test_the_documents_of_a_group_are_those_of_its_subtasks_where_all_are_known(
     assert shown(of("g", None, 0)) == ""
 
 
+def scored(task: str, values: list[float], depth: int = 0) -> Score:
+    """As lm-eval scores documents of these values."""
+    mean, n = sum(values) / len(values), len(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    return Score(
+        task=task,
+        version="1",
+        filter="none",
+        num_fewshot=0,
+        metric="acc",
+        value=mean,
+        stderr=spread / math.sqrt(n),
+        higher_is_better=True,
+        samples=n,
+        depth=depth,
+    )
+
+
+def group(*subtasks: list[float], by_size: bool) -> tuple[Score, ...]:
+    """The error of a group is not what this is about."""
+    parts = [scored(f"part{number}", values, depth=1) for number, values in enumerate(subtasks)]
+    together = [value for values in subtasks for value in values]
+    mean = sum(together) / len(together) if by_size else sum(part.value for part in parts) / len(parts)
+    return replace(scored("t", together), value=mean, samples=None), *parts
+
+
+@dataclass
+class Charts:
+    """The page of models with these scores on one task: what its chart was asked to draw, and the page itself."""
+
+    small: Sweep
+    monkeypatch: pytest.MonkeyPatch
+
+    def of(self, *models: tuple[Score, ...]) -> tuple[list[Point], str]:
+        drawn: list[Point] = []
+        self.monkeypatch.setattr("sweep.results.page.task_chart", lambda points, _: drawn.extend(points) or "")
+        records = [
+            Record(model=name, task="t", fingerprint="", status=Status.DONE, scores=scores)
+            for name, scores in zip(self.small.models, models, strict=False)
+        ]
+        html = page(replace(self.small, records=tuple(records), tasks=("t",)), (), (), samples=False)
+        (whose,) = re.findall(r'<p class="whose">(.*?)</p>', html)
+        return drawn, whose
+
+
+@pytest.fixture
+def charts(small: Sweep, monkeypatch: pytest.MonkeyPatch) -> Charts:
+    return Charts(small, monkeypatch)
+
+
+def test_a_chart_of_right_and_wrong_has_wilsons_intervals_which_stay_within_0_and_1(charts: Charts) -> None:
+    (best, good, none), whose = charts.of(
+        (scored("t", [1.0] * 39 + [0.0]),), (scored("t", [0.0] * 40),), (scored("t", [1.0] * 40),)
+    )
+    assert [point.value for point in (best, good, none)] == [1.0, 0.975, 0.0]
+    assert (best.low, best.high) == pytest.approx(wilson(40, 40))
+    assert (good.low, good.high) == pytest.approx(wilson(39, 40))
+    assert (none.low, none.high) == pytest.approx(wilson(0, 40))
+    assert good.value + 1.96 * 0.025 > 1 >= good.high
+    assert whose == "95 %: Wilson"
+
+
+def test_a_number_that_is_no_count_of_right_documents_keeps_the_interval_of_its_standard_error(charts: Charts) -> None:
+    partly = scored("t", [1.0, 0.5, 0.5, 0.0] * 10)
+    perfect = scored("t", [1.0] * 40)
+    (first, second), whose = charts.of((partly,), (perfect,))
+    assert (first.low, first.high) == (1.0, 1.0), "its documents look like right ones, those of the other do not"
+    assert (second.low, second.high) == pytest.approx((0.5 - 1.96 * partly.stderr, 0.5 + 1.96 * partly.stderr))  # type: ignore[operator]
+    assert whose == "95 %: ± 1.96 standard errors"
+
+
+@pytest.mark.parametrize("lost", [{"stderr": None}, {"samples": 1}, {"samples": None}])
+def test_what_does_not_tell_how_many_are_right_has_no_interval_of_wilson(charts: Charts, lost: dict[str, Any]) -> None:
+    (point,), whose = charts.of((replace(scored("t", [1.0] * 30 + [0.0] * 10), **lost),))
+    assert "Wilson" not in whose
+    assert (point.high > 0.75) == (lost != {"stderr": None})
+    _, at_the_end = charts.of((replace(scored("t", [1.0] * 40), **lost),))
+    assert at_the_end == whose, "an error of 0 is one"
+
+
+def test_a_group_that_weighs_documents_alike_is_a_share_of_them_and_another_is_not(charts: Charts) -> None:
+    subtasks = [1.0] * 30 + [0.0] * 10, [1.0] * 10
+    (point,), whose = charts.of(group(*subtasks, by_size=True))
+    assert (point.low, point.high) == pytest.approx(wilson(40, 50))
+    assert whose == "95 %: Wilson"
+    (point,), whose = charts.of(group(*subtasks, by_size=False))
+    assert point.value == 0.875
+    assert whose == "95 %: ± 1.96 standard errors"
+
+
 def test_a_name_in_a_chart_is_text() -> None:
-    drawn = task_chart([Point(model=NASTY[0][:20], value=0.81254, stderr=0.01)], "acc")
+    drawn = task_chart([Point(model=NASTY[0][:20], value=0.81254, low=0.79, high=0.83)], "acc")
     assert "<script" not in drawn
     assert "0.8125" in drawn  # rounding what is drawn must not touch what is written
 

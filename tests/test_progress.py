@@ -216,6 +216,12 @@ def test_the_view_shows_servers_cells_rate_and_time_left() -> None:
     ]
 
 
+def test_a_running_cell_shows_its_first_metric_so_far() -> None:
+    screen = Screen(["m"], live=True, width=100)
+    screen.terminal.cell("m/gsm8k", state="running", done=40, total=80, reused=12, live="acc 0.613 of 39 done")
+    assert screen.view()[1] == "  gsm8k  ━━━━━━━━━━━━────────────  40/80  acc 0.613 of 39 done  12 reused"
+
+
 def test_there_is_no_time_left_before_there_is_a_rate() -> None:
     screen = Screen(["m"], live=True)
     for cell in [{"done": 0, "rate": 0.0}, {"done": 80, "rate": 9.0}]:

@@ -1,5 +1,7 @@
 """The page of a run directory, and two of them side by side, on sweeps that are made up but laid out as ours."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,68 @@ def test_two_sweeps_say_what_only_one_has_done(root: Path, tmp_path: Path) -> No
     fewer = write(tmp_path / "two", models=2, tasks=3, samples=600, failed=0).root
     text = between(read_sweep(root), read_sweep(fewer))
     assert f"cells done in {root} only: " in text
+
+
+def renamed(sweep: Sweep, *names: str) -> Sweep:
+    """Its first models, by these names."""
+    called = dict(zip(sweep.models, names, strict=False))
+    records = [replace(record, model=called[record.model]) for record in sweep.records if record.model in called]
+    return replace(sweep, name="other", models=names, records=tuple(records))
+
+
+def rows(text: str) -> set[tuple[str, ...]]:
+    """The models of each line of the table."""
+    found = re.findall(r"^\|[^|]+\|[^|]+\|\s*([^|\s]+)\s*\|\s*([^|\s]+)\s*\|", text, flags=re.MULTILINE)
+    return {row for row in found if "/" in "".join(row)}
+
+
+def test_models_of_other_names_are_compared_where_they_are_paired_and_no_others_are(root: Path) -> None:
+    a = read_sweep(root)
+    _, second, third = a.models
+    b = renamed(a, second, "quantised", "other")  # the second's name for what is the first here
+    text = between(a, b, pairs=[(second, "quantised"), (second, "quantised"), (third, "other")])
+    assert f"- compared: {second} of a with quantised of b, {third} of a with other of b\n" in text
+    assert rows(text) == {(f"{a.name}/{second}", "other/quantised"), (f"{a.name}/{third}", "other/other")}
+    assert " done in " not in text, "of models that are in no pair nothing is said"
+    assert "+0.0000 ± 0.0000" in text
+    by_name = between(a, b)
+    assert "- compared:" not in by_name
+    assert rows(by_name) == {(f"{a.name}/{second}", f"other/{second}")}
+
+
+def test_what_only_one_of_a_pair_has_done_is_said(root: Path) -> None:
+    a = read_sweep(root)
+    first = a.models[0]
+    b = renamed(a, "renamed")
+    b = replace(b, records=b.records[1:])
+    text = between(a, b, pairs=[(first, "renamed")])
+    assert f"- 1 cell done in {root} only: {first}/{a.tasks[0]}\n" in text
+
+
+def test_two_sweeps_of_one_model_each_are_compared_whatever_it_is_called_there(root: Path) -> None:
+    a = read_sweep(root)
+    first = a.models[0]
+    alone = replace(a, models=(first,), records=tuple(r for r in a.records if r.model == first))
+    text = between(alone, renamed(a, "renamed"))
+    assert f"- compared: {first} of a with renamed of b, as each sweep has just one model\n" in text
+    assert rows(text) == {(f"{a.name}/{first}", "other/renamed")}
+    assert "as each sweep has just one model" not in between(alone, alone)
+
+
+def test_several_models_of_other_names_are_not_guessed_at(root: Path) -> None:
+    a = read_sweep(root)
+    text = between(a, renamed(a, "x", "y"))
+    assert "- no model has one name in both: `pair=MODEL:MODEL` says which belong together\n" in text
+    assert "- 0 numbers compared: none" in text
+
+
+def test_a_pair_of_a_model_that_is_not_there_names_the_sweep_and_the_nearest(root: Path) -> None:
+    a = read_sweep(root)
+    first = a.models[0]
+    with pytest.raises(ConfigError, match=rf"pair={first}x:{first}: {root} has no model '{first}x'; did you mean"):
+        between(a, a, pairs=[(f"{first}x", first)])
+    with pytest.raises(ConfigError, match=rf"no model 'zzz'; it has {', '.join(a.models)}"):
+        between(a, a, pairs=[(first, "zzz")])
 
 
 def test_lines_of_the_timeline_that_cannot_be_read_are_said(tmp_path: Path) -> None:
@@ -125,4 +189,4 @@ def test_an_interrupt_while_a_chart_is_drawn_is_no_failed_chart(monkeypatch: pyt
 
     monkeypatch.setattr(vl_convert, "vegalite_to_svg", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        charts.task_chart([charts.Point(model="m", value=0.5, stderr=None)], "acc")
+        charts.task_chart([charts.Point(model="m", value=0.5, low=0.4, high=0.6)], "acc")

@@ -20,7 +20,7 @@ from sweep.planning.config import WandbConfig
 from sweep.record import Counts, Record, Score, Status
 from sweep.results import mirror, tracking
 from sweep.results.mirror import run_id
-from sweep.results.tracking import Tracker, scrub, summary
+from sweep.results.tracking import Tracker, live_key, scrub, summary
 
 SECRET = "planted-secret-4711"
 
@@ -117,6 +117,11 @@ def child(tracker: Tracker) -> psutil.Process:
 
 
 # Pure
+
+
+def test_an_estimate_has_the_names_of_the_summary_in_a_section_of_its_own() -> None:
+    key = live_key("gsm8k-5", "exact_match__strict-match_of_finished")
+    assert key == "live/gsm8k_5/exact_match__strict_match_of_finished"
 
 
 def test_a_summary_names_task_metric_and_filter_in_characters_that_w_and_b_can_sort_by() -> None:

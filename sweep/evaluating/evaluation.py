@@ -4,6 +4,7 @@ Runs in an evaluator's child process (evaluator.py) or in a test; knows neither 
 """
 
 import functools
+import logging
 import math
 import os
 import random
@@ -21,13 +22,15 @@ from typing import Any
 
 from sweep.errors import TaskError, boundary
 from sweep.evaluating.client import Client, Pool
-from sweep.evaluating.estimate import Estimate
+from sweep.evaluating.estimate import Estimate, Scorer
 from sweep.evaluating.lm import Channel, SweepLM
 from sweep.evaluating.preflight import PROBE_TEXTS, Facts
 from sweep.evaluating.scoring import Method
 from sweep.planning.config import UNSCORED, Model, Scoring, Seeds, Task
 from sweep.planning.plan import Cell, ModelPlan, served_name
 from sweep.record import Record, Score, Status
+
+log = logging.getLogger(__name__)
 
 LIBRARIES = ("lm_eval", "transformers", "tokenizers", "datasets", "lmsweep")
 
@@ -234,18 +237,17 @@ def _simple_evaluate(cell: Cell, lm: SweepLM, *, limit: int | float | None) -> d
 
 @contextmanager
 def _estimated(manager: Any, lm: SweepLM) -> Iterator[None]:
-    """Let `lm` estimate the metrics of the tasks that lm-eval loads, as far as they are plain multiple choice."""
-    from lm_eval.api.task import ConfigurableTask
-
-    def is_plain(leaf: Any) -> bool:
-        config = leaf.config
-        own = config.process_results or type(leaf).process_results is not ConfigurableTask.process_results
-        once = config.repeats == 1 and config.filter_list is None
-        return leaf.OUTPUT_TYPE == "multiple_choice" and not own and once
+    """Let `lm` estimate the metrics of the tasks that lm-eval loads, as far as that is safe and cheap."""
 
     def load(names: Any) -> Any:
         loaded = type(manager).load(manager, names)
-        lm.estimate = Estimate({name: leaf.process_results for name, leaf in loaded["tasks"].items() if is_plain(leaf)})
+        scorers: dict[str, Scorer] = {}
+        for name, leaf in loaded["tasks"].items():
+            if (why := unwatched(leaf)) is not None:
+                log.debug("no live estimate of %s: %s", name, why)
+            else:
+                scorers[name] = leaf.process_results if leaf.OUTPUT_TYPE == "multiple_choice" else _generated(leaf)
+        lm.estimate = Estimate(scorers)
         return loaded
 
     manager.load = load
@@ -253,6 +255,53 @@ def _estimated(manager: Any, lm: SweepLM) -> Iterator[None]:
         yield
     finally:
         del manager.load
+
+
+QUICK_FILTERS = (
+    *("take_first", "take_first_k", "majority_vote", "regex", "remove_whitespace"),
+    *("lowercase", "uppercase", "map"),
+)
+"""Of lm-eval's own those that look at one document at a time and take less than a millisecond for it;
+`multi_choice_regex` takes half a second, since it looks at every character of Unicode each time."""
+
+
+def unwatched(leaf: Any) -> str | None:
+    """Why there is no live estimate of a task; None where lm-eval's own code scores its documents, one by one."""
+    from lm_eval.api.registry import get_aggregation, get_metric
+    from lm_eval.api.task import ConfigurableTask
+
+    config = leaf.config
+    if config.process_results or type(leaf).process_results is not ConfigurableTask.process_results:
+        return "its scoring is its own"
+    if leaf.OUTPUT_TYPE == "multiple_choice":
+        return None if config.repeats == 1 and config.filter_list is None else "it has filters or repeats"
+    if leaf.OUTPUT_TYPE != "generate_until":
+        return f"its requests are {leaf.OUTPUT_TYPE}"
+    if type(leaf) is not ConfigurableTask or callable(config.doc_to_target) or callable(config.doc_to_choice):
+        return "its scoring needs code of its own"
+    exact, mean = get_metric("exact_match"), get_aggregation("mean")
+    if leaf._metric_fn_list != {"exact_match": exact} or leaf._aggregation_list != {"exact_match": mean}:
+        return f"its metrics are not just the mean of exact_match: {', '.join(map(str, leaf._metric_fn_list))}"
+    filters = [step["function"] for pipeline in config.filter_list or () for step in pipeline["filter"]]
+    slow = [step for step in filters if step not in QUICK_FILTERS]
+    return f"its filters may be slow, or need other documents: {', '.join(map(str, slow))}" if slow else None
+
+
+def _generated(leaf: Any) -> Scorer:
+    """What lm-eval does with the answers to one document: every filter, then the metrics."""
+    from lm_eval.api.instance import Instance
+
+    def scored(doc: Any, texts: list[Any]) -> dict[str, Any]:
+        instance = Instance(request_type="generate_until", doc=doc, arguments=(), idx=0, resps=texts)
+        for pipeline in leaf._filters:
+            pipeline.apply([instance])
+        return {
+            metric if name == "none" else f"{metric}__{name}": value
+            for name, filtered in instance.filtered_resps.items()
+            for metric, value in leaf.process_results(doc, [filtered]).items()
+        }
+
+    return scored
 
 
 def _as_multiturn(cell: Cell) -> bool:

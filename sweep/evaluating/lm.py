@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sweep.errors import TaskError
 from sweep.evaluating.client import Call, Client
 from sweep.evaluating.encoding import Encoder, Tokens
-from sweep.evaluating.estimate import Choice, Estimate
+from sweep.evaluating.estimate import Estimate, Request
 from sweep.evaluating.preflight import Facts
 from sweep.evaluating.scoring import GenerateCall, Method, Packed, Scored, ScoringCall, scoring_calls
 from sweep.planning.config import Overflow
@@ -231,11 +231,11 @@ class SweepLM(LM):  # type: ignore[misc]
             samples=_samples(requests),
             identity=self._effective,
             ask=self._ask_pairs,
-            requests=requests,
+            watch=lambda keys: self._watch(requests, keys, itertools.repeat(_pair)),
         )
         self._count(truncated=sum(a.cut > 0 for a in distinct))
         self.without_tokens += sum(a.tokens == 0 for a in distinct)
-        return [(a.logprob, a.is_greedy) for a in answers]
+        return [_pair(a) for a in answers]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         # Windows are requests of their own, so a long document is as durable as a short one. The reference keeps one
@@ -277,8 +277,9 @@ class SweepLM(LM):  # type: ignore[misc]
             samples=_samples(requests),
             identity=lambda g: self._effective((g.prompt, g.parameters)),
             ask=self._ask_generations,
+            watch=lambda keys: self._watch(requests, keys, (partial(self._text, wanted) for wanted in prompts)),
         )
-        texts = [self._behind_reasoning(g.text, wanted) for g, wanted in zip(generations, prompts, strict=True)]
+        texts = [self._text(wanted, g) for g, wanted in zip(generations, prompts, strict=True)]
         each = {id(g): (g, wanted, text) for g, wanted, text in zip(generations, prompts, texts, strict=True)}
         for g, wanted, _ in each.values():
             if g.stop_token in wanted.stop_tokens:
@@ -291,12 +292,12 @@ class SweepLM(LM):  # type: ignore[misc]
         )
         return texts
 
-    def _behind_reasoning(self, text: str, wanted: _Generate) -> str:
-        """What lm-eval's own backends for reasoning models hand over: the text behind the last `think_end_token`, up to
-        the first stop string."""
+    def _text(self, wanted: _Generate, answer: GenerationAnswer) -> str:
+        """What lm-eval is handed; of a reasoning model what lm-eval's own backends for them hand over: the text behind
+        the last `think_end_token`, up to the first stop string."""
         if self.think_end_token is None:
-            return text
-        return str(postprocess_generated_text(text, list(wanted.until), self.think_end_token))
+            return answer.text
+        return str(postprocess_generated_text(answer.text, list(wanted.until), self.think_end_token))
 
     def _look_at(self, prompts: Collection[str], *, begun: bool = False) -> None:
         """Count what of these distinct prompts is not as the template, the tokenizer or the user would have it.
@@ -322,12 +323,12 @@ class SweepLM(LM):  # type: ignore[misc]
         samples: Sequence[Sample] = (),
         identity: Callable[[Any], Any],
         ask: Callable[[Sequence[Any], Answer], None],
-        requests: Sequence[Instance] = (),
+        watch: Callable[[Sequence[bytes]], None] = lambda _: None,
     ) -> tuple[list[A], Collection[A]]:
         """The answers of `items` in order, and those of distinct items, which is what is asked and counted.
 
-        `ask` gets what no stored answer covers. `samples` says of each item whose it is, where it may be too long,
-        `requests` what the live estimate is made from.
+        `ask` gets what no stored answer covers. `samples` says of each item whose it is, where it may be too long.
+        `watch` gets the items' keys and tells the live estimate of them.
         """
         keys = [response_key(self.fingerprint, kind, identity(item)) for item in items]
         item_by_key = dict(zip(keys, items, strict=True))
@@ -336,10 +337,9 @@ class SweepLM(LM):  # type: ignore[misc]
         while some := list(itertools.islice(distinct, LOOKUP_KEYS)):
             known = self.channel.known(some)
             answer_by_key.update((key, msgspec.json.decode(text, type=answer_type)) for key, text in known.items())
-        if requests:
-            self._watch(requests, keys)
-            for key, value in answer_by_key.items():
-                self._estimate(key, value)
+        watch(keys)
+        for key, known_before in answer_by_key.items():
+            self.estimate.answered(key, known_before)
         owed = [key for key in item_by_key if key not in answer_by_key]
         self._done += len(item_by_key) - len(owed)
         self._count(requests=len(item_by_key), reused=len(item_by_key) - len(owed))
@@ -356,7 +356,7 @@ class SweepLM(LM):  # type: ignore[misc]
                     Response(key=key, cell=self.cell, method=value.method, answer=msgspec.json.encode(value))
                 )
                 self._done += 1
-                self._estimate(key, value)
+                self.estimate.answered(key, value)
                 self._count(asked=1)
                 self._show_progress()
 
@@ -392,17 +392,22 @@ class SweepLM(LM):  # type: ignore[misc]
             done=self._done, total=self.counts.requests, reused=self.counts.reused, live=self.estimate.values
         )
 
-    def _watch(self, requests: Sequence[Instance], keys: Sequence[bytes]) -> None:
-        self.estimate.watch(
-            [
-                Choice(task=str(r.task_name), document=r.doc_id, number=r.idx, doc=r.doc, key=key)
-                for r, key in zip(requests, keys, strict=True)
-            ]
-        )
-
-    def _estimate(self, key: bytes, value: Any) -> None:
-        if isinstance(value, PairAnswer):
-            self.estimate.answered(key, value.logprob, value.is_greedy)
+    def _watch(
+        self, requests: Sequence[Instance], keys: Sequence[bytes], results: Iterable[Callable[[Any], Any]]
+    ) -> None:
+        samples = _samples(requests)
+        chosen = self.estimate.chosen(samples)
+        if not chosen:
+            return
+        watched, before = [], Counter[Sample]()
+        for sample, request, key, result in zip(samples, requests, keys, results, strict=False):
+            if sample in chosen:
+                number = (request.idx, before[sample])
+                before[sample] += 1
+                watched.append(
+                    Request(task=sample[0], document=sample[1], number=number, doc=request.doc, key=key, result=result)
+                )
+        self.estimate.watch(watched)
 
     # Asking a server.
 
@@ -590,6 +595,10 @@ class SweepLM(LM):  # type: ignore[misc]
             )
         total = sum(map(len, most.values()))
         return f"{self.cell}: {sum(map(len, over.values()))} of {total} samples {said}: {listed}{more}; {cure}"
+
+
+def _pair(answer: PairAnswer) -> tuple[float, bool]:
+    return answer.logprob, answer.is_greedy
 
 
 def _samples(requests: Iterable[Instance]) -> list[Sample]:

@@ -43,7 +43,9 @@ class Point:
 
     model: str
     value: float
-    stderr: float | None
+    low: float
+    """Ends of its 95 % interval; the value itself where there is none."""
+    high: float
     published: float | None = None
     comparable: bool = False
     """Whether the published number was measured with the same settings."""
@@ -82,8 +84,8 @@ def task_chart(points: Sequence[Point], metric: str) -> str:
             "model": point.model,
             "value": point.value,
             "text": f"{point.value:.4f}",
-            "low": point.value - 1.96 * (point.stderr or 0),
-            "high": point.value + 1.96 * (point.stderr or 0),
+            "low": point.low,
+            "high": point.high,
             **({} if point.published is None else {"same" if point.comparable else "other": point.published}),
         }
         for point in points
@@ -138,8 +140,8 @@ def size_chart(points: Sequence[Point], metric: str, *, higher_is_better: bool) 
             {
                 "parameters": (point.billions or 0) * per,
                 "value": point.value,
-                "low": point.value - 1.96 * (point.stderr or 0),
-                "high": point.value + 1.96 * (point.stderr or 0),
+                "low": point.low,
+                "high": point.high,
                 "label": point.model if leads else "",
             }
         )

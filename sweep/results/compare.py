@@ -133,9 +133,10 @@ def compare(sweep: Sweep, *, pairs: Sequence[tuple[str, str]] | None = None) -> 
     return examine(sweep, pairs=pairs).comparisons
 
 
-def compare_sweeps(a: Sweep, b: Sweep) -> tuple[Comparison, ...]:
-    """Each cell of `b` against the same cell of `a`; models are called `<sweep>/<model>`."""
-    return examine_sweeps(a, b).comparisons
+def compare_sweeps(a: Sweep, b: Sweep, *, pairs: Sequence[tuple[str, str]] | None = None) -> tuple[Comparison, ...]:
+    """Each cell of `b` against that of `a` with the same task and model; models are called `<sweep>/<model>`. `pairs`
+    are a model of `a` and one of `b` each; without them they are those of one name."""
+    return examine_sweeps(a, b, pairs=pairs).comparisons
 
 
 def examine(sweep: Sweep, *, pairs: Sequence[tuple[str, str]] | None = None) -> Findings:
@@ -148,7 +149,7 @@ def examine(sweep: Sweep, *, pairs: Sequence[tuple[str, str]] | None = None) -> 
     return _findings(cells, chosen)
 
 
-def examine_sweeps(a: Sweep, b: Sweep) -> Findings:
+def examine_sweeps(a: Sweep, b: Sweep, *, pairs: Sequence[tuple[str, str]] | None = None) -> Findings:
     """`compare_sweeps`, with what was left out. Two sweeps of one name are told apart by their folders."""
     names = (a.name, b.name) if a.name != b.name else (str(a.directory.root), str(b.directory.root))
     cells: dict[str, dict[str, tuple[Sweep, Record]]] = defaultdict(dict)
@@ -156,7 +157,8 @@ def examine_sweeps(a: Sweep, b: Sweep) -> Findings:
         for record in sweep.records:
             if record.status is Status.DONE:
                 cells[record.task][f"{name}/{record.model}"] = (sweep, record)
-    return _findings(cells, [(f"{names[0]}/{model}", f"{names[1]}/{model}") for model in a.models])
+    chosen = pairs if pairs is not None else [(model, model) for model in a.models]
+    return _findings(cells, [(f"{names[0]}/{of_a}", f"{names[1]}/{of_b}") for of_a, of_b in chosen])
 
 
 def leaders(sweep: Sweep, comparisons: Iterable[Comparison]) -> tuple[Leaders, ...]:
@@ -240,6 +242,16 @@ def tango(only_a: NDArray[np.int64], only_b: NDArray[np.int64], n: NDArray[np.in
         return np.asarray(inner)
 
     return end(-1.0, z), end(1.0, z)
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """The score interval of a proportion: it stays within 0 and 1 and is never without width, at 0 % and 100 % either.
+
+    Wilson (1927), JASA 22:209-212. Brown, Cai and DasGupta (2001), Statistical Science 16:101-133, recommend it and
+    show how far the normal interval falls short of its level near 0 and 1.
+    """
+    found = stats.binomtest(right, n).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def permutation(units: Floats) -> Floats:

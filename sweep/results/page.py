@@ -8,6 +8,7 @@ script is compressed, and a policy in the page lets no other script run and noth
 import base64
 import gzip
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from sweep.planning.loading import sweep_file
 from sweep.record import Record, Score, Status
 from sweep.results.answers import Block, blocks
 from sweep.results.charts import Bar, Label, Point, size_chart, task_chart, timeline_chart
-from sweep.results.compare import Comparison, leaders
+from sweep.results.compare import Comparison, leaders, wilson
 from sweep.results.reading import Sweep
 from sweep.results.references import Published
 from sweep.results.report import ARROWS, caveats, chance, counted, differences, reason, same_settings
@@ -45,6 +46,15 @@ OPEN_CHARTS = 8
 
 PRINTED_COLUMNS = 5
 """Tasks side by side on paper."""
+
+NORMAL = 1.96
+"""Standard errors to each side."""
+
+BY_WILSON, BY_STDERR, NO_INTERVAL = (
+    "95 %: Wilson",
+    "95 %: ± 1.96 standard errors",
+    "no interval: lm-eval gives no error",
+)
 
 Key = tuple[str, str, str, str]
 """Task, subtask, metric and filter: what makes two numbers comparable."""
@@ -109,6 +119,8 @@ class Chart:
     svg: Markup
     said: str
     """The chart in words."""
+    interval: str
+    """Whose intervals it shows."""
     open: bool
 
 
@@ -301,20 +313,45 @@ def _documents(record: Record, score: Score) -> int | None:
     """That a number of what the cell asked for was made of; a group's are those of its subtasks, if all are known."""
     if score.samples is not None:
         return score.samples
+    counts = [leaf.samples for leaf in _leaves(record, score)]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known and len(known) == len(counts) else None
+
+
+def _leaves(record: Record, score: Score) -> list[Score]:
+    """The same number of the subtasks that a group at the top of a record is made of."""
     # Subtasks come right after their group, a name's numbers together.
     names = list(dict.fromkeys((one.task, one.depth) for one in record.scores))
-    counts = {
-        (s.task, s.depth): s.samples for s in record.scores if (s.metric, s.filter) == (score.metric, score.filter)
-    }
+    same = {(s.task, s.depth): s for s in record.scores if (s.metric, s.filter) == (score.metric, score.filter)}
     below = names[names.index((score.task, 0)) + 1 :]
     end = next((number for number, (_, depth) in enumerate(below) if not depth), len(below))
-    leaves = [
-        name
+    return [
+        same[name]
         for number, name in enumerate(below[:end])
-        if name in counts and (number + 1 == end or below[number + 1][1] <= name[1])
+        if name in same and (number + 1 == end or below[number + 1][1] <= name[1])
     ]
-    of_leaves = [count for name in leaves if (count := counts[name]) is not None]
-    return sum(of_leaves) if of_leaves and len(of_leaves) == len(leaves) else None
+
+
+def _right(record: Record, score: Score) -> tuple[int, int] | None:
+    """How many documents are right, and of how many, where a number is a mean of 0/1 values, alone or over the subtasks
+    of a group weighted by their size; None for any other.
+
+    Told by lm-eval's standard error, so that no sample need be there: it is that of the sample, and of values between 0
+    and 1 with mean p only zeros and ones have the variance p (1 - p).
+    """
+    parts = [score] if score.samples is not None else _leaves(record, score)
+    counts = [(round(part.value * part.samples), part.samples) for part in parts if _is_counted(part) and part.samples]
+    right, n = sum(count for count, _ in counts), sum(size for _, size in counts)
+    known = counts and len(counts) == len(parts) and score.stderr is not None
+    return (right, n) if known and math.isclose(right / n, score.value, abs_tol=1e-9) else None
+
+
+def _is_counted(score: Score) -> bool:
+    p, n, stderr = score.value, score.samples or 0, score.stderr
+    if stderr is None or n < 2 or not 0 <= p <= 1:
+        return False
+    whole = math.isclose(p * n, round(p * n), rel_tol=0, abs_tol=1e-6)
+    return whole and math.isclose(stderr, math.sqrt(p * (1 - p) / (n - 1)), rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _rows(
@@ -406,7 +443,7 @@ def _charts(
         said.setdefault((p.model, p.task, p.subtask, p.metric, p.filter), p)
     found: list[Chart] = []
     for column in columns:
-        points = _points(sweep, column, said, sizes)
+        points, interval = _points(sweep, column, said, sizes)
         if not column.main or not points:
             continue
         first, last = points[0], points[-1]
@@ -416,7 +453,7 @@ def _charts(
         )
         svg = _drawn(column.title, trouble, partial(task_chart, points, f"{column.label} {column.arrow}".strip()))
         if svg is not None:
-            found.append(Chart(column=column, svg=svg, said=sentence, open=len(found) < OPEN_CHARTS))
+            found.append(Chart(column=column, svg=svg, said=sentence, interval=interval, open=len(found) < OPEN_CHARTS))
     return tuple(found)
 
 
@@ -425,24 +462,41 @@ def _points(
     column: Column,
     published: Mapping[tuple[str, *Key], Published],
     sizes: Mapping[str, float | None],
-) -> list[Point]:
-    """Best first."""
+) -> tuple[list[Point], str]:
+    """Best first, and what their intervals are."""
+    scores = {
+        model: (score, _right(record, score))
+        for model, record in _by_model(sweep, column.task).items()
+        if (score := _score(record, column)) is not None
+    }
+    # Of all or of none: a metric that is no count may be 1 for every document of the best model.
+    by_wilson = all(right is not None for _, right in scores.values())
     points = []
-    for model, record in _by_model(sweep, column.task).items():
-        score = _score(record, column)
-        if score is not None:
-            known = published.get((model, *column.key))
-            points.append(
-                Point(
-                    model=model,
-                    value=score.value,
-                    stderr=score.stderr,
-                    published=known.value if known else None,
-                    comparable=bool(known and not known.differs),
-                    billions=sizes.get(model),
-                )
+    for model, (score, right) in scores.items():
+        if right is not None and by_wilson:
+            low, high = wilson(*right)
+        else:
+            low, high = (score.value + sign * NORMAL * (score.stderr or 0.0) for sign in (-1, 1))
+        known = published.get((model, *column.key))
+        points.append(
+            Point(
+                model=model,
+                value=score.value,
+                low=low,
+                high=high,
+                published=known.value if known else None,
+                comparable=bool(known and not known.differs),
+                billions=sizes.get(model),
             )
-    return sorted(points, key=lambda point: point.value, reverse=column.higher_is_better is not False)
+        )
+    interval = (
+        BY_WILSON
+        if by_wilson
+        else BY_STDERR
+        if any(score.stderr is not None for score, _ in scores.values())
+        else NO_INTERVAL
+    )
+    return sorted(points, key=lambda point: point.value, reverse=column.higher_is_better is not False), interval
 
 
 def _size_charts(
@@ -450,7 +504,8 @@ def _size_charts(
 ) -> tuple[Chart, ...]:
     found: list[Chart] = []
     for column in columns:
-        points = [point for point in _points(sweep, column, {}, sizes) if point.billions is not None]
+        all_points, interval = _points(sweep, column, {}, sizes)
+        points = [point for point in all_points if point.billions is not None]
         if column.main and len({point.billions for point in points}) > 1:
             high = column.higher_is_better is not False
             small, large = min(points, key=lambda p: p.billions or 0), max(points, key=lambda p: p.billions or 0)
@@ -461,7 +516,7 @@ def _size_charts(
             draw = partial(size_chart, points, f"{column.label} {column.arrow}".strip(), higher_is_better=high)
             svg = _drawn(f"size against {column.title}", trouble, draw)
             if svg is not None:
-                found.append(Chart(column=column, svg=svg, said=sentence, open=len(found) < 3))
+                found.append(Chart(column=column, svg=svg, said=sentence, interval=interval, open=len(found) < 3))
     return tuple(found)
 
 

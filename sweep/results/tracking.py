@@ -314,7 +314,7 @@ def summary_key(record: Record, score: Score, kind: str = "") -> str:
 
 def live_key(task: str, figure: str) -> str:
     """The history's key of something that is only estimated while a cell runs."""
-    return f"live/{_name(task)}/{figure}"
+    return f"live/{_name(task)}/{_name(figure)}"
 
 
 def _section(record: Record, score: Score) -> str:

@@ -62,6 +62,7 @@ class _Cell:
     total: int = 0
     reused: int = 0
     rate: float = 0.0
+    live: str = ""
     printed_s: float = 0.0
 
 
@@ -127,14 +128,26 @@ class Terminal:
             printed_s=now if due else known.printed_s,
         )
 
-    def cell(self, key: str, *, state: str, done: int = 0, total: int = 0, reused: int = 0, rate: float = 0.0) -> None:
+    def cell(
+        self,
+        key: str,
+        *,
+        state: str,
+        done: int = 0,
+        total: int = 0,
+        reused: int = 0,
+        rate: float = 0.0,
+        live: str = "",
+    ) -> None:
         """The cell `model/task` is waiting, loading, running or scoring.
 
         `done` of `total` requests have an answer, `reused` of these came from the store; `rate` is how many servers
-        answer in a second now, 0 while that is not known.
+        answer in a second now, 0 while that is not known; `live` is a number of the documents that are done, in words.
         """
         known, now = self._view.cells[key], self._clock()
-        cell = _Cell(state=state, done=done, total=total, reused=reused, rate=rate, printed_s=known.printed_s)
+        cell = _Cell(
+            state=state, done=done, total=total, reused=reused, rate=rate, live=live, printed_s=known.printed_s
+        )
         due = state != known.state or (done != known.done and now - known.printed_s >= PROGRESS_EVERY_S)
         if due and not self.console.is_interactive:
             self._print(_joined("  ", f"{key}: {state}", *_figures(cell)))
@@ -317,7 +330,7 @@ def _scores(record: Record) -> str:
 
 
 def _figures(cell: _Cell) -> list[str]:
-    """Requests done, rate, time left, reused: what is known of them, the most telling first."""
+    """Requests done, rate, time left, live estimate, reused: what is known of them, the most telling first."""
     if not cell.total:
         return []
     # Time left is a guess; without a rate there is nothing to guess from.
@@ -326,6 +339,7 @@ def _figures(cell: _Cell) -> list[str]:
         f"{cell.done}/{cell.total}",
         f"{cell.rate:.1f}/s" if cell.rate > 0 else "",
         f"{duration((cell.total - cell.done) / cell.rate)} left" if guess else "",
+        cell.live,
         _reused(cell.reused),
     ]
 

@@ -17,6 +17,7 @@ import msgspec
 from sweep.errors import ReportError, StoreError, SweepError, boundary
 from sweep.evaluating import evaluator as ev
 from sweep.evaluating.concurrency import Controller, Leases, Load, automatic_limit, figures
+from sweep.evaluating.estimate import in_words
 from sweep.evaluating.preflight import Check, Facts, expectation
 from sweep.evaluating.preflight import Outcome as Checked
 from sweep.masking import masked
@@ -852,6 +853,7 @@ class Runner:
             total=said.total,
             reused=said.reused,
             rate=state.rate,
+            live=in_words(said.live),
         )
 
     def _finish(self, state: _CellState, record: Record, files: Mapping[str, bytes]) -> None:
