@@ -84,11 +84,18 @@ def together(*some: Extras) -> Extras:
         (
             True,
             {"server": {"worker-extension-cls": "mine.Mine"}},
-            together(Extras(options={"block_size": 32, "max_num_seqs": 256}), PROMPT_LOGPROBS, FORCED_DECODING),
+            together(Extras(options=dict(list(ON_CPU.items())[1:])), PROMPT_LOGPROBS, FORCED_DECODING),
         ),
         (
             True,
-            {"server": {"worker-extension-cls": "mine.Mine", "block-size": 64, "max-num-seqs": 8}},
+            {
+                "server": {
+                    "worker-extension-cls": "mine.Mine",
+                    "block-size": 64,
+                    "max-num-seqs": 8,
+                    "enable-chunked-prefill": False,
+                }
+            },
             together(PROMPT_LOGPROBS, FORCED_DECODING),
         ),
         (False, {}, together(PROMPT_LOGPROBS, TAIL_PREFILL)),

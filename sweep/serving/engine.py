@@ -183,10 +183,12 @@ ON_CPU: Mapping[str, Any] = {
     "worker_extension_cls": "sweep.serving.vllm_plugin.OnCpu",
     "block_size": 32,
     "max_num_seqs": 256,
+    "max_num_batched_tokens": 4096,
 }
 """What vLLM lacks on CPUs; the smallest blocks of the prefix cache that its kernels there like, since with its own 128,
-on average 64 tokens that two prompts share are read again for the second; and as many sequences at a time as it takes
-there in process, where its server takes half of them and 200 generations come in two waves."""
+on average 64 tokens that two prompts share are read again for the second; and as many sequences and tokens at a time as
+it takes there in process, where its server takes half of them: 200 generations come in two waves, and long prompts in
+twice as many steps."""
 
 MANY_CORES = 8
 """From so many on, a CPU server leaves one core to the process that feeds the engine, as vLLM does on any machine. Of
@@ -230,6 +232,8 @@ def extras(plan: ServerPlan, *, on_cpu: bool) -> Extras:
     given = {_snake(key) for key in plan.model.server}
     old_runner = on_cpu or plan.model.env.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
     options = {name: value for name, value in ON_CPU.items() if on_cpu and name not in given}
+    if "enable_chunked_prefill" in given:  # without it a step must hold the longest prompt, which vLLM sees to itself
+        options.pop("max_num_batched_tokens", None)
     methods: tuple[str, ...] = ()
     for found in (PROMPT_LOGPROBS, FORCED_DECODING if old_runner else TAIL_PREFILL):
         if plan.model.scoring is not Scoring.ECHO and not found.options.keys() & given:
