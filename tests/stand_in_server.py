@@ -255,8 +255,8 @@ class StandIn:
         ]
         return web.json_response({"object": "list", "data": cards})
 
-    async def complete(self, request: web.Request) -> web.Response:
-        body = await request.json()
+    async def count(self, body: dict[str, Any]) -> None:
+        """One more request for completions; with what is said of them in `Options`."""
         self.requests += 1
         if self.options.requests_log:
             with Path(self.options.requests_log).open("a") as file:
@@ -267,6 +267,10 @@ class StandIn:
             os._exit(1)
         if 0 < self.options.hang_after < self.requests:
             await asyncio.Event().wait()
+
+    async def complete(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        await self.count(body)
         model = self.model(body)
         prompts = self.prompts(body)
         choices = await asyncio.gather(*(self.choice(i, prompt, model, body) for i, prompt in enumerate(prompts)))
@@ -452,8 +456,9 @@ class StandIn:
         return [*tokens, arguments["verdicts"][1 + greedy]]
 
     async def generate(self, request: web.Request) -> web.Response:
-        """Token ids in and out, as far as scoring by the tail of a prompt needs it."""
+        """Token ids in and out, as far as scoring needs it. They are logged under the name that completions have."""
         body = await request.json()
+        await self.count({"prompt": body["token_ids"], **body})
         model, prompt = self.model(body), body["token_ids"]
         async with self.place():
             await asyncio.sleep(self.options.latency_s)

@@ -249,10 +249,12 @@ def ends_well(field: Field, launch: Launch, *, cells: int) -> None:
 
 
 def listening(field: Field) -> list[int]:
-    """Ports that servers had and that someone listens on."""
+    """Ports that servers had and that something of the sweep listens on; others may have them by now."""
     log = field.bench.directory.driver_log.read_text()
     ours = {int(port) for port in re.findall(r"is ready at http://\S+:(\d+)", log)}
-    return sorted(ours & {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN})
+    mine = {process.pid for process in field.processes()}
+    listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in mine]
+    return sorted(ours & {c.laddr.port for c in listening})
 
 
 # A server, then a node

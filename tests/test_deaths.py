@@ -81,7 +81,12 @@ class Seen:
             with contextlib.suppress(psutil.Error):
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     alive.append(process.cmdline())
-        return [*alive, *filter(listens, self.ports), *(self.memory & entries()), *filter(Path.exists, self.sockets)]
+        ports = set(filter(listens, self.ports))
+        if ports:  # some may be of others by now, who are at work on this machine
+            mine = {process.pid for process in self.processes}
+            listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid]
+            ports -= {tuple(c.laddr) for c in listening if c.pid not in mine}
+        return [*alive, *ports, *(self.memory & entries()), *filter(Path.exists, self.sockets)]
 
 
 def listens(address: tuple[str, int]) -> bool:

@@ -1195,11 +1195,11 @@ def test_a_limit_that_moves_is_followed_and_the_next_life_and_the_next_run_begin
         yield from cluster.checks_pass()
         yield [cluster.ready("a-0")]
         cell, sharing = cluster.running()["a/one"], Sharing(cluster)
-        assert cluster.controllers["a-0"].limit == 320
+        assert cluster.controllers["a-0"].limit == 80  # a quarter of what is allowed in the end
         yield [sharing.needs(cell, wanted=1000, held=0)]
-        assert sharing.shares() == {cell[0]: 320}
-        yield [ServerLoad(life="a-0", load=Load(limit=80, settled=40))]
         assert sharing.shares() == {cell[0]: 80}
+        yield [ServerLoad(life="a-0", load=Load(limit=320, settled=320))]
+        assert sharing.shares() == {cell[0]: 320}
         yield [ServerLoad(life="a-0", load=Load(limit=60, settled=60, running=48, waiting=12))]
         assert sharing.shares() == {cell[0]: 60}
         yield [asks(*cell), sharing.needs(cell, wanted=1000, held=60, refused=3)]
