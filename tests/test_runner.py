@@ -1959,7 +1959,7 @@ def interrupted(made: Made, benches: OpenBench) -> Interrupted:
     stops["SIGINT"] = stop_in_the_middle(bench, lambda launch: os.killpg(launch.process.pid, signal.SIGINT))
     stops["SIGHUP"] = stop_in_the_middle(bench, Launch.close_terminal, in_terminal=True)
     bench.settings["wandb"] = {"mode": "disabled"}
-    bench.settings["models"]["doomed"] = {"path": made.model("doomed"), "env": {"STAND_IN_DIE_AFTER": "139"}}
+    bench.settings["models"]["doomed"] = {"path": made.model("doomed"), "env": {"STAND_IN_DIE_AFTER": "197"}}
     bench.settings["ray"] = {"evaluators": 2, "cpu_servers": 2}
 
     def kill_a_server_and_an_evaluator(launch: Launch) -> None:
@@ -2048,7 +2048,7 @@ def test_a_killed_server_is_replaced_and_a_killed_evaluators_cell_is_finished_by
 def test_a_model_whose_server_dies_always_fails_alone_with_the_reason(interrupted: Interrupted) -> None:
     ended = interrupted.last.ended
     assert ended.code == 1, ended.output
-    assert "server doomed-0 is ready" in ended.log  # it dies at work: preflight asks 132 completions of its 139
+    assert "server doomed-0 is ready" in ended.log  # it dies at work: preflight asks 190 completions of its 197
     assert [life for life in re.findall(r"start server (\S+) on ", ended.log) if "doomed" in life] == [
         f"doomed-{i}" for i in range(LOSSES_MOST)
     ]
