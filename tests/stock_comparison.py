@@ -105,6 +105,7 @@ def main() -> None:
     arguments.add_argument("--tokenizer", required=True)
     arguments.add_argument("--max-model-len", type=int, required=True)
     arguments.add_argument("--concurrency", type=int, default=16)
+    arguments.add_argument("--scoring", nargs="*", default=[], help="methods that the server was started for")
     arguments.add_argument("tasks", nargs="+")
     given = arguments.parse_args()
     tokenizer = str(Path(given.tokenizer).absolute())
@@ -116,6 +117,7 @@ def main() -> None:
         api_key=os.environ["OPENAI_API_KEY"],
         max_model_len=given.max_model_len,
         engine_version="not asked",
+        scoring=tuple(given.scoring),
     )
     plan = ModelPlan(
         name=given.model,

@@ -129,7 +129,7 @@ def test_a_document_that_takes_long_ends_the_estimate(caplog: pytest.LogCaptureF
     estimate.answered(b"arc0.0.0", 0.0)
     assert estimate.values()["finished_documents"] == 1
     clock.document_s = DOCUMENT_S * 1.1
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="sweep.evaluating.estimate"):
         for document in (1, 2, 3):
             estimate.answered(b"arc%d.0.0" % document, 0.0)
             assert estimate.values() == {}
@@ -146,7 +146,7 @@ def test_a_task_that_cannot_score_ends_the_estimate_and_not_the_cell(caplog: pyt
     estimate.watch([*choices(3), *choices(3, task="broken")])
     answer(estimate, 0, best=0)
     assert estimate.values()["finished_documents"] == 1
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="sweep.evaluating.estimate"):
         for document in range(3):
             answer(estimate, document, best=0, task="broken")
         answer(estimate, 1, best=0)

@@ -81,6 +81,7 @@ def outcomes(endpoint: Endpoint, models: Path, tmp_path_factory: pytest.TempPath
             *(sys.executable, ROOT / "tests" / "stock_comparison.py"),
             *("--url", endpoint.url, "--model", "demo", "--tokenizer", models / "demo-base"),
             *("--max-model-len", str(endpoint.max_model_len)),
+            *("--scoring", *endpoint.scoring, "--"),
             *("gsm8k:20", "mmlu_abstract_algebra:25@5", "hellaswag:50", "wikitext:2"),
         ],
         env=environment,
@@ -219,6 +220,7 @@ def test_log_likelihoods_and_choices_are_those_of_stock_lm_eval(outcomes: dict[s
 def test_one_token_choices_are_scored_by_the_next_token_and_longer_ones_otherwise(outcomes: dict[str, Any]) -> None:
     assert outcomes["mmlu_abstract_algebra"]["ours"]["methods"] == {"next_token": 100}
     assert set(outcomes["hellaswag"]["ours"]["methods"]) <= {"prompt_logprobs", "forced_decoding"}
+    assert set(outcomes["wikitext"]["ours"]["methods"]) == {"prompt_logprobs"}
 
 
 def test_perplexities_are_those_of_stock_lm_eval(outcomes: dict[str, Any]) -> None:
