@@ -152,7 +152,7 @@ def side(server: Server, endpoint: Endpoint, controller: Controller, asks: Seque
 
 
 def measure(server: Server, endpoint: Endpoint, work: Work, *, rounds: int, seconds: float, model: str) -> Row:
-    rates: dict[str, list[float]] = {str(n): [] for n in FIXED} | {"auto": []}
+    rates: dict[str, list[float]] = {name: [] for name in (*map(str, FIXED), "auto")}
     settled: list[int] = []
     seeds = itertools.count(1)
     for turn in range(rounds):

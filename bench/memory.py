@@ -14,7 +14,7 @@ import random
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from bench import data
@@ -85,6 +85,8 @@ def _hold(kind: str) -> dict[str, int]:
         ),
     )
     found["libraries"] = _peak()
+    ask: Callable[[list[Instance]], object]
+    arguments: Iterator[tuple[Any, ...]]
     if kind == "choices":
         ask, request_type, arguments = lm.loglikelihood, "loglikelihood", _choices()
     else:

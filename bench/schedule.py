@@ -146,11 +146,17 @@ def others(view: View) -> list[Action]:
     return [*retirements(view), *cells(view)]
 
 
+def need_of(view: View, name: str) -> Need:
+    need = view[name].need
+    assert need is not None  # no drawn server is someone else's
+    return need
+
+
 def placed(view: View, names: Iterable[str]) -> Iterator[StartServer]:
     """One more server for each of these while there is room; none overtakes one that has to wait."""
     places = view.places.copy()
     for number, name in enumerate(names):
-        need = view[name].need
+        need = need_of(view, name)
         if not (nodes := places.find(need)):
             return
         places.take(f"new {number}", need, nodes)
@@ -169,7 +175,7 @@ def longest_first(view: View) -> list[Action]:
     """The model with the longest time left gets the next server, whatever its start costs."""
     if not view.places.room:
         return others(view)
-    starts = []
+    starts: list[StartServer] = []
     places = view.places.copy()
     left = {
         known.view.name: (known.view.work_s, known.live)
@@ -180,7 +186,7 @@ def longest_first(view: View) -> list[Action]:
     while left:
         name = max(left, key=lambda name: left[name][0] / (left[name][1] or 1e-3))
         work_s, live = left[name]
-        need = view[name].need
+        need = need_of(view, name)
         if nodes := places.find(need):
             places.take(f"new {len(starts)}", need, nodes)
             starts.append(StartServer(server=name, nodes=nodes, reason=""))

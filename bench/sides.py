@@ -215,7 +215,7 @@ class Wire:
             self.received()
             return answer
 
-        aiohttp.ClientSession._request, aiohttp.ClientResponse.read = asked, seen  # type: ignore[method-assign]
+        aiohttp.ClientSession._request, aiohttp.ClientResponse.read = asked, seen  # type: ignore[assignment, method-assign]
         requests.sessions.Session.send = posted  # type: ignore[method-assign]
         try:
             yield
@@ -372,7 +372,7 @@ def every(part: int, requests: Sequence[Any]) -> list[Any]:
 
 def size_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Size:
     contexts = {tuple(context) for context, _ in pairs}
-    unique, before = 0, ()
+    unique, before = 0, tuple[int, ...]()
     for prompt in sorted({(*context, *continuation[:-1]) for context, continuation in pairs}):
         unique += len(prompt) - common_length(before, prompt)
         before = prompt
@@ -390,7 +390,7 @@ def _in_process(job: Job) -> Ran:
 
     seconds: list[float] = []
 
-    class Timed(VLLM):
+    class Timed(VLLM):  # type: ignore[misc]
         """Encoding is left out, as it comes before the first byte of a client too."""
 
         def _loglikelihood_tokens(self, requests: Any, **named: Any) -> Any:
@@ -417,6 +417,7 @@ def _offline(job: Job) -> Ran:
     requests = _requests(job.work)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     client = Client(model="", pool=Pool())
+    assert job.facts is not None
     ours = SweepLM(
         cell="", fingerprint="", tokenizer=tokenizer, overflow=Overflow.ERROR, client=client, channel=Alone(job.facts)
     )

@@ -95,6 +95,8 @@ def fill(store: Store) -> float:
 @contextmanager
 def cluster_of(kind: str, folder: Path) -> Iterator["Cluster"]:
     """A local cluster whose evaluators run this module; `kind` begins their names and tells them what to do."""
+    import ray
+
     from sweep.evaluating import evaluator
     from sweep.planning.config import RayConfig
     from sweep.running import cluster as module
@@ -105,13 +107,13 @@ def cluster_of(kind: str, folder: Path) -> Iterator["Cluster"]:
             super().__init__(*arguments)
 
     plain = module._EvaluatorActor
-    module._EvaluatorActor = module.ray.remote(
+    module._EvaluatorActor = ray.remote(
         num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"messages": 1}
     )(Host)
     try:
         with closing(module.Cluster(RayConfig(address="local", evaluators=EVALUATORS), api_key="")) as cluster:
             for number in range(EVALUATORS):
-                cluster.start_evaluator(f"{kind}-{number}", folder / "logs" / f"{kind}-{number}.log")
+                cluster.start_evaluator(f"{kind}-{number}", folder / "logs" / f"{kind}-{number}.log", node=None)
             yield cluster
     finally:
         module._EvaluatorActor = plain

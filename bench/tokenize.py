@@ -25,7 +25,7 @@ def measure(name: str, tokenizer: Path, requests: Sequence[Any], *, what: str, r
 
     from sweep.evaluating.encoding import Encoder
 
-    class Stock(LocalCompletionsAPI):
+    class Stock(LocalCompletionsAPI):  # type: ignore[misc]
         """lm-eval's client, which keeps what it would send."""
 
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:

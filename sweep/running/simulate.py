@@ -265,6 +265,7 @@ class _Simulation:
                 touched = {server.plan.name: server for server in happens()}
             if not touched:
                 break
+            self._view.now_s = self._now_s  # before what is put, which is judged by it
             for server in touched.values():
                 self._plan_end(server)
                 self._view.put(server.view(self._now_s))
