@@ -880,7 +880,10 @@ def test_a_secret_of_the_environment_is_in_no_file(
     runner: Runner, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, output: Output
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    arguments = ["api_key=${oc.env:OPENAI_API_KEY}", "models.first.server.chat_template=${oc.env:OPENAI_API_KEY}"]
+    arguments = [
+        "api_key=${oc.env:OPENAI_API_KEY}",
+        "models.first.server.log_config_file=${oc.env:OPENAI_API_KEY}",
+    ]
     assert main(["conf=small", *arguments]) == 0
     assert runner.keys == [KEY]
     files = [path for path in directory.root.rglob("*") if path.is_file()]

@@ -27,6 +27,7 @@ from sweep.serving.engine import (
     TAIL_PREFILL,
     Extras,
     ServerPart,
+    arithmetic,
     command,
     environment,
     examine,
@@ -170,7 +171,7 @@ def test_a_plain_model_gets_this_command_line() -> None:
         ({"server": {"cudagraph_capture_sizes": [1, 2]}}, "--cudagraph-capture-sizes 1 2"),
         ({"server": {"compilation-config.mode": 3}}, "--compilation-config.mode 3"),
         ({"server": {"compilation_config.cudagraph_mode": "NONE"}}, "--compilation-config.cudagraph_mode NONE"),
-        ({"server": {"some_bias": -0.5, "chat_template": "-x-"}}, "--some-bias=-0.5 --chat-template=-x-"),
+        ({"server": {"some_bias": -0.5, "some_text": "-x-"}}, "--some-bias=-0.5 --some-text=-x-"),
         (
             {"adapters": {"m": None, "m-lora": "/l", "m-other": "org/o"}},
             "--served-model-name m --host 127.0.0.1 --port 20000 --dtype auto --generation-config vllm"
@@ -352,6 +353,8 @@ def test_of_a_server_that_someone_else_runs_nothing_is_said() -> None:
         ("hf_token", "HF_TOKEN"),
         ("no_trust_remote_code", "`trust_remote_code`"),
         ("config", "`server`, option by option"),
+        ("chat_template", "`tokenizer`"),
+        ("default-chat-template-kwargs", "`chat_template_kwargs`"),
         # argparse would take each for the option that it begins
         ("tensor_parallel", "`tensor_parallel`"),
         ("max_model", "`max_model_len`"),
@@ -360,6 +363,13 @@ def test_of_a_server_that_someone_else_runs_nothing_is_said() -> None:
 def test_an_option_that_has_a_place_of_its_own_is_refused(option: str, instead: str) -> None:
     with pytest.raises(ConfigError, match=rf"models\.m\.server\.{option}: not set here; use .*{re.escape(instead)}"):
         arguments(plan(server={option: "x"}))
+
+
+def test_an_engine_tells_what_it_computes_in() -> None:
+    words = "INFO [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config: model='m', dtype=torch.bfloat16, "
+    more = "max_seq_len=2048, kv_cache_dtype=auto, device_config=cuda, compilation_config={'dtype=torch.x': 1}"
+    assert arithmetic(f"(APIServer pid=1) hello\n(EngineCore pid=2) {words}{more}\nmore\n") == "bfloat16 on cuda"
+    assert arithmetic("INFO hello\n") == ""
 
 
 def test_another_engine_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,6 +446,7 @@ BASE = {
     "VLLM_LOGGING_LEVEL": "DEBUG",
     "VLLM_NCCL_SO_PATH": "/lib/n.so",
     "NVIDIA_TF32_OVERRIDE": "1",
+    "ONEDNN_DEFAULT_FPMATH_MODE": "BF16",
     "HF_TOKEN": "h",
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": "/mine",

@@ -266,6 +266,18 @@ def test_an_instruction_that_a_template_drops_is_said(cell: Any, run: Any, tmp_p
     assert any("the system instruction is missing in 2 prompts" in w for w in warnings)
 
 
+def test_a_template_that_writes_the_day_is_said_unless_a_day_is_given(cell: Any, run: Any, tmp_path: Path) -> None:
+    dated = "{{ date_string or strftime_now('%d %b') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    folder = make_tokenizer(tmp_path / "dated", chat_template=dated)
+    today, held = chat_model(folder), chat_model(folder, chat_template_kwargs={"date_string": "26 Nov"})
+    said = [
+        [w for w in run(cell("writing", model=m, limit=1), tokenizer=load_tokenizer(m)).record.warnings if "day" in w]
+        for m in (today, held)
+    ]
+    assert [len(warnings) for warnings in said] == [1, 0]
+    assert "date_string" in said[0][0]
+
+
 def test_a_reasoning_model_says_what_it_was_asked_with_and_what_it_left_open(cell: Any, run: Any, chatty: Path) -> None:
     model = chat_model(chatty, chat_template_kwargs={"enable_thinking": False}, think_end_token=" 2")
     tokenizer = load_tokenizer(model)

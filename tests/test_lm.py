@@ -450,6 +450,8 @@ def test_reasoning_that_ends_with_a_special_token_is_asked_for_with_special_toke
     assert "skip_special_tokens" not in plain
     special = ours(Memory(), think_end_token="<|im_end|>").generation("Go:", {}, repeat=0).parameters
     assert special["skip_special_tokens"] is False
+    several = ours(Memory(), think_end_token="<|im_start|>final<|im_end|>").generation("Go:", {}, repeat=0).parameters
+    assert several["skip_special_tokens"] is False
 
 
 # Resume

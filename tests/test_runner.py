@@ -788,6 +788,30 @@ def test_replicas_that_one_outage_takes_are_lost_once(loop: Loop) -> None:
     assert statuses(records) == {"a/t": "done"}
 
 
+@pytest.mark.parametrize(
+    ("of_the_replica", "why"),
+    [
+        (replace(FACTS, arithmetic="float16 on cuda"), "it computes with vLLM 1 (float16 on cuda), the other with 1"),
+        (replace(FACTS, engine_version="2"), "it computes with vLLM 2, the other with 1"),
+        (replace(FACTS, max_model_len=512), "it takes 512 tokens, the other 2048"),
+    ],
+)
+def test_a_replica_that_would_answer_otherwise_is_stopped_with_the_reason(
+    of_the_replica: Facts, why: str, loop: Loop
+) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        run = cluster.running()["a/t"]
+        yield [asks(*run), cluster.ready("a-0")]
+        yield [cluster.ready("a-1", of_the_replica)]
+        assert cluster.stopped == ["a-1"]
+        yield [ServerStopped(life="a-1")]
+        yield [done(*run)]
+
+    assert statuses(loop(a_plan(["a"], ["t"], replicas=2), script, cpu_servers=2)) == {"a/t": "done"}
+    assert f"replica a-1 is stopped, it is not as a-0: {why}" in " ".join(loop.screen.getvalue().split())
+
+
 def test_a_replica_in_a_crash_loop_leaves_its_model_with_the_servers_that_it_has(loop: Loop) -> None:
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()

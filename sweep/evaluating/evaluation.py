@@ -554,7 +554,8 @@ def _warnings(cell: Cell, lm: SweepLM) -> Iterator[str]:
     if lm.without_tokens:
         yield f"{lm.without_tokens} continuations have no tokens of their own and count as certain, as in stock lm-eval"
     if len(lm.engines) > 1:
-        yield f"answers of several versions of vLLM are mixed: {', '.join(f'{e}: {n}' for e, n in lm.engines.items())}"
+        mixed = ", ".join(f"{engine}: {answers}" for engine, answers in lm.engines.items())
+        yield f"answers of several versions of vLLM, or of several kinds of arithmetic, are mixed: {mixed}"
     yield from _departures(cell.model.model, lm)
     model = cell.model.model
     if model.url is not None:
@@ -588,6 +589,12 @@ def _departures(model: Model, lm: SweepLM) -> Iterator[str]:
         yield (
             f"{found.without_bos} prompts begin without the BOS that this tokenizer puts before a text, as stock "
             "local-completions sends them; lm-eval's hf and vllm backends send it"
+        )
+    dated = model.chat and "strftime_now" in str(lm.chat_template(model.chat))
+    if dated and "date_string" not in model.chat_template_kwargs:
+        yield (
+            "the chat template writes the day into prompts: on another day they are other prompts, whose answers are "
+            "asked anew (Llama 3's templates take `chat_template_kwargs: {date_string: ...}`, which holds it)"
         )
     if model.chat and found.outside_template:
         yield (

@@ -187,7 +187,7 @@ class SweepLM(LM):  # type: ignore[misc]
         self.counts = Counts()
         self.methods: Counter[str] = Counter()
         self.engines: Counter[str] = Counter()
-        """Distinct requests by the way, and by the version of vLLM, that their answers were computed, now or before."""
+        """Distinct requests by the way that their answers were computed, and by what computed them, now or before."""
         self.without_tokens = 0
         """Continuations that have no tokens of their own."""
         self.departures = Departures()
@@ -347,7 +347,7 @@ class SweepLM(LM):  # type: ignore[misc]
         if owed:
             self.channel.owed(len(owed))
 
-            engine = self._facts().engine_version
+            engine = self._facts().engine
 
             def answer(index: int, value: A) -> None:
                 key = owed[index]
@@ -511,7 +511,7 @@ class SweepLM(LM):  # type: ignore[misc]
         kept_back: list[str] = []
         if self.think_end_token is not None:
             kept_back, stop = stop, [text for text in stop if text == self.eos]
-            if self.think_end_token in self._special.values():
+            if any(text and text in self.think_end_token for text in self._special.values()):
                 rest = {"skip_special_tokens": False, "spaces_between_special_tokens": False, **rest}
         if stop_tokens and rest.get("skip_special_tokens", True) and "stop_token_ids" not in rest:
             rest["stop_token_ids"] = stop_tokens

@@ -159,6 +159,8 @@ class Facts:
 
     max_model_len: int
     engine_version: str
+    arithmetic: str = ""
+    """See Endpoint."""
     methods: tuple[Method, ...]
     """Scoring methods proven equal to echo, which is always among them."""
     notes: tuple[str, ...] = ()
@@ -166,17 +168,31 @@ class Facts:
     checks: tuple[Check, ...] = ()
     """All that was asked of the server, for the record."""
 
+    @property
+    def engine(self) -> str:
+        """What computes the answers and stands beside each of them: `0.32.0 (bfloat16 on cuda)`."""
+        return f"{self.engine_version} ({self.arithmetic})" if self.arithmetic else self.engine_version
+
     def plans_as(self, other: "Facts") -> bool:
         """Whether what was planned by the `other` facts is what these would give."""
-        return (self.max_model_len, self.engine_version, set(self.methods)) == (
+        return (self.max_model_len, self.engine, set(self.methods)) == (
             other.max_model_len,
-            other.engine_version,
+            other.engine,
             set(other.methods),
         )
 
-    def serves_as(self, other: "Facts") -> bool:
-        """Whether a server with these facts can answer every request that was planned for one with the `other`'s."""
-        return self.max_model_len >= other.max_model_len and set(self.methods) >= set(other.methods)
+    def lacks(self, other: "Facts") -> str | None:
+        """Why a server with these facts cannot answer what was planned for one with the `other`'s; None when it can."""
+        if self.engine != other.engine:
+            return (
+                f"it computes with vLLM {self.engine}, the other with {other.engine}, and no cell may have answers of "
+                "both (`dtype`, `gpu_type` and one version of vLLM make servers equal)"
+            )
+        if self.max_model_len < other.max_model_len:
+            return f"it takes {self.max_model_len} tokens, the other {other.max_model_len}"
+        if missing := set(other.methods) - set(self.methods):
+            return f"it cannot be scored by {', '.join(sorted(missing))}: {'; '.join(self.notes)}"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +243,7 @@ async def _inspect(endpoint: Endpoint, expected: Mapping[str, Expected]) -> Insp
     facts = Facts(
         max_model_len=endpoint.max_model_len,
         engine_version=endpoint.engine_version,
+        arithmetic=endpoint.arithmetic,
         methods=(Method.ECHO, *(method for method in _asked(endpoint) if method not in doubts)),
         notes=tuple(f"{method} is not used: {doubts[method]}" for method in METHODS if method in doubts),
         checks=tuple(checks),

@@ -64,7 +64,8 @@ class Model:
     """What ends the reasoning of a reasoning model (`</think>`): its answer is the text behind the last one. Stop
     strings then apply to the answer alone, so give it room (`gen_kwargs: {max_gen_toks: ...}`)."""
     dtype: str = "auto"
-    """As vLLM takes it: `auto` is the checkpoint's own, a half one where that is float32."""
+    """As vLLM takes it: `auto` is the checkpoint's own, a half one where that is float32, and
+    float16 on GPUs that know no bfloat16."""
     quantization: str | None = None
     """Left to vLLM, which reads it from the checkpoint, when unset."""
     trust_remote_code: bool = False

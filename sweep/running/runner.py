@@ -548,12 +548,12 @@ class Runner:
         life = self._lives[event.life]
         plan = self._servers[life.server].plan
         others = self._ready(life.server)
-        if others and not event.facts.serves_as(self._facts[life.server]):
+        if others and (why := event.facts.lacks(self._facts[life.server])):
             # Cells are planned by what the first server can do; a lesser one would fail them.
-            self.terminal.note(f"replica {event.life} is stopped, it cannot do what {others[0]} does: {event.facts}")
+            self.terminal.note(f"replica {event.life} is stopped, it is not as {others[0]}: {why}")
             self._servers[life.server].replicas = len(others)
             life.retiring = True
-            self.timeline.add("server", event.life, "stopping", reason="it cannot do what the others do")
+            self.timeline.add("server", event.life, "stopping", reason=f"it is not as the others: {why}")
             self.cluster.stop_server(event.life)
             return
         life.endpoint, life.ready_at_s = event.endpoint, self.clock()

@@ -75,6 +75,8 @@ OWN_OPTIONS = {
     "api_key": "the sweep's `api_key` (arguments can be read by everyone on the machine)",
     "hf_token": "the environment variable HF_TOKEN (arguments can be read by everyone on the machine)",
     "served_model_name": "the model's key, which is the name it is served under",
+    "chat_template": "`tokenizer`, a folder or repository that has it: prompts are rendered here, not by servers",
+    "default_chat_template_kwargs": "`chat_template_kwargs`: prompts are rendered here, not by servers",
     "config": "`server`, option by option: a file of options would not be seen in the plan",
     "host": "nothing: a server listens where its evaluators are",
     "port": "nothing: a free port is found",
@@ -157,7 +159,9 @@ SITE_VARIABLES = frozenset(
 )
 """What a machine's administrators set for vLLM; passed on beside what changes speed only."""
 
-BENDING_VARIABLES = re.compile(r"VLLM_|(NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE)$")
+BENDING_VARIABLES = re.compile(
+    r"VLLM_|(NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE|(ONEDNN|DNNL)_DEFAULT_FPMATH_MODE)$"
+)
 """Variables that change what an engine computes. From the launching shell they would bend numbers unseen, so servers
 get them from `env`, where they are a part of the model's fingerprint."""
 
@@ -377,6 +381,18 @@ def supported(version: str) -> str | None:
         f"vLLM {version} is not supported, vllm{SUPPORTED} is: install one of these (pip install 'vllm{SUPPORTED}'), "
         "or name a Python that has one as the model's server_python"
     )
+
+
+_CONFIGURED = re.compile(r"Initializing a V\d LLM engine .*?\sdtype=torch\.(\w+),.*?\sdevice_config=(\w+)")
+
+
+def arithmetic(log: str) -> str:
+    """What an engine computes in, `bfloat16 on cuda`, by what it logs when it starts; empty where it does not.
+
+    `dtype: auto` is float16 on GPUs that know no bfloat16, so servers of one model may differ.
+    """
+    found = _CONFIGURED.search(log)
+    return f"{found[1]} on {found[2]}" if found else ""
 
 
 def _number(version: str) -> Version | None:

@@ -63,7 +63,8 @@ GPU_WAIT_S = 60.0
 
 TAIL_LINES = 15
 LOG_READ_BYTES = 256 * 1024
-"""The end of a log that is searched for a cause; each of eight workers may write a traceback of 10 KB."""
+"""The end of a log that is searched for a cause; each of eight workers may write a traceback of 10 KB. As much of its
+beginning, where the engine says what it was configured for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,8 @@ class Endpoint:
     """Tokens of prompt plus answer."""
     engine_version: str
     """vLLM's."""
+    arithmetic: str = ""
+    """What it computes in, `bfloat16 on cuda`; empty where it does not say."""
     scoring: tuple[str, ...] = ()
     """Scoring methods that it was started for, beyond those of any server; preflight sees whether they work."""
 
@@ -299,6 +302,7 @@ class Server:
                     api_key=self._api_key,
                     max_model_len=int(lengths[names[0]]),  # adapters report none of their own
                     engine_version=engine_version,
+                    arithmetic=engine.arithmetic(self._first_words(process.log_offset)),
                     scoring=self._extras.methods,
                 )
             seen = f"/v1/models answered {status} with {sorted(lengths)}, not {names}"
@@ -399,6 +403,11 @@ class Server:
         with self.log_path.open("rb") as file:
             file.seek(max(offset, os.fstat(file.fileno()).st_size - LOG_READ_BYTES))
             return masked(file.read().decode(errors="replace"), [self._api_key])
+
+    def _first_words(self, offset: int) -> str:
+        with self.log_path.open("rb") as file:
+            file.seek(offset)
+            return file.read(LOG_READ_BYTES).decode(errors="replace")
 
     def _cause(self, process: "_Process") -> "engine.Cause | None":
         return engine.cause_of(self._log_text(process.log_offset))
