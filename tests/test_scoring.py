@@ -328,10 +328,13 @@ def test_a_generation_is_text_its_end_and_its_length() -> None:
     assert call.body() == {"prompt": [1, 2], "max_tokens": 9, "stop": ["x"]}
     assert call.tokens == 11
     choice = {"text": "yes", "finish_reason": "stop"}
-    found = call.generation({"choices": [choice], "usage": {"completion_tokens": 2}})
+    usage = {"prompt_tokens": 2, "completion_tokens": 2}
+    found = call.generation({"choices": [choice], "usage": usage})
     assert (found.text, found.finish_reason, found.tokens) == ("yes", "stop", 2)
     with pytest.raises(RequestError, match="without text"):
-        call.generation({"choices": [{**choice, "text": None}], "usage": {"completion_tokens": 2}})
+        call.generation({"choices": [{**choice, "text": None}], "usage": usage})
+    with pytest.raises(RequestError, match="read 1 tokens of a prompt of 2"):
+        call.generation({"choices": [choice], "usage": {**usage, "prompt_tokens": 1}})
 
 
 def test_next_token_and_echo_agree_on_a_server(stand_in: Callable[..., StandIn]) -> None:
@@ -374,7 +377,7 @@ async def posted(server: StandIn, bodies: Sequence[dict[str, Any]]) -> list[dict
 def test_an_answer_that_a_server_gave_up_is_none(reason: str | None) -> None:
     """vLLM that gets SIGTERM ends what is in flight with the text so far, `abort` and status 200."""
     call = GenerateCall(index=0, prompt=Packed((1,)), parameters={"max_tokens": 9})
-    reply = {"choices": [{"text": "half an", "finish_reason": reason}], "usage": {"completion_tokens": 2}}
+    reply = {"choices": [{"text": "half an", "finish_reason": reason}], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
     with pytest.raises(PassingFault, match="gave up an answer"):
         call.generation(reply)
     pair = Scored(index=0, context=(1,), continuation=(2,))

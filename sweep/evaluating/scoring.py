@@ -395,8 +395,13 @@ class GenerateCall:
         return {"prompt": self.prompt.tokens(), **self.parameters}
 
     def generation(self, reply: Mapping[str, Any]) -> Generation:
-        """The reply's one choice. Raises RequestError for a reply without text."""
+        """The reply's one choice. Raises RequestError for a reply without text, or to another prompt."""
         choice = _choice(reply)
+        if (read := reply["usage"]["prompt_tokens"]) != self.prompt.length:
+            raise RequestError(
+                f"a server read {read} tokens of a prompt of {self.prompt.length}: it shortens long prompts or encodes "
+                "them anew, and answers another question; set `max_model_len` to what it takes whole"
+            )
         if choice["text"] is None:
             raise RequestError(
                 "a generation came back without text: does the server parse reasoning out of its answers?"
