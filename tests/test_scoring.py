@@ -377,7 +377,10 @@ async def posted(server: StandIn, bodies: Sequence[dict[str, Any]]) -> list[dict
 def test_an_answer_that_a_server_gave_up_is_none(reason: str | None) -> None:
     """vLLM that gets SIGTERM ends what is in flight with the text so far, `abort` and status 200."""
     call = GenerateCall(index=0, prompt=Packed((1,)), parameters={"max_tokens": 9})
-    reply = {"choices": [{"text": "half an", "finish_reason": reason}], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+    reply = {
+        "choices": [{"text": "half an", "finish_reason": reason}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 2},
+    }
     with pytest.raises(PassingFault, match="gave up an answer"):
         call.generation(reply)
     pair = Scored(index=0, context=(1,), continuation=(2,))
