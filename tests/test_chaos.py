@@ -139,11 +139,11 @@ class Field:
 
     def cell_of(self, evaluator: psutil.Process) -> str | None:
         """What it was given last by the driver that lives; None while that is nothing."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            name, log = evaluator.cmdline()[-1], self.bench.directory.driver_log.read_text()
-            runs = re.findall(r"run (\S+) on (\S+), attempt", log.rpartition(" responses stored")[2])
-            return {by: cell for cell, by in runs}.get(name)
-        return None
+        if not (line := command_line(evaluator)):
+            return None
+        log = self.bench.directory.driver_log.read_text()
+        runs = re.findall(r"run (\S+) on (\S+), attempt", log.rpartition(" responses stored")[2])
+        return {by: cell for cell, by in runs}.get(line[-1])
 
     def kill_node(self, raylet: int) -> "Future[None]":
         self.elsewhere(kill_node, raylet)
@@ -406,8 +406,9 @@ class Chaos:
 
 
 def model_of(server: psutil.Process) -> str:
-    line = server.cmdline()
-    return line[line.index("--served-model-name") + 1]
+    """Nothing of one that has ended by itself."""
+    line = command_line(server)
+    return line[line.index("--served-model-name") + 1] if line else ""
 
 
 @pytest.mark.ray
