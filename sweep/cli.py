@@ -471,7 +471,7 @@ def _note(text: str) -> None:
 
 
 def _run(arguments: Arguments) -> int:
-    from sweep.overview import cells_document, document
+    from sweep.overview import document
     from sweep.planning.loading import dump, secrets_of
     from sweep.planning.plan import make_plan
     from sweep.results.store import (
@@ -499,7 +499,7 @@ def _run(arguments: Arguments) -> int:
     if not plan.owed and not plan.refused:
         print(f"all {len(plan.cells)} cells are done; `only=model/task` runs one again, `fresh=true` all of them")
         return _conclude(config, plan, plan.done, directory, before, _Examined(), launched=False)
-    planned = document(plan) | {"cells": cells_document(whole)}
+    planned = document(whole)
     if plan.owed:
         prepare_ray(config.ray, plan.owed_servers)
     _examine(plan, required=starts_local(config.ray))

@@ -36,7 +36,11 @@ def describe(config: SweepConfig, plan: Plan, directory: RunDirectory, *, only: 
 
 
 def document(plan: Plan) -> dict[str, Any]:
-    """The plan for plan.json. Raises ConfigError for an option of an owed server that is not set there."""
+    """The plan for plan.json, with the servers of done and owed cells.
+
+    Raises ConfigError for an option of such a server that is not set there.
+    """
+    used = {cell.model.server for cell in plan.cells if cell.key not in plan.refused}
     return {
         "models": {
             name: {
@@ -51,16 +55,12 @@ def document(plan: Plan) -> dict[str, Any]:
         "servers": {
             name: {"gpus": server.gpus, "replicas": server.replicas}
             | ({"url": server.model.url} if server.external else {"command": _command(server)})
-            for name, server in plan.owed_servers.items()
+            for name, server in plan.servers.items()
+            if name in used
         },
-        "cells": cells_document(plan),
+        "cells": {cell.key: {"fingerprint": cell.fingerprint, "done": cell.key in plan.done} for cell in plan.cells},
         "commits": plan.commits,
     }
-
-
-def cells_document(plan: Plan) -> dict[str, Any]:
-    """The cells of `document`."""
-    return {cell.key: {"fingerprint": cell.fingerprint, "done": cell.key in plan.done} for cell in plan.cells}
 
 
 def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory, only: str | None) -> Iterator[str]:

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+WITHOUT_BOS = "prompts begin without the BOS"
+"""In a warning, behind their number."""
+
 
 class Status(StrEnum):
     DONE = "done"

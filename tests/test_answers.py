@@ -83,5 +83,14 @@ def test_each_measure_of_a_task_is_there_with_its_direction_whichever_subtask_ha
     changed = Other(**{**vars(sweep), "records": records})
     (block,) = blocks(changed)
     assert ["none", "brier", False] in content(block)["measures"]
+    opposed = tuple(
+        replace(
+            r,
+            scores=tuple(replace(s, metric="brier", higher_is_better=high) for s in r.scores for high in (True, False)),
+        )
+        for r in records
+    )
+    (block,) = blocks(Other(**{**vars(sweep), "records": opposed}))
+    assert ["none", "brier", None] in content(block)["measures"], "subtasks that disagree have no direction together"
     (perplexity,) = [b for b in blocks(sweep) if b.task.startswith("perplexity")]
     assert content(perplexity)["measures"] == [["none", "bits_per_byte", False]]

@@ -667,12 +667,15 @@ def test_status_of_a_run_directory_needs_no_sweep_file(runner: Runner, directory
         assert re.search(rf"nothing was launched into {near} yet .*; did you mean 'runs/copied'\?", output())
 
 
-def test_after_only_one_cell_ran_the_status_is_still_of_all(runner: Runner, output: Output) -> None:
+def test_after_only_one_cell_ran_status_and_plan_are_still_of_all(
+    runner: Runner, directory: RunDirectory, output: Output
+) -> None:
     main(["conf=small"])
     main(["conf=small", "only=first/arc_easy"])
     output()
     assert main(["status", "conf=small"]) == 0
     assert "4 of 4 cells done" in output()
+    assert list(json.loads(directory.plan.read_text())["servers"]) == ["first", "second"]
 
 
 def test_only_what_is_owed_runs_and_the_plan_says_so(runner: Runner, directory: RunDirectory, output: Output) -> None:
@@ -684,7 +687,7 @@ def test_only_what_is_owed_runs_and_the_plan_says_so(runner: Runner, directory: 
     assert runner.ran[1:] == [["second/gsm8k"]]
     plan = json.loads(directory.plan.read_text())
     assert [key for key, cell in plan["cells"].items() if not cell["done"]] == ["second/gsm8k"]
-    assert list(plan["servers"]) == ["second"]
+    assert list(plan["servers"]) == ["first", "second"], "of all numbers, not of the last launch alone"
 
 
 def test_a_model_that_is_not_there_fails_alone(runner: Runner, output: Output, tmp_path: Path) -> None:

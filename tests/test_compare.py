@@ -270,6 +270,36 @@ def test_a_p_that_random_signs_cannot_reach_comes_from_the_saddlepoint() -> None
     assert 2.0**-59 < permutation(unlike[None])[0] < 1e-6
 
 
+@pytest.mark.parametrize("step", [1.0, 0.1 / 3])
+@pytest.mark.parametrize("differing", [14, 20, 30, 60, 300])
+def test_far_out_differences_of_one_size_have_the_p_of_the_binomial_test(differing: int, step: float) -> None:
+    """Their sum moves in steps: a tail that is taken for smooth is up to three times too small."""
+    exact = {fewer: float(stats.binomtest(fewer, differing, 0.5).pvalue) for fewer in range(differing // 2)}
+    far = [fewer for fewer, p in exact.items() if 1e-30 < p < 0.002]
+    units = np.array([[step] * (differing - fewer) + [-step] * fewer + [0.0, 1e-17] for fewer in far])
+    assert saddlepoint(units) == pytest.approx([exact[fewer] for fewer in far], rel=0.02)
+    assert permutation(units[:1])[0] == pytest.approx(exact[far[0]], rel=0.02)
+
+
+@pytest.mark.parametrize("sizes", [{1: 14, 2: 8}, {2: 20, 3: 20}, {1: 5, 4: 30}, {3: 6, 4: 6, 6: 6}], ids=str)
+def test_far_out_differences_in_steps_of_one_size_have_the_p_of_all_their_signs(sizes: Mapping[int, int]) -> None:
+    """As of metrics with 0, a half and 1, and of the questions of a passage counted together."""
+    steps = np.repeat(list(sizes), list(sizes.values()))
+    chances = np.ones(1)
+    for size in steps.tolist():
+        chances = np.convolve(chances, [0.5, *[0.0] * (2 * size - 1), 0.5])
+    random = np.random.default_rng(12)
+    checked = 0
+    for _ in range(300):
+        signs = np.where(random.uniform(size=len(steps)) < random.uniform(0.6, 1.0), 1, -1)
+        total = int(abs(signs @ steps))
+        exact = 2 * chances[steps.sum() + total :].sum()
+        if exact < 0.002 and total < steps.sum():
+            assert saddlepoint((signs * steps / 7)[None])[0] == pytest.approx(exact, rel=0.05)
+            checked += 1
+    assert checked > 30
+
+
 @pytest.mark.parametrize(("right", "n"), [(0, 40), (1, 40), (20, 40), (39, 40), (40, 40), (1, 2), (999, 1000)])
 def test_the_interval_of_a_share_is_that_of_statsmodels_and_has_a_width_at_both_ends(right: int, n: int) -> None:
     low, high = wilson(right, n)
@@ -497,6 +527,66 @@ def test_a_group_is_weighted_as_lm_eval_weighted_it(bench: Bench) -> None:
     assert one.test == "exact McNemar"
 
 
+def variants(bench: Bench, model: str, right: Sequence[float], prompts: int, *, own: bool = False) -> None:
+    """A group whose subtasks ask about one data set with a prompt each; `own`: each about one of its own, all with the
+    same prompts and targets."""
+    rows = {
+        f"prompt{k}": [
+            row(f"{k if own else ''} document {i}", prompt=i if own else f"prompt{k} {i}", acc=value)
+            for i, value in enumerate(right)
+        ]
+        for k in range(prompts)
+    }
+    top = score("g", sum(right) / len(right), num_fewshot=None)
+    bench.cell(model, "g", rows, [top, *(score(name, mean(lines), depth=1) for name, lines in rows.items())])
+
+
+def test_a_document_that_several_prompts_ask_about_counts_once(bench: Bench) -> None:
+    """As in lm-eval's evalita-mp_te, sib and openai_mmlu: 12 documents against 4 are no evidence, six times or once."""
+    right = {"a": [0.0] * 12 + [1.0] * 4 + [1.0] * 44, "b": [1.0] * 12 + [0.0] * 4 + [1.0] * 44}
+    for model, values in right.items():
+        variants(bench, model, values, 6)
+        bench.answers(model, values, task="once")
+    made = {one.subtask: one for one in compare(bench.sweep())}
+    many, once = made["g"], made["once"]
+    assert (many.n, many.strata, many.clusters, many.verdict) == (360, 6, 60, "no difference shown")
+    assert once.p == pytest.approx(0.0768, abs=1e-4)
+    assert many.p == pytest.approx(once.p, rel=0.2)  # a hundred random signs or more came as far
+    assert many.difference == pytest.approx(once.difference)
+    assert many.stderr == pytest.approx(once.stderr, rel=0.01)
+    assert many.detectable == pytest.approx(once.detectable, rel=0.1)
+    assert many.high - many.low == pytest.approx(once.high - once.low, rel=0.1)
+    assert [of.best for of in leaders(bench.sweep(), made.values())] == [None, None]
+
+
+def test_documents_that_no_other_subtask_asks_about_are_not_linked(bench: Bench) -> None:
+    """Neither by their place, prompt and target, nor because their own data set repeats them."""
+    for model, right in (("a", [0.0] * 12 + [1.0] * 4), ("b", [1.0] * 12 + [0.0] * 4)):
+        variants(bench, model, right, 2, own=True)
+        repeated = {name: [row(i // 2, acc=value) for i, value in enumerate(right)] for name in ("x", "y")}
+        bench.cell(model, "tag", repeated)
+    group, *alone = compare(bench.sweep())
+    assert (group.subtask, group.clusters, group.test, group.n) == ("g", None, "exact McNemar", 32)
+    assert group.p == pytest.approx(stats.binomtest(8, 32, 0.5).pvalue)
+    assert [(one.subtask, one.clusters, one.test) for one in alone] == [
+        ("x", None, "exact McNemar"),
+        ("y", None, "exact McNemar"),
+    ]
+
+
+def test_a_direction_that_lm_eval_leaves_open_is_not_guessed(bench: Bench) -> None:
+    for directions, expected in (((True, True), True), ((True, False), None), ((True, None), None)):
+        one = Bench(bench.root, str(directions))
+        for model, right in (("a", 0.0), ("b", 1.0)):
+            rows = {name: [row(f"{name}{i}", acc=right) for i in range(12)] for name in ("x", "y")}
+            parts = [
+                score(name, right, depth=1, higher_is_better=high) for name, high in zip(rows, directions, strict=True)
+            ]
+            one.cell(model, "g", rows, [score("g", right, higher_is_better=None), *parts])
+        (made,) = compare(one.sweep())
+        assert (made.higher_is_better, made.verdict) == (expected, "better" if expected else "differs")
+
+
 def test_a_tag_is_compared_task_by_task(bench: Bench) -> None:
     for model in ("a", "b"):
         bench.cell(model, "tag", {name: [row(i, acc=float(i % 2)) for i in range(6)] for name in ("easy", "hard")})
@@ -538,6 +628,25 @@ def test_questions_about_one_passage_are_clustered_and_few_passages_are_said(ben
     assert (one.clusters, one.test) == (8, "paired permutation")
     assert one.notes == ("too few clusters (8): the standard error is probably too small",)
     assert one.p >= 2 / 2**8
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("narrative", "x" * 500),  # leaderboard_musr
+        ("document_str", "x" * 500),  # qa4mre
+        ("flores_passage", "x" * 500),  # belebele
+        ("abstract", "x" * 500),  # qasper
+        ("scenario", "x" * 90),  # ethics_virtue
+        ("premise", "And he said, Mama, I'm home."),  # xnli, which begins with it; anli
+    ],
+)
+def test_the_texts_of_lm_evals_tasks_are_known_by_their_fields(bench: Bench, field: str, text: str) -> None:
+    for model, values in (("a", [1.0, 0.0] * 15), ("b", [0.0, 0.0, 1.0] * 10)):
+        rows = [row(i, doc={"q": str(i), field: f"{text} {i // 3}"}, acc=value) for i, value in enumerate(values)]
+        bench.cell(model, "t", {"t": rows})
+    (one,) = compare(bench.sweep())
+    assert one.clusters == 10
 
 
 def test_documents_with_a_passage_each_or_with_a_mere_label_are_not_clustered(bench: Bench) -> None:

@@ -376,6 +376,24 @@ def test_no_model_is_called_best_where_the_difference_may_be_chance(small: Sweep
     assert "no mean over documents" in small_page.read_text()
 
 
+def test_a_star_beside_a_cell_that_failed_claims_nothing_of_it(small: Sweep) -> None:
+    task = small.tasks[0]
+    made = [replace(one, p_adjusted=0.001) for one in compare(small) if one.task == task]
+    (best,) = {of.best for of in leaders(small, made) if of.metric == "acc"}
+    assert best is not None
+    lost = next(model for model in small.models if model != best)
+    records = tuple(
+        replace(r, status=Status.FAILED, error="no", scores=()) if (r.model, r.task) == (lost, task) else r
+        for r in small.records
+    )
+    rest = [one for one in made if lost not in (one.model_a, one.model_b)]
+    html = page(replace(small, records=records), rest, (), samples=False)
+    assert "★" in html
+    assert html.count("better than every other model") == html.count(
+        "better than every other model that has this number"
+    )
+
+
 def test_what_could_not_be_compared_is_said_with_and_without_comparisons(small: Sweep) -> None:
     assert "could not be compared" not in page(small, (), (), samples=False)
     for comparisons in ((), compare(small)):
@@ -634,6 +652,29 @@ def test_better_follows_the_metric_and_a_subtask_with_another_one_is_filtered_by
         assert found.page.inner_text("#s-count").split()[0] == str(expected)
     assert found.errors == []
     found.page.context.close()
+
+
+@in_browser
+def test_1_and_0_are_right_and_wrong_only_where_more_is_better(browser: Any, small: Sweep, tmp_path: Path) -> None:
+    """`crows_pairs_english` counts with 1 that a stereotype was preferred, and less is better."""
+    task = next(task for task in small.tasks if task.startswith("group"))
+    marks = {}
+    for high in (True, False, None):
+        records = tuple(
+            replace(r, scores=tuple(replace(score, higher_is_better=high) for score in r.scores))
+            for r in small.records
+            if r.task == task
+        )
+        path = tmp_path / "report.html"
+        path.write_text(page(replace(small, records=records, tasks=(task,)), (), ()))
+        found = opened(browser, path)
+        samples_of(found, task)
+        found.page.select_option("#s-metric", label="acc")
+        marks[high] = set(found.page.locator("#s-list .marks > span").all_text_contents())
+        assert bool(found.page.locator("#s-list .yes, #s-list .no").count()) == bool(high)
+        found.page.context.close()
+    assert {text[2:] for text in marks[True]} == {"✓ right", "✗ wrong"}
+    assert {text[2:] for text in marks[False]} == {text[2:] for text in marks[None]} == {"1", "0"}
 
 
 @in_browser

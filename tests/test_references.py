@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sweep.errors import ConfigError
-from sweep.record import Counts, Record, Score, Status
+from sweep.record import WITHOUT_BOS, Counts, Record, Score, Status
 from sweep.results.reading import Sweep
 from sweep.results.references import FOLDER, Published, published, read_references
 from sweep.results.store import RunDirectory
@@ -16,7 +16,14 @@ STATED = {"harness": "lm-eval vllm", "num_fewshot": 5, "version": "3", "chat": F
 ROW = {"model": "Org/Model-3B", "task": "gsm8k", "metric": "exact_match", "filter": "strict-match", "value": 0.6861}
 
 
-def record(*, version: str = "3", shots: int | None = 5, counts: Counts | None = None, **settings: Any) -> Record:
+def record(
+    *,
+    version: str = "3",
+    shots: int | None = 5,
+    counts: Counts | None = None,
+    warnings: tuple[str, ...] = (),
+    **settings: Any,
+) -> Record:
     score = Score(
         task="gsm8k",
         version=version,
@@ -36,6 +43,7 @@ def record(*, version: str = "3", shots: int | None = 5, counts: Counts | None =
         status=Status.DONE,
         scores=(score,),
         counts=counts or Counts(),
+        warnings=warnings,
         settings=here,
     )
 
@@ -127,6 +135,19 @@ def test_what_differs_or_is_not_stated_is_named(
 ) -> None:
     (one,) = found(tmp_path, record(**ours), settings=theirs)
     assert one.differs == (difference,)
+
+
+@pytest.mark.parametrize(("backend", "differs"), [("vllm", True), ("local-completions on vLLM", False)])
+def test_prompts_without_the_bos_that_the_sources_backend_sends_are_named(
+    tmp_path: Path, backend: str, differs: bool
+) -> None:
+    (one,) = found(
+        tmp_path,
+        record(warnings=("another", f"12 {WITHOUT_BOS} and so on")),
+        settings={"harness": f"lm-eval {backend}"},
+    )
+    said = ("12 prompts begin without the BOS here, as with local-completions; other backends put it there",)
+    assert one.differs == (said if differs else ())
 
 
 def test_only_a_revision_that_was_chosen_is_another(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from sweep.evaluating.preflight import PROBE_TEXTS, Facts
 from sweep.evaluating.scoring import Method
 from sweep.planning.config import UNSCORED, Model, Scoring, Seeds, Task
 from sweep.planning.plan import Cell, ModelPlan, served_name
-from sweep.record import Record, Score, Status
+from sweep.record import WITHOUT_BOS, Record, Score, Status
 
 log = logging.getLogger(__name__)
 
@@ -587,7 +587,7 @@ def _departures(model: Model, lm: SweepLM) -> Iterator[str]:
         )
     if found.without_bos:
         yield (
-            f"{found.without_bos} prompts begin without the BOS that this tokenizer puts before a text, as stock "
+            f"{found.without_bos} {WITHOUT_BOS} that this tokenizer puts before a text, as stock "
             "local-completions sends them; lm-eval's hf and vllm backends send it"
         )
     dated = model.chat and "strftime_now" in str(lm.chat_template(model.chat))

@@ -254,16 +254,17 @@ def _block(name: str, task: _Task, longest: int | None, records: Iterable[Record
                 for model in models
             ]
         )
-    directions = {
-        (score.filter, score.metric): score.higher_is_better
-        for record in records
-        for score in record.scores
-        if score.higher_is_better is not None
-    }
+    directions: dict[tuple[str, str], set[bool]] = {}
+    for record in records:
+        for score in record.scores:
+            if score.higher_is_better is not None:
+                directions.setdefault((score.filter, score.metric), set()).add(score.higher_is_better)
+    # Where subtasks disagree, lm-eval gives their group no direction either.
+    agreed = {measure: next(iter(said)) for measure, said in directions.items() if len(said) == 1}
     content = {
         "models": models,
         "subtasks": list(subtasks),
-        "measures": [[*measure, directions.get(measure)] for measure in task.measures],
+        "measures": [[*measure, agreed.get(measure)] for measure in task.measures],
         "prompts": [text(originals[number]) for number in prompts],
         "docs": docs,
         "answers": answers,

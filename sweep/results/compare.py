@@ -26,10 +26,15 @@ POWER = 0.8
 FEW_CLUSTERS = 30
 """Below it clustered standard errors are known to be too small. Cameron, Gelbach and Miller (2008), "Bootstrap-based
 improvements for inference with clustered errors", see it with 5 to 30 clusters."""
-SOURCES = ("passage", "context", "article", "story", "paragraph", "document", "background")
+SOURCES = (
+    *("passage", "context", "article", "story", "paragraph", "document", "background"),
+    *("narrative", "document_str", "flores_passage", "abstract", "scenario"),
+)
 """Fields of a document that hold a text which several questions are asked about."""
 SOURCE_LEAST = 80
 """Characters of such a text; shorter ones are labels or empty, not a passage."""
+PREMISE = "premise"
+"""The field of the text that several hypotheses are held against: a sentence however short, never a label."""
 EXACT_FLIPS = 12
 """Documents that differ up to which every pattern of signs is looked at, 4,096 of them."""
 FLIPS = 9_999
@@ -39,6 +44,8 @@ ENOUGH = 100
 """So many patterns as far out settle a p without the rest: it is known to a tenth of itself, and it is not small."""
 FAR = 20
 """Fewer than this tell too little; the saddlepoint takes over."""
+FINEST = 12
+"""Parts of the smallest difference that are tried as the step of a lattice; a finer one changes a tail too little."""
 HOPELESS = 5.0
 """Standard deviations beyond which no pattern is tried: fewer than 1 in 100,000 come as far (Hoeffding)."""
 AT_ONCE = 2_000_000
@@ -89,7 +96,7 @@ class Comparison:
     strata: int
     """Subtasks; 1 for a task of its own."""
     clusters: int | None
-    """Texts that the documents share; None where each document stands alone."""
+    """Texts that documents share, and documents that several subtasks ask about; None where each stands alone."""
     detectable: float
     """The smallest true difference that so many documents show four times out of five."""
     same_settings: bool
@@ -305,16 +312,23 @@ def saddlepoint(units: Floats) -> Floats:
     Robinson (1982), "Saddlepoint approximations for permutation tests and confidence intervals", JRSS B 44:91-101, with
     the tail formula of Lugannani and Rice (1980): K(t) = sum log cosh(t d), solved for K'(t) = |sum d|. Never below
     2^(1-m), the p of m differences with one sign.
+
+    Where all differences are whole multiples of some h, sums move in steps of 2 h. Then it takes the second continuity
+    correction of Daniels (1987), "Tail probability approximations", International Statistical Review 55:37-48: the sum
+    is brought nearer by half a step, h, and t in the last term is sinh(t h) / h.
     """
     total = np.abs(units.sum(axis=1))
-    size = np.abs(units).sum(axis=1)
-    least: Floats = 2.0 ** (1.0 - (units != 0).sum(axis=1))
+    d = np.abs(units)  # log cosh is even
+    d[d < 1e-9 * d.max(axis=1, keepdims=True)] = 0.0  # what should add up to nothing may keep a last digit
+    size = d.sum(axis=1)
+    least: Floats = 2.0 ** (1.0 - (d > 0).sum(axis=1))
     p = least.copy()
     rows = np.flatnonzero(total < size * (1 - 1e-9))
     if not len(rows):
         return p
-    d = np.abs(units[rows])  # log cosh is even
-    s = total[rows]
+    d = d[rows]
+    h = _lattice(d)
+    s = np.maximum(total[rows] - h, 0.0)
     t = s / (d**2).sum(axis=1)
     for _ in range(100):
         # K' is concave for t > 0, so Newton's steps from the left approach the root without passing it.
@@ -327,10 +341,22 @@ def saddlepoint(units: Floats) -> Floats:
     log_cosh = x + np.log1p(np.exp(-2 * x)) - np.log(2.0)
     curve = (d**2 * (1 - np.tanh(x) ** 2)).sum(axis=1)
     w = np.sqrt(np.maximum(2 * (t * s - log_cosh.sum(axis=1)), 1e-300))
-    u = np.maximum(t * np.sqrt(curve), 1e-300)
+    u = np.maximum(np.where(h > 0, np.sinh(t * h) / np.where(h > 0, h, 1.0), t) * np.sqrt(curve), 1e-300)
     tail = stats.norm.sf(w) + stats.norm.pdf(w) * (1 / u - 1 / w)
     p[rows] = np.clip(2 * tail, least[rows], 1.0)
     return p
+
+
+def _lattice(d: Floats) -> Floats:
+    """The largest h of each row that its numbers are whole multiples of; 0 where they are multiples of none."""
+    least = np.where(d > 0, d, np.inf).min(axis=1)
+    h = np.zeros(len(d))
+    for parts in range(1, FINEST + 1):
+        rest = np.flatnonzero(h == 0)
+        multiples = d[rest] / (least[rest, None] / parts)
+        fits = rest[np.all(np.abs(multiples - np.rint(multiples)) < 1e-6, axis=1)]
+        h[fits] = least[fits] / parts
+    return h
 
 
 def holm(p: Floats) -> Floats:
@@ -383,8 +409,9 @@ def estimates(
     Over strata: lm-eval's own rules (`pooled_sample_stderr` and `unweighted_mean_stderr` of its api/metrics.py) on
     differences; see Cochran (1977), Sampling Techniques, §5.4. Clustered: Miller §2.2 with the factor G / (G - 1) and t
     of G - 1 degrees, as in Cameron and Miller (2015), J. Human Resources 50:317. Intervals of 0/1 metrics: `tango`;
-    over strata or clusters, Bonett and Price (2012), J. Educ. Behav. Stat. 37:479, one document more in each direction;
-    of other metrics, Student's t. Detectable: (z_0.975 + z_0.8) standard errors, Miller §5.
+    over strata or clusters, Bonett and Price (2012), J. Educ. Behav. Stat. 37:479, one document more in each direction,
+    of as many as the clustered ones are worth (the effective sample size of Korn and Graubard (1998), Survey
+    Methodology 24:193); of other metrics, Student's t. Detectable: (z_0.975 + z_0.8) standard errors, Miller §5.
     """
     starts = np.zeros(1, dtype=np.intp) if starts is None else starts
     valid = ~np.isnan(a) & ~np.isnan(b)
@@ -419,13 +446,16 @@ def estimates(
         own = np.where(count > 1, _ratio(squares, count - 1), pooled[:, None])
         variance = np.where(count > 0, own / held, 0.0).sum(axis=1) / strata**2
     freedom = np.maximum(n - strata, 1.0)
-    units, groups = weight * d, None
+    units, groups, worth = weight * d, None, n
     if clusters is not None:
+        alone_variance = variance
         order = np.argsort(clusters, kind="stable")
         ends = np.flatnonzero(np.diff(clusters[order], prepend=-1))
         groups = (np.add.reduceat(valid[:, order].astype(np.int64), ends, axis=1) > 0).sum(axis=1)
         together = np.add.reduceat((weight * residual)[:, order], ends, axis=1)
         variance = (together**2).sum(axis=1) * groups / np.maximum(groups - 1, 1)
+        # Documents without any difference do not tell how alike those of a cluster are: then as alike as can be.
+        worth = np.clip(n * np.where(variance > 0, _ratio(alone_variance, variance), 0.0), groups, n)
         # The residuals of a text that is the whole of its stratum add up to 0, whatever they are.
         apart = np.repeat(np.arange(len(starts)), widths) * (clusters.max() + 1) + clusters
         by_both = np.argsort(apart, kind="stable")
@@ -441,12 +471,12 @@ def estimates(
     whole = np.rint(n).astype(np.int64)
     padded = stderr
     if binary:
-        padded = np.sqrt(n**2 * variance + 2) / (n + 2)
+        padded = np.sqrt(worth**2 * variance + 2) / (worth + 2)
     if binary and clusters is None and len(starts) == 1:
         low, high = tango(only_a, only_b, whole)
     else:
         reach = stats.t.ppf((1 + LEVEL) / 2, freedom) * padded
-        centre = difference * n / (n + 2) if binary else difference
+        centre = difference * worth / (worth + 2) if binary else difference
         low, high = centre - reach, centre + reach
         if binary:
             low, high = np.maximum(low, -1.0), np.minimum(high, 1.0)
@@ -500,9 +530,9 @@ class _Leaf:
 
     whole: dict[tuple[Any, ...], int] = field(default_factory=dict)
     alone: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    sources_whole: list[int] = field(default_factory=list)
-    """Of each column, the text that the document is about."""
-    sources_alone: list[int] = field(default_factory=list)
+    documents_whole: list[int] = field(default_factory=list)
+    """Of each column, the number of its document; the same document has it in all subtasks."""
+    documents_alone: list[int] = field(default_factory=list)
     answers: dict[str, _Answers] = field(default_factory=lambda: defaultdict(_Answers))
 
 
@@ -580,7 +610,7 @@ def _task(
         if able_pairs:
             by_size = weightings.pop() if weightings else True
             names = list(dict.fromkeys(leaf for make in able.values() for leaf in make.leaves))
-            table = _Table(leaves, names, target, list(able), shared=sources)
+            table = _Table(leaves, names, target, list(able), sources=sources)
             blocks = table.blocks(able_pairs, bool(by_size))
             higher = next(iter(able.values())).higher_is_better
             for one in _comparisons(task, target, blocks, said, higher, binary=table.binary, by_size=bool(by_size)):
@@ -595,36 +625,34 @@ def _called(target: _Target, task: str) -> str:
     return shown if target.name == task else f"{shown} of {target.name}"
 
 
-def _read(cells: _Cells) -> tuple[dict[tuple[str, str], _Leaf], bool]:
-    """The outcomes by leaf and filter, and whether documents share texts."""
+def _read(cells: _Cells) -> tuple[dict[tuple[str, str], _Leaf], NDArray[np.intp]]:
+    """The outcomes by leaf and filter, and by the number of each document that of the text which it is about."""
     leaves: dict[tuple[str, str], _Leaf] = defaultdict(_Leaf)
     source_by_text: dict[Any, int] = {}
-    source_by_document: dict[str, int] = {}
-    shared = False
+    number_by_hash: dict[str, int] = {}
+    sources: list[int] = []
     for model, (sweep, record) in cells.items():
         seen: dict[Any, int] = defaultdict(int)
         for outcome in sweep.outcomes(record):
             leaf = leaves[outcome.subtask, outcome.filter]
             answers = leaf.answers[model]
-            if (source := source_by_document.get(outcome.doc_hash)) is None:
+            if (document := number_by_hash.get(outcome.doc_hash)) is None:
                 text = _source(msgspec.json.decode(outcome.doc))
-                shared = shared or text in source_by_text
-                source = source_by_text.setdefault(
-                    text if text is not None else (outcome.doc_hash,), len(source_by_text)
-                )
-                source_by_document[outcome.doc_hash] = source
+                own = text if text is not None else (outcome.doc_hash,)
+                document = number_by_hash[outcome.doc_hash] = len(sources)
+                sources.append(source_by_text.setdefault(own, len(source_by_text)))
             # A document that a data set holds twice is paired as often as both have it.
             where = (outcome.subtask, outcome.filter)
             key = (outcome.doc_hash, outcome.prompt_hash, outcome.target_hash)
-            for kind, columns, sources, rows in (
-                (key, leaf.whole, leaf.sources_whole, answers.whole),
-                (key[:1], leaf.alone, leaf.sources_alone, answers.alone),
+            for kind, columns, documents, rows in (
+                (key, leaf.whole, leaf.documents_whole, answers.whole),
+                (key[:1], leaf.alone, leaf.documents_alone, answers.alone),
             ):
                 nth = seen[where, kind]
                 seen[where, kind] = nth + 1
                 column = columns.setdefault((kind, nth), len(columns))
-                if column == len(sources):
-                    sources.append(source)
+                if column == len(documents):
+                    documents.append(document)
                 rows.append(column)
             for metric, value in outcome.metrics:
                 if value is None or isinstance(value, (int, float)):
@@ -637,16 +665,16 @@ def _read(cells: _Cells) -> tuple[dict[tuple[str, str], _Leaf], bool]:
         for answers in leaf.answers.values():
             for values in answers.values.values():
                 values += [None] * (len(answers.whole) - len(values))
-    return leaves, shared
+    return leaves, np.array(sources, dtype=np.intp)
 
 
 def _source(doc: Any) -> str | None:
     """The text that a document is a question about, if it says so."""
-    for name in SOURCES if isinstance(doc, dict) else ():
+    for name in (*SOURCES, PREMISE) if isinstance(doc, dict) else ():
         text = doc.get(name)
         if isinstance(text, list):
             text = "\n".join(map(str, text))
-        if isinstance(text, str) and len(text) >= SOURCE_LEAST:
+        if isinstance(text, str) and len(text.strip()) >= (1 if name == PREMISE else SOURCE_LEAST):
             return text
     return None
 
@@ -693,12 +721,16 @@ def _targets(record: Record, leaves: Mapping[tuple[str, str], _Leaf], model: str
             _Make(
                 leaves=tuple(part.task for part in parts),
                 by_size=by_size,
-                higher_is_better=score.higher_is_better
-                if score.higher_is_better is not None or not parts
-                else parts[0].higher_is_better,
+                higher_is_better=_direction(score, parts),
                 reason=reason,
             ),
         )
+
+
+def _direction(score: Score, parts: Sequence[Score]) -> bool | None:
+    """lm-eval's; of a group without one, that of its subtasks if all have the same: lm-eval gives it none where not."""
+    known = {part.higher_is_better for part in ([score] if score.higher_is_better is not None else parts)}
+    return known.pop() if len(known) == 1 else None
 
 
 def _near(a: float, b: float) -> bool:
@@ -715,7 +747,7 @@ class _Table:
         target: _Target,
         models: Sequence[str],
         *,
-        shared: bool,
+        sources: NDArray[np.intp],
     ) -> None:
         self._rows = {model: row for row, model in enumerate(models)}
         parts = [leaves[name, target.filter] for name in names]
@@ -728,8 +760,10 @@ class _Table:
                     if (answers := leaf.answers.get(model)) and target.metric in answers.values:
                         columns = np.array(answers.whole if whole else answers.alone, dtype=np.intp) + start
                         values[row, columns] = np.array(answers.values[target.metric], dtype=np.float64)
-            sources = np.array([s for leaf in parts for s in (leaf.sources_whole if whole else leaf.sources_alone)])
-            self._ways[whole] = (values, np.cumsum([0, *widths[:-1]]), sources if shared else None)
+            kept = [leaf.documents_whole if whole else leaf.documents_alone for leaf in parts]
+            documents = np.array([document for of_leaf in kept for document in of_leaf], dtype=np.intp)
+            asked = documents * len(parts) + np.repeat(np.arange(len(parts)), widths)
+            self._ways[whole] = (values, np.cumsum([0, *widths[:-1]]), sources[documents], asked)
         known = self._ways[False][0]
         self.binary = bool(np.all(np.isnan(known) | (known == 0) | (known == 1)))
         self.strangers: list[tuple[str, str]] = []
@@ -737,7 +771,7 @@ class _Table:
 
     def blocks(self, pairs: Sequence[tuple[str, str]], by_size: bool) -> Iterator[_Block]:
         """The comparisons of these pairs: by prompts where any agree, otherwise by documents alone."""
-        answered = {whole: ~np.isnan(values) for whole, (values, _, _) in self._ways.items()}
+        answered = {whole: ~np.isnan(values) for whole, (values, *_) in self._ways.items()}
         firsts, seconds = (np.array([self._rows[pair[side]] for pair in pairs], dtype=np.intp) for side in (0, 1))
         common = {whole: _in_common(flags)[firsts, seconds] for whole, flags in answered.items()}
         for whole in (True, False):
@@ -745,8 +779,8 @@ class _Table:
             enough = common[whole] >= 2
             self.strangers += [pairs[i] for i in np.flatnonzero(chosen & ~enough)]
             picked = np.flatnonzero(chosen & enough)
-            values, starts, sources = self._ways[whole]
-            clusters = sources if sources is None else _truly_shared(sources, answered[whole].any(axis=0))
+            values, starts, sources, asked = self._ways[whole]
+            clusters = _truly_shared(sources, asked, answered[whole].any(axis=0))
             held = answered[whole].sum(axis=1)
             step = max(1, min(AT_ONCE // values.shape[1], PAIRS_AT_ONCE))
             for part in (picked[start : start + step] for start in range(0, len(picked), step)):
@@ -774,10 +808,12 @@ def _in_common(answered: Flags) -> NDArray[np.int64]:
     return np.rint(flags @ flags.T).astype(np.int64)
 
 
-def _truly_shared(sources: NDArray[np.intp], answered: Flags) -> NDArray[np.intp] | None:
-    """The clusters, unless each of the documents has a text of its own."""
-    own = sources[answered]
-    return sources if len(np.unique(own)) < len(own) else None
+def _truly_shared(sources: NDArray[np.intp], asked: NDArray[np.intp], answered: Flags) -> NDArray[np.intp] | None:
+    """The clusters, unless each document has a text of its own and is asked by one subtask, however often.
+
+    `asked` numbers documents by subtask: prompt variants ask about the same ones.
+    """
+    return sources if len(np.unique(sources[answered])) < len(np.unique(asked[answered])) else None
 
 
 def _comparisons(

@@ -104,7 +104,7 @@ class Cell:
     missing: str = ""
     """Why there is no number: `failed`, `owed`, or nothing for a cell that is not part of the sweep."""
     best: bool = False
-    """Shown to be better than every other model."""
+    """Shown to be better than every other model that has this number."""
     leading: bool = False
     """No other model is shown to be better."""
     said: tuple[str, ...] = ()

@@ -16,12 +16,14 @@ from sweep import ROOT
 from sweep.errors import ConfigError, nearest
 from sweep.planning.config import Seeds
 from sweep.planning.plan import SPEED_ONLY_OPTIONS, is_local
-from sweep.record import Record, Score, Status
+from sweep.record import WITHOUT_BOS, Record, Score, Status
 from sweep.results.reading import Sweep
 
 FOLDER = ROOT / "conf" / "references"
 HARNESS = "lm-eval"
 """What a source's `harness` begins with when its numbers come from the harness that makes ours."""
+ALIKE = "local-completions"
+"""The backend of it whose prompts have no BOS of the tokenizer's own, as ours have none."""
 USUAL: dict[str, Any] = {
     "quantization": None,
     "dtype": "auto",
@@ -242,6 +244,9 @@ def _differences(settings: Settings, record: Record, score: Score) -> Iterator[s
             yield f"{name}: the task's own there, {asked[name]} here"
     if asked.get("include_path"):
         yield "task files: lm-eval's there, with a folder of its own here (include_path)"
+    bare = next((text for text in record.warnings if WITHOUT_BOS in text), None)
+    if bare is not None and ALIKE not in (settings.harness or ""):
+        yield f"{bare.split()[0]} {WITHOUT_BOS} here, as with {ALIKE}; other backends put it there"
     if record.counts.truncated:
         yield f"{record.counts.truncated} requests were cut to fit the model here"
 

@@ -311,11 +311,12 @@
       return best;
     };
 
-    const marked = (name, v) => {
-      const good = v === 1 ? "yes" : v === 0 ? "no" : "";
-      const sign = v === 1 ? "✓ " : v === 0 ? "✗ " : "";
-      return make("span", { class: good, textContent: `${name} ${sign}${sign ? "" : figure(v)}`.trim() },
-        ...(sign ? [make("span", { class: "sr", textContent: v === 1 ? "right" : "wrong" })] : []));
+    // 1 is right only where more is better: that a stereotype was preferred is not.
+    const marked = (name, v, more) => {
+      const known = more !== true ? null : v === 1 ? ["yes", "✓", "right"] : v === 0 ? ["no", "✗", "wrong"] : null;
+      if (!known) return make("span", { textContent: `${name} ${figure(v)}` });
+      const [good, sign, word] = known;
+      return make("span", { class: good, textContent: `${name} ${sign} ` }, make("span", { class: "sr", textContent: word }));
     };
 
     const list = () => {
@@ -332,7 +333,7 @@
           one.append(
             make("summary", {},
               make("span", { class: "what" }, make("b", { textContent: title }), ` ${gist(doc, block.prompts[prompt], target)}`),
-              make("span", { class: "marks" }, marked("A", value(row[a], measure)), " \u00a0 ", marked("B", value(row[b], measure)))),
+              make("span", { class: "marks" }, marked("A", value(row[a], measure), measure[2]), " \u00a0 ", marked("B", value(row[b], measure), measure[2]))),
           );
           one.addEventListener("toggle", () => one.open && one.childElementCount === 1 && one.append(body(index, a, b)));
           return one;
