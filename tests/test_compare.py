@@ -277,11 +277,11 @@ def test_far_out_differences_of_one_size_have_the_p_of_the_binomial_test(differi
     exact = {fewer: float(stats.binomtest(fewer, differing, 0.5).pvalue) for fewer in range(differing // 2)}
     far = [fewer for fewer, p in exact.items() if 1e-30 < p < 0.002]
     units = np.array([[step] * (differing - fewer) + [-step] * fewer + [0.0, 1e-17] for fewer in far])
-    assert saddlepoint(units) == pytest.approx([exact[fewer] for fewer in far], rel=0.02)
-    assert permutation(units[:1])[0] == pytest.approx(exact[far[0]], rel=0.02)
+    assert saddlepoint(units) == pytest.approx([exact[fewer] for fewer in far], rel=0.03)
+    assert permutation(units[:1])[0] == pytest.approx(exact[far[0]], rel=0.03)
 
 
-@pytest.mark.parametrize("sizes", [{1: 14, 2: 8}, {2: 20, 3: 20}, {1: 5, 4: 30}, {3: 6, 4: 6, 6: 6}], ids=str)
+@pytest.mark.parametrize("sizes", [{1: 14, 2: 8}, {1: 40, 2: 40}, {1: 20, 2: 10, 3: 5, 4: 2}], ids=str)
 def test_far_out_differences_in_steps_of_one_size_have_the_p_of_all_their_signs(sizes: Mapping[int, int]) -> None:
     """As of metrics with 0, a half and 1, and of the questions of a passage counted together."""
     steps = np.repeat(list(sizes), list(sizes.values()))
@@ -295,7 +295,7 @@ def test_far_out_differences_in_steps_of_one_size_have_the_p_of_all_their_signs(
         total = int(abs(signs @ steps))
         exact = 2 * chances[steps.sum() + total :].sum()
         if exact < 0.002 and total < steps.sum():
-            assert saddlepoint((signs * steps / 7)[None])[0] == pytest.approx(exact, rel=0.05)
+            assert saddlepoint((signs * steps / 7)[None])[0] == pytest.approx(exact, rel=0.03)
             checked += 1
     assert checked > 30
 
@@ -380,6 +380,13 @@ def test_the_interval_over_strata_and_over_clusters_holds_its_level() -> None:
     alone = estimates(np.zeros_like(d), d)
     assert 0.93 <= np.mean((clustered.low <= 0) & (clustered.high >= 0)) <= 0.97
     assert np.mean((alone.low <= 0) & (alone.high >= 0)) < 0.8
+
+
+def test_documents_asked_several_times_are_worth_no_more_to_the_interval() -> None:
+    """Close to 1 few of them differ, and what stands in for the others is to be of a whole document."""
+    a, b = (np.repeat(side, 6, axis=1) for side in draws(30, 0.98, 0.95, 0.0))
+    made = estimates(a, b, clusters=np.repeat(np.arange(30), 6), binary=True)
+    assert np.mean((made.low <= -0.03) & (made.high >= -0.03)) >= 0.95
 
 
 def test_equal_models_are_told_apart_no_more_often_than_allowed_and_the_detectable_difference_is_found() -> None:

@@ -315,7 +315,8 @@ def saddlepoint(units: Floats) -> Floats:
 
     Where all differences are whole multiples of some h, sums move in steps of 2 h. Then it takes the second continuity
     correction of Daniels (1987), "Tail probability approximations", International Statistical Review 55:37-48: the sum
-    is brought nearer by half a step, h, and t in the last term is sinh(t h) / h.
+    is brought nearer by half a step, h, and t in the last term is sinh(t h) / h. Where no single difference is h (all
+    are 2 or 3, say) sums come unevenly, and p may be off by half.
     """
     total = np.abs(units.sum(axis=1))
     d = np.abs(units)  # log cosh is even
