@@ -647,6 +647,7 @@ def test_questions_about_one_passage_are_clustered_and_few_passages_are_said(ben
         ("scenario", "x" * 90),  # ethics_virtue
         ("premise", "And he said, Mama, I'm home."),  # xnli, which begins with it; anli
     ],
+    ids=["narrative", "document_str", "flores_passage", "abstract", "scenario", "premise"],
 )
 def test_the_texts_of_lm_evals_tasks_are_known_by_their_fields(bench: Bench, field: str, text: str) -> None:
     for model, values in (("a", [1.0, 0.0] * 15), ("b", [0.0, 0.0, 1.0] * 10)):
