@@ -58,7 +58,8 @@ class Standing:
     @property
     def alive(self) -> bool:
         """Whether a driver is at work; one that was killed is known as dead after STALE_S."""
-        return self.heartbeat is not None and not self.heartbeat.ended and self.silent_s < STALE_S
+        beat = self.heartbeat
+        return beat is not None and not (beat.ended or beat.reads) and self.silent_s < STALE_S
 
     @property
     def finished(self) -> bool:
@@ -134,6 +135,8 @@ def _driver(stands: Standing) -> str:
     beat = stands.heartbeat
     if beat is None:
         return "none has worked here"
+    if beat.reads:
+        return f"none; the last to use the answers was an export, {beat}"
     if beat.ended:
         return f"none; the last was {beat} and ended in order"
     silent = f"last heartbeat {stands.silent_s:.0f} s ago"

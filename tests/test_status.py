@@ -74,6 +74,7 @@ def test_every_cell_is_done_running_owed_or_failed(directory: RunDirectory) -> N
             "died: process 42 on login-1 .* 30 s ago; the same command goes on",
         ),
         (replace(ALIVE, ended=True), False, "none; the last was process 42 on login-1 .* ended in order"),
+        (replace(ALIVE, reads=True), False, "none; the last to use the answers was an export, process 42 on login-1"),
         (None, False, "none has worked here"),
     ],
 )

@@ -18,7 +18,9 @@ import pytest
 
 from sweep.errors import StoreError
 from sweep.record import Counts, Record, Score, Status
+from sweep.results import claim
 from sweep.results import store as module
+from sweep.results.claim import Heartbeat, read_heartbeat
 from sweep.results.store import (
     KEY_BYTES,
     Response,
@@ -29,6 +31,7 @@ from sweep.results.store import (
     read_records,
     response_key,
     set_aside,
+    stored_responses,
     write_file,
 )
 
@@ -344,6 +347,41 @@ def test_a_second_driver_on_a_directory_is_refused_and_told_who_is_there(directo
     Store(directory).close()
 
 
+def test_no_driver_begins_where_answers_are_read_even_where_locks_do_not_reach(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    store = Store(directory)
+    store.put([response(1)])
+    store.close()
+    monkeypatch.setattr(claim, "BEAT_S", 0.05)
+    monkeypatch.setattr(claim, "STALE_S", 0.6)
+    monkeypatch.setattr(claim, "LOOK_S", 0.02)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with stored_responses(directory) as responses:
+        with pytest.raises(StoreError, match=f"in use by process {os.getpid()} on"):
+            Store(directory)
+        assert list(responses) == [response(1)]
+    Store(directory).close()
+
+
+def test_a_driver_beats_before_it_looks_at_the_database(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Heartbeat | None] = []
+    prepare = Store._prepare
+
+    def watched(store: Store, *, exclusive: bool) -> str:
+        seen.append(read_heartbeat(directory.heartbeat))
+        return prepare(store, exclusive=exclusive)
+
+    monkeypatch.setattr(Store, "_prepare", watched)
+    Store(directory).close()
+    assert [beat is not None and not beat.ended for beat in seen] == [True]
+
+
 def test_a_directory_in_use_is_not_set_aside(directory: RunDirectory) -> None:
     store = Store(directory)
     with pytest.raises(StoreError, match="in use by process"):
@@ -377,7 +415,7 @@ def test_a_file_of_another_version_is_refused_and_stays_as_it_is(directory: RunD
         with pytest.raises(StoreError, match=r"format 7, this lmsweep writes 2: .*fresh=true"):
             Store(directory)
     assert directory.responses.read_bytes() == before
-    assert {path.name for path in directory.root.iterdir()} == {"responses.db", "lock"}
+    assert {path.name for path in directory.root.iterdir()} == {"responses.db", "lock", "heartbeat.json"}
 
 
 def test_a_file_that_is_no_database_is_refused_with_its_folder(directory: RunDirectory) -> None:

@@ -67,6 +67,8 @@ class Heartbeat:
     beats: int = 0
     ended: bool = False
     """It has left the directory in order."""
+    reads: bool = False
+    """It is no driver: it reads the stored answers (`export`), and no driver can begin meanwhile."""
     work: Work = field(default_factory=Work)
 
     def __str__(self) -> str:
@@ -149,10 +151,11 @@ def _now() -> str:
 
 
 class Claim:
-    """A driver's hold on its run directory, from `take` to `close`."""
+    """The hold of a driver, or of one who `reads`, on a run directory, from `take` to `close`."""
 
-    def __init__(self, lock: Path, heartbeat: Path) -> None:
-        """Raises StoreError while another driver lives. Writes no heartbeat before `begin`."""
+    def __init__(self, lock: Path, heartbeat: Path, *, reads: bool = False) -> None:
+        """Raises StoreError while another one lives. Writes no heartbeat before `begin`, and is not seen from machines
+        that the lock does not reach."""
         self._lock = take(lock, heartbeat)
         self.locks = _has_locks(self._lock)
         """Whether the file system has any."""
@@ -166,6 +169,7 @@ class Claim:
             pid=os.getpid(),
             since=_now(),
             time=0.0,
+            reads=reads,
         )
         self._rival: Heartbeat | None = None
         self._seen_s = 0.0

@@ -300,17 +300,20 @@ def stored_responses(directory: RunDirectory) -> Iterator[Iterator[Response]]:
     """
     with (
         _disk(f"read {directory.responses}", directory),
-        take(directory.lock, directory.heartbeat),
-        closing(sqlite3.connect(f"{directory.responses.absolute().as_uri()}?mode=rw", uri=True)) as db,
+        closing(Claim(directory.lock, directory.heartbeat, reads=True)) as claim,
     ):
-        if file_system(directory.root) not in LOCAL:
-            db.execute("PRAGMA locking_mode=EXCLUSIVE")  # as in the store: no index in memory that machines share
-        db.execute("PRAGMA query_only=ON")
-        every = "SELECT key, cell, method, answer FROM responses ORDER BY rowid"
-        yield (
-            Response(key=key, cell=cell, method=method, answer=answer)
-            for key, cell, method, answer in (db.execute(every) if _format_of(db, directory) else ())
-        )
+        # A lock may not reach other machines, and whoever closes the database last removes its WAL: here with answers
+        # of a driver that began there meanwhile.
+        claim.begin()
+        with closing(sqlite3.connect(f"{directory.responses.absolute().as_uri()}?mode=rw", uri=True)) as db:
+            if file_system(directory.root) not in LOCAL:
+                db.execute("PRAGMA locking_mode=EXCLUSIVE")  # as in the store: no index in memory that machines share
+            db.execute("PRAGMA query_only=ON")
+            every = "SELECT key, cell, method, answer FROM responses ORDER BY rowid"
+            yield (
+                Response(key=key, cell=cell, method=method, answer=answer)
+                for key, cell, method, answer in (db.execute(every) if _format_of(db, directory) else ())
+            )
 
 
 class Store:
@@ -328,6 +331,7 @@ class Store:
             _require_ours(directory)
             directory.root.mkdir(parents=True, exist_ok=True)
             self._claim = undone.enter_context(closing(Claim(directory.lock, directory.heartbeat)))
+            self._claim.begin()  # before anything that takes its time, such as the check of a file that was left open
             kind, locks = file_system(directory.root), self._claim.locks
             # SQLite cannot do without locks unless it is told to; the heartbeat keeps others out.
             database = f"{directory.responses.absolute().as_uri()}{'' if locks else '?vfs=unix-none'}"
@@ -340,7 +344,6 @@ class Store:
             if not locks:
                 self.mode += ", without locks"
             """The file system and how SQLite works on it, for the log."""
-            self._claim.begin()
             undone.pop_all()
 
     def _prepare(self, *, exclusive: bool) -> str:
