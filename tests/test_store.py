@@ -6,8 +6,10 @@ import os
 import re
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -468,22 +470,40 @@ def test_a_record_is_written_after_its_files_and_old_files_go_only_then(
     store = Store(directory)
     folder = directory.cell_results("m", "t")
     store.write_record(record(), {"results_1.json": b"{}", "samples_1.jsonl": b"1"})
-    seen: list[tuple[str, set[str]]] = []
-    real = write_file
+    seen: dict[str, set[str]] = {}
+    real = module._replace
 
     def watched(path: Path, content: bytes | str) -> None:
-        seen.append((path.name, {file.name for file in folder.iterdir()}))
+        seen[path.name] = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
         real(path, content)
 
-    monkeypatch.setattr(module, "write_file", watched)
+    monkeypatch.setattr(module, "_replace", watched)
     store.write_record(record(), {"results_2.json": b"{}", "samples_2.jsonl": b"2"})
-    old = {"results_1.json", "samples_1.jsonl"}
-    assert seen == [
-        ("results_2.json", old),
-        ("samples_2.jsonl", old | {"results_2.json"}),
-        ("m.t.json", old | {"results_2.json", "samples_2.jsonl"}),
-    ]
+    old, new = {"results_1.json", "samples_1.jsonl"}, {"results_2.json", "samples_2.jsonl"}
+    assert list(seen)[-1] == "m.t.json"
+    assert seen["m.t.json"] == old | new
+    assert all(old <= seen[name] for name in new)
     assert {file.name for file in folder.iterdir()} == {"results_2.json", "samples_2.jsonl"}
+    store.close()
+
+
+def test_the_files_of_a_record_are_synced_side_by_side_and_each_folder_once(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, synced, together = Store(directory), list[str](), threading.Barrier(4)
+    real = os.fsync
+
+    def watched(descriptor: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append("folder" if folder else "file")
+        if threading.current_thread() is not threading.main_thread():
+            together.wait(timeout=10)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    store.write_record(record(), {f"samples_{number}.jsonl": b"1" for number in range(8)})
+    assert synced == [*["file"] * 8, "folder", "file", "folder"]
+    assert not together.broken
     store.close()
 
 
@@ -491,19 +511,17 @@ def test_a_record_is_written_after_its_files_and_old_files_go_only_then(
 def test_a_kill_at_any_moment_leaves_no_record_without_its_files(directory: RunDirectory, write: int) -> None:
     """The driver dies at its `write`-th rename of two files and a record; the last number lets it live."""
     code = f"""if True:
-        import os, signal
+        import itertools, os, signal
         from pathlib import Path
         from sweep.record import Record, Status
         from sweep.results.store import RunDirectory, Store
         store = Store(RunDirectory(Path({str(directory.root)!r})))
         store._claim._ended.set()  # its heartbeat is renamed too
         store._claim._thread.join()
-        renames, replace = 0, Path.replace
+        renames, replace = itertools.count(), Path.replace
         def counted(self, target):
-            global renames
-            if renames == {write}:
+            if next(renames) == {write}:
                 os.kill(os.getpid(), signal.SIGKILL)
-            renames += 1
             return replace(self, target)
         Path.replace = counted
         files = ("results_1.json", "samples_1.jsonl")

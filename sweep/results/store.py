@@ -29,6 +29,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -62,6 +63,10 @@ CACHE_KB = 65_536
 
 BUSY_S = 5.0
 """How long a look into the database from outside may hold a commit up."""
+
+SYNCS_AT_ONCE = 16
+"""Files of a record. The driver's loop stands still meanwhile, and behind a network each sync is a round trip: 57
+subtasks of MMLU at 20 ms, one after the other with their folder each time, took 2.4 s."""
 
 LOOKUP_ROWS = 500
 """Keys per SELECT: under SQLite's oldest limit of 999 variables."""
@@ -182,6 +187,12 @@ class _Planned(msgspec.Struct):
 def write_file(path: Path, content: bytes | str) -> None:
     """Replace `path` in one step; afterwards the content survives a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, content)
+    _sync_folder(path.parent)
+
+
+def _replace(path: Path, content: bytes | str) -> None:
+    """`write_file`, but a power cut may undo it as a whole until the folder is synced."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -191,7 +202,10 @@ def write_file(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # a full disk should not be fuller for the attempt
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
@@ -420,13 +434,22 @@ class Store:
             if record.status is Status.FAILED and self._has_numbers(record):
                 return
             folder = self.directory.cell_results(record.model, record.task)
-            for name, content in files.items():
-                write_file(folder / name, masked_json(content, self._secrets))
+            if files:
+                self._write_results(folder, files)
             path = self.directory.record(record.model, record.task)
             encoded = masked_json(msgspec.json.encode(record), self._secrets)
             write_file(path, msgspec.json.format(encoded, indent=1))
             for old in [file for file in folder.glob("*") if files and file.name not in files]:
                 old.unlink()
+
+    def _write_results(self, folder: Path, files: Mapping[str, bytes]) -> None:
+        def write(name: str) -> None:
+            _replace(folder / name, masked_json(files[name], self._secrets))
+
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(SYNCS_AT_ONCE) as pool:
+            list(pool.map(write, files))
+        _sync_folder(folder)
 
     def _has_numbers(self, record: Record) -> bool:
         path = self.directory.record(record.model, record.task)
