@@ -63,7 +63,7 @@ from sweep.running.costs import start_s
 from sweep.running.inventory import Node
 from sweep.running.progress import Terminal
 from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
-from sweep.running.runner import DEATHS_MOST, Runner, make_report
+from sweep.running.runner import DEATHS_MOST, FAILURES_AT_ONCE, Runner, make_report
 from sweep.running.walltime import LEAVE_S, UNLIMITED, Walltime
 from sweep.serving.metrics import Snapshot
 from sweep.serving.server import Endpoint
@@ -387,6 +387,25 @@ def test_a_failed_check_costs_its_own_cells_before_any_server_is_started(loop: L
         "b/good": "no template",
         "b/bad": "no data",
     }
+
+
+def test_many_failures_at_once_hold_up_the_answers_of_others_for_a_few_of_them_only(loop: Loop) -> None:
+    tasks = [f"t{number}" for number in range(4 * FAILURES_AT_ONCE)]
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        while work := cluster.taken(ev.CheckTask) + cluster.taken(ev.CheckModel):
+            ((name, check),) = work
+            no_tokenizer = isinstance(check, ev.CheckModel) and check.model.name == "a"
+            yield [said(name, ev.Checked(model="a", error="no tokenizer") if no_tokenizer else passed(check))]
+            if no_tokenizer:
+                assert 0 < len(list(loop.folder.glob("records/a.*"))) < len(tasks)
+        yield [cluster.ready("b-0")]
+        while cells := cluster.running():
+            yield [done(*cell) for cell in cells.values()]
+
+    records = loop(a_plan(["a", "b"], tasks), script)
+    assert Counter(statuses(records).values()) == {"failed": len(tasks), "done": len(tasks)}
 
 
 def test_a_check_is_tried_again_when_its_evaluator_dies_and_fails_when_that_goes_on(loop: Loop) -> None:
