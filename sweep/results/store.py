@@ -419,9 +419,9 @@ class Store:
             (number,) = self._db.execute("SELECT count(*) FROM responses").fetchone()
         return int(number)
 
-    def tell(self, work: Work) -> None:
-        """What the next heartbeat says; costs nothing."""
-        self._claim.work = work
+    def tell(self, work: Work | None) -> None:
+        """What the next heartbeat says of the driver's loop, None when it has ended; costs nothing."""
+        self._claim.tell(work)
 
     def write_record(self, record: Record, files: Mapping[str, bytes]) -> None:
         """Store a cell's outcome: its lm-eval files first, the record last. `files` is name -> content.

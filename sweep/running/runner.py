@@ -248,6 +248,7 @@ def carry_out(
             number = runner.run(stop)
             ended = not runner.out_of_time
         finally:
+            store.tell(None)
             cluster.close()  # no GPU is held while W&B takes its time
             timeline.add("launch", host, "ended")
             report_end_s = walltime.end_s - TABLES_S - CLOSE_WANDB_S
