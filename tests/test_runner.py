@@ -1122,10 +1122,10 @@ def test_what_all_evaluators_answered_is_one_transaction_and_each_is_told_of_its
     commits: list[list[bytes]] = []
     put = Store.put
 
-    def noted(self: Store, responses: Iterable[Response]) -> None:
+    def noted(self: Store, responses: Iterable[Response]) -> Mapping[bytes, bytes]:
         responses = list(responses)
-        put(self, responses)
         commits.append([response.key for response in responses])
+        return put(self, responses)
 
     monkeypatch.setattr(Store, "put", noted)
 
@@ -1144,6 +1144,26 @@ def test_what_all_evaluators_answered_is_one_transaction_and_each_is_told_of_its
         yield [answered(*one, b"5"), done(*one)]  # the record stands after its answers
         assert commits[1:] == [[b"5"]]
         yield [done(*two)]
+
+    loop(a_plan(["a"], ["one", "two"]), script, evaluators=2)
+
+
+def test_of_two_cells_that_ask_the_same_the_second_is_told_the_answer_that_counts(loop: Loop) -> None:
+    def answered(name: str, run: ev.RunCell, **answers: bytes) -> EvaluatorSaid:
+        responses = [Response(key=k.encode(), cell=run.cell.key, method="echo", answer=a) for k, a in answers.items()]
+        return said(name, ev.Answered.of(responses, cell=run.cell.key, attempt=run.attempt))
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cells = cluster.running()
+        one, two = cells["a/one"], cells["a/two"]
+        yield [answered(*one, same=b"0.5", own=b"1")]
+        assert [stored.earlier for _, stored in cluster.taken(ev.Stored)] == [{}]
+        yield [answered(*two, same=b"0.4", other=b"2"), answered(*one, more=b"3")]
+        told = {name: stored.earlier for name, stored in cluster.taken(ev.Stored)}
+        assert told == {two[0]: {b"same": b"0.5"}, one[0]: {}}
+        yield [done(*one), done(*two)]
 
     loop(a_plan(["a"], ["one", "two"]), script, evaluators=2)
 

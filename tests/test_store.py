@@ -105,8 +105,10 @@ def test_an_answer_survives_a_kill_right_after_it_was_put(directory: RunDirector
 
 def test_the_first_answer_to_a_request_is_the_one_that_counts(directory: RunDirectory) -> None:
     store = Store(directory)
-    store.put([response(1, b"first"), response(2, b"two")])
-    store.put([response(1, b"second"), response(3, b"three")])
+    assert store.put([response(1, b"first"), response(2, b"two")]) == {}
+    assert store.put([response(1, b"second"), response(2, b"two"), response(3, b"three")]) == {
+        response(1).key: b"first"
+    }
     assert sorted(store.answers([response(n).key for n in (1, 2, 3)]).values()) == [b"first", b"three", b"two"]
     store.close()
 
@@ -133,7 +135,8 @@ def test_a_batch_that_cannot_be_written_is_written_not_even_in_part(directory: R
 
 def test_of_two_answers_to_one_request_in_a_batch_the_first_counts(directory: RunDirectory) -> None:
     store = Store(directory)
-    store.put([response(1, b"first"), response(2, b"two"), response(1, b"second")])
+    in_place = store.put([response(1, b"first"), response(2, b"two"), response(1, b"second")])
+    assert in_place == {response(1).key: b"first"}
     assert store.answers([response(1).key]) == {response(1).key: b"first"}
     store.close()
 

@@ -392,15 +392,23 @@ class Store:
                 self._db.execute(f"PRAGMA user_version={SCHEMA}")
         return str(journal)
 
-    def put(self, responses: Iterable[Response]) -> None:
-        """Make a batch durable. An answer that is already there stays: the first one given is the one that counts."""
+    def put(self, responses: Iterable[Response]) -> dict[bytes, bytes]:
+        """Make a batch durable. An answer that is already there stays: the first one given is the one that counts.
+
+        The answers that count in place of others of this batch.
+        """
         # In the order of the index, each of whose pages is then changed once; the first of equal keys stays first.
         rows = sorted(((r.key, r.cell, r.method, r.answer) for r in responses), key=itemgetter(0))
         with _disk(f"write {len(rows)} responses to {self.directory.responses}", self.directory):
             self._claim.check()
             with self._db:
                 self._db.execute("BEGIN IMMEDIATE")
-                self._db.executemany("INSERT INTO responses VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING", rows)
+                insert = "INSERT INTO responses VALUES (?, ?, ?, ?) ON CONFLICT (key) DO NOTHING"
+                new = self._db.executemany(insert, rows).rowcount
+        if new == len(rows):
+            return {}
+        stored = self.answers([key for key, *_ in rows])
+        return {key: stored[key] for key, *_, answer in rows if stored[key] != answer}
 
     def answers(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """The stored answers among `keys`."""

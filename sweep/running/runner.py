@@ -1149,15 +1149,20 @@ def keep_answers(events: Sequence[ClusterEvent], store: Store, cluster: Cluster)
     else of these events: no record stands before the answers that it was made of. Right whichever attempt asked: an
     answer belongs to a model and a request.
     """
-    said = [(e.evaluator, e.event) for e in events if isinstance(e, EvaluatorSaid) and isinstance(e.event, ev.Answered)]
+    said = [
+        (event.evaluator, event.event.responses)
+        for event in events
+        if isinstance(event, EvaluatorSaid) and isinstance(event.event, ev.Answered)
+    ]
     if not said:
         return
-    store.put(itertools.chain.from_iterable(answered.responses for _, answered in said))
-    stored: Counter[str] = Counter()
-    for evaluator, answered in said:
-        stored[evaluator] += answered.number
-    for evaluator, number in stored.items():
-        cluster.send(evaluator, ev.Stored(responses=number))
+    earlier = store.put(itertools.chain.from_iterable(responses for _, responses in said))
+    keys: dict[str, list[bytes]] = {}
+    for evaluator, responses in said:
+        keys.setdefault(evaluator, []).extend(response.key for response in responses)
+    for evaluator, own in keys.items():
+        of_others = {key: earlier[key] for key in own if key in earlier} if earlier else {}
+        cluster.send(evaluator, ev.Stored(responses=len(own), earlier=of_others))
 
 
 def _first_line(text: str | None) -> str:
