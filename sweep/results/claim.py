@@ -2,9 +2,9 @@
 
 A lock (flock) keeps a second driver out on one machine, and on others where the file system carries locks between
 them. Some do not (Lustre with `localflock`, NFS with `nolock`, parts of FUSE), and from the inside nobody can tell. So
-a driver also writes heartbeat.json every BEAT_S. One of another machine (another boot of a kernel: names repeat) that
-did not end well is watched before its directory is taken: if its heartbeat moves within STALE_S it lives. No two
-machines' clocks are compared.
+a driver, and whoever reads its answers, also writes heartbeat.json every BEAT_S. One of another machine (another boot
+of a kernel: names repeat) that did not end well is watched before its directory is taken: if its heartbeat moves within
+STALE_S it lives. No two machines' clocks are compared.
 
 A driver that was taken for dead and is not (a machine that slept, a network that came back) finds another's heartbeat
 in place of its own and writes nothing any more: before each write the store asks `Claim.check`.
