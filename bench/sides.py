@@ -240,6 +240,9 @@ class Alone:
 
     def answered(self, response: object) -> None: ...
 
+    def earlier(self) -> Mapping[bytes, bytes]:
+        return {}
+
     def progress(self, *, done: int, total: int, reused: int, live: Any = dict) -> None: ...
 
 

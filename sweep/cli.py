@@ -473,7 +473,8 @@ def _note(text: str) -> None:
 def _run(arguments: Arguments) -> int:
     from sweep.overview import document
     from sweep.planning.loading import dump, secrets_of
-    from sweep.planning.plan import make_plan
+    from sweep.planning.plan import as_of, make_plan
+    from sweep.results.report import counted
     from sweep.results.store import (
         RunDirectory,
         Store,
@@ -499,7 +500,7 @@ def _run(arguments: Arguments) -> int:
     if not plan.owed and not plan.refused:
         print(f"all {len(plan.cells)} cells are done; `only=model/task` runs one again, `fresh=true` all of them")
         return _conclude(config, plan, plan.done, directory, before, _Examined(), launched=False)
-    planned = document(whole)
+    document(whole)  # refuses options before anything is written
     if plan.owed:
         prepare_ray(config.ray, plan.owed_servers)
     _examine(plan, required=starts_local(config.ray))
@@ -509,6 +510,13 @@ def _run(arguments: Arguments) -> int:
     hidden = (*secrets_of(config), api_key)
     store = Store(directory, secrets=hidden)
     try:
+        # The hub and vLLM's parser took their time: another driver may have ended cells since the plan was made.
+        records, planned_done = read_records(directory), whole.done.keys()
+        whole = as_of(whole, records)
+        plan = whole if arguments.only is None else as_of(plan, {})
+        if more := whole.done.keys() - planned_done:
+            print(f"another driver has finished {counted(len(more), 'cell')} meanwhile")
+        planned = document(whole)
         with boundary(StoreError, f"write to {directory.root}"):
             write_file(directory.config, dump(config))
             write_file(directory.plan, masked_json(json.dumps(planned, indent=1).encode(), hidden))

@@ -5,6 +5,7 @@ and after it died. A cell counts as the last launch planned it; a record of othe
 failed.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +17,20 @@ import msgspec
 
 from sweep.errors import StoreError, boundary
 from sweep.record import Status
-from sweep.results.claim import STALE_S, Heartbeat, read_heartbeat
+from sweep.results.claim import BEAT_S, STALE_S, Heartbeat, next_beat, of_this_machine, read_heartbeat
 from sweep.results.report import lasting
 from sweep.results.store import RunDirectory, read_cells, require_launched
 
+log = logging.getLogger(__name__)
+
 MOST = 20
 """Cells that a list names before it counts the rest."""
+
+WATCH_S = 1.5 * BEAT_S
+"""A beat of a living driver falls into it."""
+
+STALLED_S = 15.0
+"""Of a loop that turns ten times a second. A commit or a large record on a busy disk may take it a few seconds."""
 
 
 class State(StrEnum):
@@ -54,11 +63,8 @@ class Standing:
     """None where no driver has worked yet."""
     silent_s: float
     """Since the last beat, by this machine's clock; 0 where there is none."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether a driver is at work; one that was killed is known as dead after STALE_S."""
-        return self.heartbeat is not None and not self.heartbeat.ended and self.silent_s < STALE_S
+    alive: bool
+    """Whether a driver is at work; one that was killed is known as dead after STALE_S."""
 
     @property
     def finished(self) -> bool:
@@ -69,26 +75,45 @@ def standing(directory: RunDirectory, *, now: float) -> Standing:
     """`now` is in seconds since 1970. Raises StoreError where no sweep was launched or a file cannot be read."""
     require_launched(directory)
     with boundary(StoreError, f"read {directory.heartbeat}"):
-        heartbeat = read_heartbeat(directory.heartbeat)
+        heartbeat, silent_s, alive = _last_beat(directory.heartbeat, now)
     outcomes = {f"{o.model}/{o.task}": o for o in _outcomes(directory)}
-    silent_s = max(0.0, now - heartbeat.time) if heartbeat else 0.0
-    at_work = Standing(states={}, errors={}, heartbeat=heartbeat, silent_s=silent_s)
+    since = heartbeat.since if heartbeat is not None and alive else ""
+    running = heartbeat.work.running if heartbeat is not None and alive else {}
     states: dict[str, State] = {}
     errors: dict[str, str] = {}
     for key, fingerprint in read_cells(directory).items():
         outcome = outcomes.get(key)
-        if heartbeat is not None and at_work.alive and key in heartbeat.work.running:
+        if key in running:
             states[key] = State.RUNNING
         elif outcome is None or outcome.fingerprint != fingerprint:
             states[key] = State.OWED
         elif outcome.status is Status.DONE:
             states[key] = State.DONE
-        elif heartbeat is not None and at_work.alive and outcome.started_at < heartbeat.since:
+        elif outcome.started_at < since:
             states[key] = State.OWED  # it failed in an earlier launch, and this one comes to it
         else:
             states[key] = State.FAILED
             errors[key] = (outcome.error or "it says no more").strip().splitlines()[0]
-    return Standing(states=states, errors=errors, heartbeat=heartbeat, silent_s=silent_s)
+    return Standing(states=states, errors=errors, heartbeat=heartbeat, silent_s=silent_s, alive=alive)
+
+
+def _last_beat(path: Path, now: float) -> tuple[Heartbeat | None, float, bool]:
+    """The last heartbeat, how long ago it was, and whether a driver is behind it.
+
+    Where that seems long, which on two machines may be their clocks' doing, the next beat is waited for.
+    """
+    last = read_heartbeat(path)
+    if last is None:
+        return None, 0.0, False
+    silent_s = now - last.time
+    if last.ended or last.reads or (silent_s >= STALE_S and of_this_machine(last)):
+        return last, max(0.0, silent_s), False
+    if abs(silent_s) < STALE_S:
+        return last, max(0.0, silent_s), True
+    log.warning("the heartbeat of %s is %.0f s off this machine's clock: waiting for the next", last, abs(silent_s))
+    if (beat := next_beat(last, path, within_s=WATCH_S)) is None:
+        return last, max(0.0, silent_s), False
+    return beat, 0.0, not (beat.ended or beat.reads)
 
 
 def _outcomes(directory: RunDirectory) -> Iterator[_Outcome]:
@@ -134,12 +159,16 @@ def _driver(stands: Standing) -> str:
     beat = stands.heartbeat
     if beat is None:
         return "none has worked here"
+    if beat.reads:
+        return f"none; the last to use the answers was an export, {beat}"
     if beat.ended:
         return f"none; the last was {beat} and ended in order"
     silent = f"last heartbeat {stands.silent_s:.0f} s ago"
-    if stands.alive:
-        return f"{beat}, {silent}"
-    return f"died: {beat}, {silent}; the same command goes on where it stopped"
+    if not stands.alive:
+        return f"died: {beat}, {silent}; the same command goes on where it stopped"
+    if beat.still_s >= STALLED_S:
+        return f"{beat}, {silent}; stalled for {lasting(beat.still_s)}: the figures are as old, see logs/driver.log"
+    return f"{beat}, {silent}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -105,6 +105,8 @@ class Memory:
     answers: dict[bytes, bytes] = field(default_factory=dict)
     fresh: list[Response] = field(default_factory=list)
     announced: list[int] = field(default_factory=list)
+    others: dict[bytes, bytes] = field(default_factory=dict)
+    """What another cell is answered while this one asks."""
 
     def facts(self) -> Facts:
         assert self.known_facts is not None, "nothing about the server is needed here"
@@ -121,6 +123,9 @@ class Memory:
         assert response.key not in self.answers
         self.answers[response.key] = response.answer
         self.fresh.append(response)
+
+    def earlier(self) -> Mapping[bytes, bytes]:
+        return {key: self.others[key] for key in self.answers if key in self.others}
 
     def progress(self, *, done: int, total: int, reused: int, live: Callable[[], Mapping[str, float]] = dict) -> None:
         self.live = live()

@@ -44,6 +44,9 @@ class Fresh:
     def answered(self, response: Response) -> None:
         self.responses.append(response)
 
+    def earlier(self) -> Mapping[bytes, bytes]:
+        return {}
+
     def progress(self, *, done: int, total: int, reused: int, live: Any = dict) -> None: ...
 
 

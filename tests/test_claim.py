@@ -70,14 +70,41 @@ def test_a_driver_beats_with_what_it_is_at_and_says_when_it_has_ended(lock: Path
     claim.begin()
     first = now_of(heartbeat)
     assert (first.pid, first.host, first.ended) == (os.getpid(), os.uname().nodename, False)
-    claim.work = Work(running={"m/t": (1, 2)}, servers={"m-0": "ready"}, requests_per_s=2.5)
-    until(lambda: now_of(heartbeat).work == claim.work)
+    work = Work(running={"m/t": (1, 2)}, servers={"m-0": "ready"}, requests_per_s=2.5)
+    claim.tell(work)
+    until(lambda: now_of(heartbeat).work == work)
     assert now_of(heartbeat).beats > first.beats
     assert now_of(heartbeat).time >= first.time
     claim.close()
     assert now_of(heartbeat).ended
     assert now_of(heartbeat).work == Work()
     assert {path.name for path in lock.parent.iterdir()} == {"lock", "heartbeat.json"}
+
+
+def test_beats_say_for_how_long_the_loop_has_said_nothing_until_it_has_ended(claimed: Claim, heartbeat: Path) -> None:
+    until(lambda: now_of(heartbeat).beats > 2)
+    assert now_of(heartbeat).still_s == 0  # its loop has not begun
+    claimed.tell(Work(requests_per_s=1))
+    until(lambda: now_of(heartbeat).still_s >= 0.3)
+
+    def turns() -> bool:
+        claimed.tell(Work(requests_per_s=2))
+        return now_of(heartbeat).still_s < 0.3
+
+    until(turns)
+    claimed.tell(None)
+    until(lambda: now_of(heartbeat).work == Work())
+    ended = now_of(heartbeat)
+    until(lambda: now_of(heartbeat).beats > ended.beats + 3)
+    assert now_of(heartbeat).still_s == 0
+
+
+def test_the_heartbeat_of_an_older_version_is_read(heartbeat: Path) -> None:
+    old = msgspec.to_builtins(OTHER)
+    for later in ("reads", "still_s"):
+        del old[later]
+    heartbeat.write_bytes(msgspec.json.encode(old))
+    assert read_heartbeat(heartbeat) == OTHER
 
 
 def test_a_second_driver_of_this_machine_is_told_host_process_and_since_when(

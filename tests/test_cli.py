@@ -10,8 +10,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from sweep.results.reading import Sweep, read_sweep
 from sweep.results.store import RunDirectory, Store, read_commits, read_records
 from sweep.results.tracking import Outcome
 from sweep.running.runner import SIGNALS
+from sweep.status import State, standing
 
 LAUNCH = Path(__file__).parent.parent / "launch.py"
 KEY = "key-from-the-environment-0123456789"
@@ -690,6 +692,46 @@ def test_only_what_is_owed_runs_and_the_plan_says_so(runner: Runner, directory: 
     assert list(plan["servers"]) == ["first", "second"], "of all numbers, not of the last launch alone"
 
 
+def finished_meanwhile(runner: Runner, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another driver finishes first/arc_easy while this one's options are put to vLLM."""
+
+    def examine(plan: Plan, **_: object) -> None:
+        store = Store(directory)
+        (cell,) = (cell for cell in plan.cells if cell.key == "first/arc_easy")
+        store.write_record(replace(runner.record(cell), request_s=9.0), {})
+        store.close()
+
+    monkeypatch.setattr("sweep.cli._examine", examine)
+
+
+def test_what_another_driver_finished_after_the_plan_was_made_is_not_done_again(
+    runner: Runner, directory: RunDirectory, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.leaves = {"first/arc_easy", "second/gsm8k"}
+    main(["conf=small"])
+    runner.leaves = set()
+    finished_meanwhile(runner, directory, monkeypatch)
+    assert main(["conf=small"]) == 0
+    assert runner.ran[1:] == [["second/gsm8k"]]
+    assert read_records(directory)["first", "arc_easy"].request_s == 9.0
+    shown = output()
+    assert "another driver has finished 1 cell meanwhile" in shown
+    assert "4 of 4 cells are done" in shown
+    assert json.loads(directory.plan.read_text())["cells"]["first/arc_easy"]["done"]
+
+
+def test_a_launch_whose_every_cell_another_driver_has_finished_runs_nothing(
+    runner: Runner, directory: RunDirectory, output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.leaves = {"first/arc_easy"}
+    main(["conf=small"])
+    finished_meanwhile(runner, directory, monkeypatch)
+    assert main(["conf=small"]) == 0
+    assert len(runner.ran) == 1
+    assert main(["conf=small", "only=first/arc_easy"]) == 0  # what is asked for by name runs all the same
+    assert runner.ran[1:] == [["first/arc_easy"]]
+
+
 def test_a_model_that_is_not_there_fails_alone(runner: Runner, output: Output, tmp_path: Path) -> None:
     gone = str(tmp_path / "gone")
     assert main(["conf=small", f"models.second.path={gone}"]) == 1
@@ -698,6 +740,42 @@ def test_a_model_that_is_not_there_fails_alone(runner: Runner, output: Output, t
     assert f"models.second.path: no file or folder '{gone}'" in shown
     assert main(["conf=small", f"models.second.path={gone}"]) == 1  # nothing is left to run, which needs no cluster
     assert len(runner.ran) == 1
+
+
+def test_a_refused_cell_is_failed_to_status_while_the_others_run(
+    runner: Runner, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    for module in ("sweep.planning.plan", "sweep.results.claim"):
+        monkeypatch.setattr(f"{module}.datetime", clock)
+    seen: list[Mapping[str, State]] = []
+    carry_out = runner.carry_out
+
+    def watched(config: Any, plan: Plan, *rest: Any, **named: Any) -> SimpleNamespace:
+        seen.append(standing(directory, now=time.time()).states)
+        return carry_out(config, plan, *rest, **named)
+
+    monkeypatch.setattr(runner, "carry_out", watched)
+    main(["conf=small", "models.second.path=/gone"])
+    assert seen == [
+        {
+            "first/gsm8k": State.OWED,
+            "first/arc_easy": State.OWED,
+            "second/gsm8k": State.FAILED,
+            "second/arc_easy": State.FAILED,
+        }
+    ]
+
+
+class Clock:
+    """In place of `datetime`; between two looks at it a minute passes."""
+
+    def __init__(self) -> None:
+        self.at = datetime(2026, 11, 26, 10, tzinfo=UTC)
+
+    def now(self, _zone: object) -> datetime:
+        self.at += timedelta(minutes=1)
+        return self.at
 
 
 def test_a_failed_rerun_is_said_and_leaves_the_numbers(runner: Runner, directory: RunDirectory, output: Output) -> None:

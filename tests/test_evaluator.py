@@ -105,6 +105,7 @@ class Driver:
             with self._heard:
                 if isinstance(event, Answered):
                     self.answers.update((r.key, r.answer) for r in event.responses)
+                    self.process.send(Stored(responses=event.number))
                 if isinstance(event, WantAnswers) and self.replies:
                     known = {key: self.answers[key] for key in event.keys if key in self.answers}
                     self.process.send(KnownAnswers(answers=known))
@@ -466,6 +467,24 @@ def test_an_evaluator_asks_for_nothing_new_while_too_many_answers_are_not_stored
     assert [r.key for batch in batches for r in batch.responses] == [n.to_bytes(4) for n in range(1000)]
     attempt.hear(Stored(responses=batches[0].number))
     assert attempt.pool.take()[1] == 1
+
+
+def test_an_evaluator_hears_which_answers_count_when_all_that_it_has_are_stored(cell: Any) -> None:
+    said: list[Event] = []
+    attempt = _Attempt(RunCell(cell=cell("letters"), attempt=1, facts=None), said.append, lambda: None)
+    for key in (b"1", b"2", b"3"):
+        attempt.answered(Response(key=key, cell="m/letters", method="echo", answer=b"ours"))
+    found: list[Mapping[bytes, bytes]] = []
+    waiting = threading.Thread(target=lambda: found.append(attempt.earlier()))
+    waiting.start()
+    until(lambda: [event for event in said if isinstance(event, Answered)])  # it sends what it waits for
+    attempt.hear(CancelCell(reason="the sweep is stopped"))
+    attempt.hear(Stored(responses=2, earlier={b"2": b"of another"}))
+    assert waiting.is_alive()
+    attempt.hear(Stored(responses=1))
+    waiting.join(10)
+    assert found == [{b"2": b"of another"}]
+    assert attempt.earlier() == {}
 
 
 def test_an_evaluator_says_at_once_what_it_needs_and_that_it_has_heard_of_a_share(

@@ -478,6 +478,18 @@ def test_only_what_is_missing_is_asked(ours: Any, log: RequestsLog) -> None:
     assert lm.counts.requests == len(first.answers)
 
 
+def test_a_cell_is_scored_by_what_another_was_answered_before_as_its_replay_would_be(ours: Any) -> None:
+    channel = Memory(known_facts=ECHO_ONLY)
+    first = ours(channel).loglikelihood(instances("loglikelihood", PAIRS))
+    key, text = next(iter(channel.answers.items()))
+    theirs = {**json.loads(text), "logprob": -0.25}
+    beside = Memory(known_facts=ECHO_ONLY, others={key: json.dumps(theirs).encode()})
+    scored = ours(beside).loglikelihood(instances("loglikelihood", PAIRS))
+    assert set(scored) - set(first) == {(-0.25, theirs["is_greedy"])}
+    replayed = ours(Memory(answers={**beside.answers, **beside.others}))
+    assert replayed.loglikelihood(instances("loglikelihood", PAIRS)) == scored
+
+
 def test_stored_answers_are_looked_up_in_pieces(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Counted(Memory):
         def known(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:

@@ -63,7 +63,7 @@ from sweep.running.costs import start_s
 from sweep.running.inventory import Node
 from sweep.running.progress import Terminal
 from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
-from sweep.running.runner import DEATHS_MOST, Runner, make_report
+from sweep.running.runner import DEATHS_MOST, FAILURES_AT_ONCE, Runner, make_report
 from sweep.running.walltime import LEAVE_S, UNLIMITED, Walltime
 from sweep.serving.metrics import Snapshot
 from sweep.serving.server import Endpoint
@@ -387,6 +387,25 @@ def test_a_failed_check_costs_its_own_cells_before_any_server_is_started(loop: L
         "b/good": "no template",
         "b/bad": "no data",
     }
+
+
+def test_many_failures_at_once_hold_up_the_answers_of_others_for_a_few_of_them_only(loop: Loop) -> None:
+    tasks = [f"t{number}" for number in range(4 * FAILURES_AT_ONCE)]
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        while work := cluster.taken(ev.CheckTask) + cluster.taken(ev.CheckModel):
+            ((name, check),) = work
+            no_tokenizer = isinstance(check, ev.CheckModel) and check.model.name == "a"
+            yield [said(name, ev.Checked(model="a", error="no tokenizer") if no_tokenizer else passed(check))]
+            if no_tokenizer:
+                assert 0 < len(list(loop.folder.glob("records/a.*"))) < len(tasks)
+        yield [cluster.ready("b-0")]
+        while cells := cluster.running():
+            yield [done(*cell) for cell in cells.values()]
+
+    records = loop(a_plan(["a", "b"], tasks), script)
+    assert Counter(statuses(records).values()) == {"failed": len(tasks), "done": len(tasks)}
 
 
 def test_a_check_is_tried_again_when_its_evaluator_dies_and_fails_when_that_goes_on(loop: Loop) -> None:
@@ -1103,10 +1122,10 @@ def test_what_all_evaluators_answered_is_one_transaction_and_each_is_told_of_its
     commits: list[list[bytes]] = []
     put = Store.put
 
-    def noted(self: Store, responses: Iterable[Response]) -> None:
+    def noted(self: Store, responses: Iterable[Response]) -> Mapping[bytes, bytes]:
         responses = list(responses)
-        put(self, responses)
         commits.append([response.key for response in responses])
+        return put(self, responses)
 
     monkeypatch.setattr(Store, "put", noted)
 
@@ -1125,6 +1144,26 @@ def test_what_all_evaluators_answered_is_one_transaction_and_each_is_told_of_its
         yield [answered(*one, b"5"), done(*one)]  # the record stands after its answers
         assert commits[1:] == [[b"5"]]
         yield [done(*two)]
+
+    loop(a_plan(["a"], ["one", "two"]), script, evaluators=2)
+
+
+def test_of_two_cells_that_ask_the_same_the_second_is_told_the_answer_that_counts(loop: Loop) -> None:
+    def answered(name: str, run: ev.RunCell, **answers: bytes) -> EvaluatorSaid:
+        responses = [Response(key=k.encode(), cell=run.cell.key, method="echo", answer=a) for k, a in answers.items()]
+        return said(name, ev.Answered.of(responses, cell=run.cell.key, attempt=run.attempt))
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cells = cluster.running()
+        one, two = cells["a/one"], cells["a/two"]
+        yield [answered(*one, same=b"0.5", own=b"1")]
+        assert [stored.earlier for _, stored in cluster.taken(ev.Stored)] == [{}]
+        yield [answered(*two, same=b"0.4", other=b"2"), answered(*one, more=b"3")]
+        told = {name: stored.earlier for name, stored in cluster.taken(ev.Stored)}
+        assert told == {two[0]: {b"same": b"0.5"}, one[0]: {}}
+        yield [done(*one), done(*two)]
 
     loop(a_plan(["a"], ["one", "two"]), script, evaluators=2)
 

@@ -1,15 +1,19 @@
 """What `status` says of a run directory, from its files alone."""
 
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from sweep import status
 from sweep.errors import StoreError
 from sweep.record import Record
 from sweep.record import Status as Outcome
+from sweep.results import claim
 from sweep.results.claim import STALE_S, Heartbeat, Work
 from sweep.results.store import RunDirectory, write_file
 from sweep.status import MOST, State, describe, standing
@@ -39,6 +43,12 @@ def recorded(directory: RunDirectory, cell: str, status: Outcome = Outcome.DONE,
 
 def beats(directory: RunDirectory, heartbeat: Heartbeat) -> None:
     write_file(directory.heartbeat, msgspec.json.encode(heartbeat))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "WATCH_S", 0.05)
+    monkeypatch.setattr(claim, "LOOK_S", 0.01)
 
 
 def test_every_cell_is_done_running_owed_or_failed(directory: RunDirectory) -> None:
@@ -73,7 +83,11 @@ def test_every_cell_is_done_running_owed_or_failed(directory: RunDirectory) -> N
             False,
             "died: process 42 on login-1 .* 30 s ago; the same command goes on",
         ),
+        (replace(ALIVE, time=NOW + 3600), False, "died: process 42 on login-1"),
+        (replace(ALIVE, still_s=14), True, "last heartbeat 3 s ago$"),
+        (replace(ALIVE, still_s=95), True, "3 s ago; stalled for 1 min 35 s: the figures are as old, see logs/driver"),
         (replace(ALIVE, ended=True), False, "none; the last was process 42 on login-1 .* ended in order"),
+        (replace(ALIVE, reads=True), False, "none; the last to use the answers was an export, process 42 on login-1"),
         (None, False, "none has worked here"),
     ],
 )
@@ -86,7 +100,36 @@ def test_a_driver_lives_while_it_beats(
     stands = standing(directory, now=NOW)
     assert stands.alive is alive
     assert stands.states["a/t"] is (State.RUNNING if alive else State.OWED)
-    assert re.search(words, describe(stands, directory.root, width=None))
+    assert re.search(words, describe(stands, directory.root, width=None), re.MULTILINE)
+
+
+@pytest.mark.parametrize("off_s", [-3600.0, 3600.0])
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_driver_whose_clock_is_off_is_alive_when_it_beats_again(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, off_s: float, ended: bool
+) -> None:
+    planned(directory, "a/t")
+    seen = replace(ALIVE, time=NOW + off_s, work=Work(running={"a/t": (1, 2)}))
+    beats(directory, seen)
+    while_waiting = SimpleNamespace(
+        sleep=lambda _: beats(directory, replace(seen, beats=seen.beats + 1, ended=ended)), monotonic=time.monotonic
+    )
+    monkeypatch.setattr(claim, "time", while_waiting)
+    stands = standing(directory, now=NOW)
+    assert stands.alive is not ended
+    assert stands.states["a/t"] is (State.OWED if ended else State.RUNNING)
+    words = "ended in order" if ended else "last heartbeat 0 s ago"
+    assert words in describe(stands, directory.root, width=None)
+
+
+def test_nothing_is_waited_for_where_the_clock_is_the_same(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(directory, "a/t")
+    monkeypatch.setattr(claim, "time", None)  # no sleep without it
+    for beat, alive in ((ALIVE, True), (replace(ALIVE, boot=claim._boot(), time=NOW - STALE_S), False)):
+        beats(directory, beat)
+        assert standing(directory, now=NOW).alive is alive
 
 
 def test_a_failure_of_an_earlier_launch_is_one_when_nobody_is_at_it(directory: RunDirectory) -> None:

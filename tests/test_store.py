@@ -6,8 +6,10 @@ import os
 import re
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +20,9 @@ import pytest
 
 from sweep.errors import StoreError
 from sweep.record import Counts, Record, Score, Status
+from sweep.results import claim
 from sweep.results import store as module
+from sweep.results.claim import Heartbeat, read_heartbeat
 from sweep.results.store import (
     KEY_BYTES,
     Response,
@@ -29,6 +33,7 @@ from sweep.results.store import (
     read_records,
     response_key,
     set_aside,
+    stored_responses,
     write_file,
 )
 
@@ -100,8 +105,10 @@ def test_an_answer_survives_a_kill_right_after_it_was_put(directory: RunDirector
 
 def test_the_first_answer_to_a_request_is_the_one_that_counts(directory: RunDirectory) -> None:
     store = Store(directory)
-    store.put([response(1, b"first"), response(2, b"two")])
-    store.put([response(1, b"second"), response(3, b"three")])
+    assert store.put([response(1, b"first"), response(2, b"two")]) == {}
+    assert store.put([response(1, b"second"), response(2, b"two"), response(3, b"three")]) == {
+        response(1).key: b"first"
+    }
     assert sorted(store.answers([response(n).key for n in (1, 2, 3)]).values()) == [b"first", b"three", b"two"]
     store.close()
 
@@ -128,7 +135,8 @@ def test_a_batch_that_cannot_be_written_is_written_not_even_in_part(directory: R
 
 def test_of_two_answers_to_one_request_in_a_batch_the_first_counts(directory: RunDirectory) -> None:
     store = Store(directory)
-    store.put([response(1, b"first"), response(2, b"two"), response(1, b"second")])
+    in_place = store.put([response(1, b"first"), response(2, b"two"), response(1, b"second")])
+    assert in_place == {response(1).key: b"first"}
     assert store.answers([response(1).key]) == {response(1).key: b"first"}
     store.close()
 
@@ -344,6 +352,41 @@ def test_a_second_driver_on_a_directory_is_refused_and_told_who_is_there(directo
     Store(directory).close()
 
 
+def test_no_driver_begins_where_answers_are_read_even_where_locks_do_not_reach(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    store = Store(directory)
+    store.put([response(1)])
+    store.close()
+    monkeypatch.setattr(claim, "BEAT_S", 0.05)
+    monkeypatch.setattr(claim, "STALE_S", 0.6)
+    monkeypatch.setattr(claim, "LOOK_S", 0.02)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with stored_responses(directory) as responses:
+        with pytest.raises(StoreError, match=f"in use by process {os.getpid()} on"):
+            Store(directory)
+        assert list(responses) == [response(1)]
+    Store(directory).close()
+
+
+def test_a_driver_beats_before_it_looks_at_the_database(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Heartbeat | None] = []
+    prepare = Store._prepare
+
+    def watched(store: Store, *, exclusive: bool) -> str:
+        seen.append(read_heartbeat(directory.heartbeat))
+        return prepare(store, exclusive=exclusive)
+
+    monkeypatch.setattr(Store, "_prepare", watched)
+    Store(directory).close()
+    assert [beat is not None and not beat.ended for beat in seen] == [True]
+
+
 def test_a_directory_in_use_is_not_set_aside(directory: RunDirectory) -> None:
     store = Store(directory)
     with pytest.raises(StoreError, match="in use by process"):
@@ -377,7 +420,7 @@ def test_a_file_of_another_version_is_refused_and_stays_as_it_is(directory: RunD
         with pytest.raises(StoreError, match=r"format 7, this lmsweep writes 2: .*fresh=true"):
             Store(directory)
     assert directory.responses.read_bytes() == before
-    assert {path.name for path in directory.root.iterdir()} == {"responses.db", "lock"}
+    assert {path.name for path in directory.root.iterdir()} == {"responses.db", "lock", "heartbeat.json"}
 
 
 def test_a_file_that_is_no_database_is_refused_with_its_folder(directory: RunDirectory) -> None:
@@ -430,22 +473,40 @@ def test_a_record_is_written_after_its_files_and_old_files_go_only_then(
     store = Store(directory)
     folder = directory.cell_results("m", "t")
     store.write_record(record(), {"results_1.json": b"{}", "samples_1.jsonl": b"1"})
-    seen: list[tuple[str, set[str]]] = []
-    real = write_file
+    seen: dict[str, set[str]] = {}
+    real = module._replace
 
     def watched(path: Path, content: bytes | str) -> None:
-        seen.append((path.name, {file.name for file in folder.iterdir()}))
+        seen[path.name] = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
         real(path, content)
 
-    monkeypatch.setattr(module, "write_file", watched)
+    monkeypatch.setattr(module, "_replace", watched)
     store.write_record(record(), {"results_2.json": b"{}", "samples_2.jsonl": b"2"})
-    old = {"results_1.json", "samples_1.jsonl"}
-    assert seen == [
-        ("results_2.json", old),
-        ("samples_2.jsonl", old | {"results_2.json"}),
-        ("m.t.json", old | {"results_2.json", "samples_2.jsonl"}),
-    ]
+    old, new = {"results_1.json", "samples_1.jsonl"}, {"results_2.json", "samples_2.jsonl"}
+    assert list(seen)[-1] == "m.t.json"
+    assert seen["m.t.json"] == old | new
+    assert all(old <= seen[name] for name in new)
     assert {file.name for file in folder.iterdir()} == {"results_2.json", "samples_2.jsonl"}
+    store.close()
+
+
+def test_the_files_of_a_record_are_synced_side_by_side_and_each_folder_once(
+    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, synced, together = Store(directory), list[str](), threading.Barrier(4)
+    real = os.fsync
+
+    def watched(descriptor: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append("folder" if folder else "file")
+        if threading.current_thread() is not threading.main_thread():
+            together.wait(timeout=10)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    store.write_record(record(), {f"samples_{number}.jsonl": b"1" for number in range(8)})
+    assert synced == [*["file"] * 8, "folder", "file", "folder"]
+    assert not together.broken
     store.close()
 
 
@@ -453,19 +514,17 @@ def test_a_record_is_written_after_its_files_and_old_files_go_only_then(
 def test_a_kill_at_any_moment_leaves_no_record_without_its_files(directory: RunDirectory, write: int) -> None:
     """The driver dies at its `write`-th rename of two files and a record; the last number lets it live."""
     code = f"""if True:
-        import os, signal
+        import itertools, os, signal
         from pathlib import Path
         from sweep.record import Record, Status
         from sweep.results.store import RunDirectory, Store
         store = Store(RunDirectory(Path({str(directory.root)!r})))
         store._claim._ended.set()  # its heartbeat is renamed too
         store._claim._thread.join()
-        renames, replace = 0, Path.replace
+        renames, replace = itertools.count(), Path.replace
         def counted(self, target):
-            global renames
-            if renames == {write}:
+            if next(renames) == {write}:
                 os.kill(os.getpid(), signal.SIGKILL)
-            renames += 1
             return replace(self, target)
         Path.replace = counted
         files = ("results_1.json", "samples_1.jsonl")

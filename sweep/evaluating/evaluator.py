@@ -133,6 +133,8 @@ class Stored:
     """So many responses more are on the driver's disk, in the order in which they were handed over."""
 
     responses: int
+    earlier: Mapping[bytes, bytes] = field(default_factory=dict, repr=False)
+    """What is there in place of some of them: another cell of the model had the same requests answered before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +379,7 @@ class _Attempt:
         self._ahead = run.ahead
         self._unstored = 0
         """Responses of this attempt that the driver has not said to be stored."""
+        self._earlier: dict[bytes, bytes] = {}
         self._unstored_lock = threading.Lock()
         self._batch_lock = threading.Lock()
         self._last_progress = 0.0
@@ -386,7 +389,8 @@ class _Attempt:
             match message:
                 case KnownAnswers(answers=answers):
                     self._answers = answers
-                case Stored(responses=responses):
+                case Stored(responses=responses, earlier=earlier):
+                    self._earlier.update(earlier)
                     self._count_unstored(-responses)
                 case PoolChanged(shares=shares, facts=facts, lost=lost, serial=serial):
                     self._facts = facts or self._facts
@@ -447,6 +451,14 @@ class _Attempt:
         self._count_unstored(1)
         if full:
             self.flush()
+
+    def earlier(self) -> Mapping[bytes, bytes]:
+        # Cancelled or not: a cell that has all its answers ends, and the driver stores what it has heard in any case.
+        self.flush()
+        with self._heard:
+            self._heard.wait_for(lambda: self._unstored == 0)
+            earlier, self._earlier = self._earlier, {}
+        return earlier
 
     def _count_unstored(self, more: int) -> None:
         with self._unstored_lock:

@@ -250,28 +250,28 @@ def make_plan(
         if only is not None and cells:
             raise ConfigError(f"only={only}: no such cell (model/task){_nearest_cells(only, cells)}")
         raise ConfigError(f"sweep {config.name!r} has no cells: give it models and tasks that are not all skipped")
+    known_commits = {source: commit for source, commit in commit_by_source.items() if commit is not None}
+    plan = Plan(
+        models=models, servers=servers, cells=tuple(chosen), done={}, commits={**(commits or {}), **known_commits}
+    )
+    return as_of(plan, records if only is None else {})
+
+
+def as_of(plan: Plan, records: Mapping[tuple[str, str], Record]) -> Plan:
+    """The plan with what `records` say is done, whatever it said before, and with its refusals made just now."""
     done = {
         cell.key: record
-        for cell in chosen
-        if only is None
-        and (record := records.get((cell.model.name, cell.task_name))) is not None
+        for cell in plan.cells
+        if (record := records.get((cell.model.name, cell.task_name))) is not None
         and record.status is Status.DONE
         and record.fingerprint == cell.fingerprint
     }
     refused = {
         cell.key: failure(cell, cell.model.problem)
-        for cell in chosen
+        for cell in plan.cells
         if cell.model.problem is not None and cell.key not in done
     }
-    known_commits = {source: commit for source, commit in commit_by_source.items() if commit is not None}
-    return Plan(
-        models=models,
-        servers=servers,
-        cells=tuple(chosen),
-        done=done,
-        refused=refused,
-        commits={**(commits or {}), **known_commits},
-    )
+    return replace(plan, done=done, refused=refused)
 
 
 def _nearest_cells(only: str, cells: Iterable[Cell]) -> str:

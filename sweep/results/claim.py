@@ -2,9 +2,9 @@
 
 A lock (flock) keeps a second driver out on one machine, and on others where the file system carries locks between
 them. Some do not (Lustre with `localflock`, NFS with `nolock`, parts of FUSE), and from the inside nobody can tell. So
-a driver also writes heartbeat.json every BEAT_S. One of another machine (another boot of a kernel: names repeat) that
-did not end well is watched before its directory is taken: if its heartbeat moves within STALE_S it lives. No two
-machines' clocks are compared.
+a driver, and whoever reads its answers, also writes heartbeat.json every BEAT_S. One of another machine (another boot
+of a kernel: names repeat) that did not end well is watched before its directory is taken: if its heartbeat moves within
+STALE_S it lives. No two machines' clocks are compared.
 
 A driver that was taken for dead and is not (a machine that slept, a network that came back) finds another's heartbeat
 in place of its own and writes nothing any more: before each write the store asks `Claim.check`.
@@ -67,7 +67,11 @@ class Heartbeat:
     beats: int = 0
     ended: bool = False
     """It has left the directory in order."""
+    reads: bool = False
+    """It is no driver: it reads the stored answers (`export`), and no driver can begin meanwhile."""
     work: Work = field(default_factory=Work)
+    still_s: float = 0.0
+    """For so long its loop had not said what it is at; beats come from a thread of their own. 0 outside of the loop."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
@@ -90,7 +94,7 @@ def take(lock: Path, heartbeat: Path) -> TextIO:
     try:
         carried = _locked(file, lock.parent)
         last = read_heartbeat(heartbeat)
-        if last is not None and not last.ended and not (carried and last.boot == _boot()):
+        if last is not None and not last.ended and not (carried and of_this_machine(last)):
             _outlive(last, heartbeat)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename} since {_now()}")
@@ -126,14 +130,24 @@ def _has_locks(file: TextIO) -> bool:
 def _outlive(last: Heartbeat, path: Path) -> None:
     """Return when `last` has not beaten for STALE_S; raises StoreError when it does, or when another begins."""
     log.warning("%s was in use by %s, which did not leave in order: watching for %g s", path.parent, last, STALE_S)
-    deadline = time.monotonic() + STALE_S
+    if (beat := next_beat(last, path, within_s=STALE_S)) is not None and not beat.ended:
+        raise _in_use(path.parent, str(beat))
+
+
+def next_beat(last: Heartbeat, path: Path, *, within_s: float) -> Heartbeat | None:
+    """The one that follows `last`; None when none does in that time."""
+    deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         time.sleep(LOOK_S)
-        now = read_heartbeat(path)
-        if now is not None and (now.driver, now.beats) != (last.driver, last.beats):
-            if now.ended:
-                return
-            raise _in_use(path.parent, str(now))
+        beat = read_heartbeat(path)
+        if beat is not None and (beat.driver, beat.beats) != (last.driver, last.beats):
+            return beat
+    return None
+
+
+def of_this_machine(beat: Heartbeat) -> bool:
+    """Whether its clock and its locks are ours."""
+    return beat.boot == _boot()
 
 
 def _in_use(root: Path, owner: str) -> StoreError:
@@ -149,16 +163,17 @@ def _now() -> str:
 
 
 class Claim:
-    """A driver's hold on its run directory, from `take` to `close`."""
+    """The hold of a driver, or of one who `reads`, on a run directory, from `take` to `close`."""
 
-    def __init__(self, lock: Path, heartbeat: Path) -> None:
-        """Raises StoreError while another driver lives. Writes no heartbeat before `begin`."""
+    def __init__(self, lock: Path, heartbeat: Path, *, reads: bool = False) -> None:
+        """Raises StoreError while another one lives. Writes no heartbeat before `begin`, and is not seen from machines
+        that the lock does not reach."""
         self._lock = take(lock, heartbeat)
         self.locks = _has_locks(self._lock)
         """Whether the file system has any."""
         self._path = heartbeat
-        self.work = Work()
-        """What the next beat tells; replaced by whoever knows better."""
+        self._told: tuple[Work, float | None] = (Work(), None)
+        """What the next beat says, and when that was told."""
         self._mine = Heartbeat(
             driver=secrets.token_hex(8),
             host=os.uname().nodename,
@@ -166,6 +181,7 @@ class Claim:
             pid=os.getpid(),
             since=_now(),
             time=0.0,
+            reads=reads,
         )
         self._rival: Heartbeat | None = None
         self._seen_s = 0.0
@@ -178,6 +194,10 @@ class Claim:
         """Raises OSError where nothing can be written."""
         self._write()
         self._thread.start()
+
+    def tell(self, work: Work | None) -> None:
+        """What the next beat says of the loop; None when it has ended, and its silence means nothing."""
+        self._told = (Work(), None) if work is None else (work, time.monotonic())
 
     def check(self) -> None:
         """Raises StoreError when another driver has taken the directory over."""
@@ -207,8 +227,9 @@ class Claim:
 
     def _write(self) -> None:
         """Without fsync: after a power cut nobody lives here anyway."""
-        now = time.time()
-        self._mine = replace(self._mine, time=now, beats=self._mine.beats + 1, work=self.work)
+        now, (work, told_s) = time.time(), self._told
+        still_s = 0.0 if told_s is None else round(time.monotonic() - told_s, 1)
+        self._mine = replace(self._mine, time=now, beats=self._mine.beats + 1, work=work, still_s=still_s)
         temporary = self._path.with_name(f".{self._path.name}.{self._mine.driver}.tmp")
         try:
             temporary.write_bytes(msgspec.json.encode(self._mine))
@@ -221,6 +242,6 @@ class Claim:
         if self._thread.ident is not None:
             self._ended.set()
             self._thread.join()
-            self.work = Work()
+            self.tell(None)
             self._beat(ended=True)
         self._lock.close()

@@ -78,6 +78,10 @@ RATE_S = 1.0
 TRACK_S = 5.0
 """Between two points of a model's history in W&B."""
 
+FAILURES_AT_ONCE = 8
+"""Written between two looks at what happened, of those that one check or server may cause by the thousand: each is two
+syncs, and answers wait for them."""
+
 TELL_S = 1.0
 """Between two words of what is at work; the heartbeat takes the last."""
 
@@ -244,6 +248,7 @@ def carry_out(
             number = runner.run(stop)
             ended = not runner.out_of_time
         finally:
+            store.tell(None)
             cluster.close()  # no GPU is held while W&B takes its time
             timeline.add("launch", host, "ended")
             report_end_s = walltime.end_s - TABLES_S - CLOSE_WANDB_S
@@ -353,6 +358,8 @@ class Runner:
     """Servers of which the view does not know the latest."""
     _late: set[str] = field(default_factory=set)
     """Servers for which nothing pays any more before the walltime's end."""
+    _unwritten: deque[Record] = field(default_factory=deque)
+    """Failures on their way to the disk; a cell whose failure gets lost is owed, as it is with it."""
 
     def run(self, stop: Sequence[int] = ()) -> int:
         """0 when every cell is finished or has failed, or when it is `out_of_time`; else the first number in `stop`, a
@@ -382,6 +389,7 @@ class Runner:
             self._tell()
         if stop or self.out_of_time:
             self._hear_last()
+        self._write_failures(len(self._unwritten))
         self._keep_concurrency()
         return stop[0] if stop else 0
 
@@ -425,6 +433,11 @@ class Runner:
         keep_answers(events, self.store, self.cluster)
         for event in events:
             self._observe(event)
+        self._write_failures(FAILURES_AT_ONCE)
+
+    def _write_failures(self, most: int) -> None:
+        for _ in range(min(most, len(self._unwritten))):
+            self.store.write_record(self._unwritten.popleft(), {})
 
     def _hear_last(self) -> None:
         """Have evaluators pass on what they have been answered, and hear them, for KEEP_S at most."""
@@ -859,7 +872,10 @@ class Runner:
     def _finish(self, state: _CellState, record: Record, files: Mapping[str, bytes]) -> None:
         folder = self.store.directory.cell_results(record.model, record.task).relative_to(self.store.directory.root)
         record = replace(record, files=tuple(str(folder / name) for name in sorted(files)))
-        self.store.write_record(record, files)
+        if record.status is Status.FAILED:
+            self._unwritten.append(record)
+        else:
+            self.store.write_record(record, files)
         state.state, state.evaluator = ("done" if record.status is Status.DONE else "failed"), None
         if record.status is Status.DONE and record.counts.asked:
             for life in self._ready(state.cell.model.server):
@@ -1133,15 +1149,20 @@ def keep_answers(events: Sequence[ClusterEvent], store: Store, cluster: Cluster)
     else of these events: no record stands before the answers that it was made of. Right whichever attempt asked: an
     answer belongs to a model and a request.
     """
-    said = [(e.evaluator, e.event) for e in events if isinstance(e, EvaluatorSaid) and isinstance(e.event, ev.Answered)]
+    said = [
+        (event.evaluator, event.event.responses)
+        for event in events
+        if isinstance(event, EvaluatorSaid) and isinstance(event.event, ev.Answered)
+    ]
     if not said:
         return
-    store.put(itertools.chain.from_iterable(answered.responses for _, answered in said))
-    stored: Counter[str] = Counter()
-    for evaluator, answered in said:
-        stored[evaluator] += answered.number
-    for evaluator, number in stored.items():
-        cluster.send(evaluator, ev.Stored(responses=number))
+    earlier = store.put(itertools.chain.from_iterable(responses for _, responses in said))
+    keys: dict[str, list[bytes]] = {}
+    for evaluator, responses in said:
+        keys.setdefault(evaluator, []).extend(response.key for response in responses)
+    for evaluator, own in keys.items():
+        of_others = {key: earlier[key] for key in own if key in earlier} if earlier else {}
+        cluster.send(evaluator, ev.Stored(responses=len(own), earlier=of_others))
 
 
 def _first_line(text: str | None) -> str:
