@@ -905,19 +905,25 @@ def test_a_rest_that_ends_between_two_looks_at_the_clock_is_not_missed(loop: Loo
     assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
 
 
-def test_a_server_whose_place_left_with_its_node_keeps_no_evaluator_from_others(loop: Loop) -> None:
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_server_whose_place_left_with_its_node_keeps_no_evaluator_from_others(asked: bool, loop: Loop) -> None:
+    """Also of a cell that has not asked yet: one that truncates, or scores rolling windows, waits for facts first."""
+
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         (head,) = cluster.inventory
         nodes = {name: Node(name=name, cpu_servers=1) for name in ("n1", "n2")}
         cluster.inventory = (replace(head, cpu_servers=0), *nodes.values())
         yield from cluster.checks_pass()
         assert sorted(cluster.started) == ["a-0", "b-0"]
-        yield [cluster.ready("a-0"), cluster.ready("b-0")]
+        yield [cluster.ready("b-0"), *([cluster.ready("a-0")] if asked else [])]
         name, run = cluster.running()["a/t"]
-        yield [asks(name, run)]
+        yield [asks(name, run)] if asked else []
         del nodes[cluster.nodes_of["a-0"][0]]
         cluster.inventory = (cluster.inventory[0], *nodes.values())
-        yield [ServerLost(life="a-0", reason="node lost", infrastructure=True), ServerStopped(life="a-0")]
+        if asked:
+            yield [ServerLost(life="a-0", reason="node lost", infrastructure=True), ServerStopped(life="a-0")]
+        else:
+            yield [ServerFailed(life="a-0", error="node lost", passing=True, infrastructure=True)]
         yield from cluster.after(LONGEST_REST_S)
         assert cluster.taken(ev.CancelCell) == [(name, ev.CancelCell(reason="its server has no place"))]
         yield [cancelled(name, run)]

@@ -410,11 +410,11 @@ class Runner:
         )
 
     def _free_evaluators(self) -> None:
-        """Have cells give back evaluators with which they wait for a server that has lost its place: other servers may
-        be waiting for cells, and that one for the end of theirs."""
+        """Have cells give back evaluators with which they wait for a server that has lost its place, or for its facts:
+        other servers may be waiting for cells, and that one for the end of theirs."""
         for key in self._evaluators.values():
             state = self._cells.get(key or "")
-            if state is None or state.state != "running" or state.taken_back or not state.needs_server:
+            if state is None or state.state != "running" or state.taken_back or not self._wants_server(state):
                 continue
             if not (state.answered or self._expected_back(state.cell.model.server)):
                 state.taken_back = True
