@@ -1220,6 +1220,41 @@ def test_a_servers_limit_goes_to_the_cells_that_can_use_it_and_only_when_others_
     loop(a_plan(["a"], ["one", "two"], concurrency=8), script, evaluators=2)
 
 
+class Walked(dict[str, Any]):
+    """Counts how often all of it is looked at."""
+
+    walks = 0
+
+    def values(self) -> Any:
+        self.walks += 1
+        return super().values()
+
+
+def test_words_of_cells_cost_no_look_at_all_cells_of_the_sweep(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluator says twice a second what it needs, and a sweep may have tens of thousands of cells."""
+    begin, all_cells = Runner._begin, Walked()
+
+    def watched(self: Runner) -> None:
+        begin(self)
+        all_cells.update(self._cells)
+        self._cells = all_cells
+
+    monkeypatch.setattr(Runner, "_begin", watched)
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cell, sharing = cluster.running()["a/one"], Sharing(cluster)
+        before = all_cells.walks
+        yield []
+        of_a_tick = all_cells.walks - before
+        yield [sharing.needs(cell, wanted=wanted, held=0) for wanted in range(50)]
+        assert all_cells.walks - before == 2 * of_a_tick
+        yield [done(*cell)]
+
+    loop(a_plan(["a"], ["one"]), script)
+
+
 def test_a_limit_that_moves_is_followed_and_the_next_life_and_the_next_run_begin_with_it(loop: Loop) -> None:
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()

@@ -329,6 +329,8 @@ class Runner:
     _facts: dict[str, Facts] = field(default_factory=dict)
     _token_ids: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     """Model -> what its tokenizer makes of preflight's texts."""
+    _done: int = 0
+    """Cells of the plan, now and before."""
     _failures: Failures = field(init=False)
     _seats: Seats = field(default_factory=Seats)
     _evaluators: dict[str, str | None] = field(default_factory=dict)
@@ -441,6 +443,7 @@ class Runner:
         owed = self.plan.owed
         self._cells = {cell.key: _CellState(cell=cell) for cell in owed}
         self._costs = Costs(self.records.values())
+        self._done = sum(record.status is Status.DONE for record in self.records.values())
         gpus = total_gpus(self.cluster.inventory)
         for name, plan in self.plan.owed_servers.items():
             plan = decided(plan, cluster_gpus=gpus)
@@ -870,8 +873,8 @@ class Runner:
         self._touched.add(state.cell.model.server)
         self._expect(state.cell.model.server)
         self.tracker.cell(record)
-        done = sum(r.status is Status.DONE for r in self.records.values())
-        self.terminal.finished(record, done, len(self.plan.cells))
+        self._done += record.status is Status.DONE
+        self.terminal.finished(record, self._done, len(self.plan.cells))
         log.info(
             "%s %s: %d requests, %d asked, %d reused, %.1f s",
             state.cell.key,
@@ -1038,9 +1041,7 @@ class Runner:
 
     def _share(self, server: str) -> None:
         """Tell the evaluators of this server's models which endpoints they have, and how much of each."""
-        running = [
-            c for c in self._cells.values() if c.state == "running" and c.evaluator and c.cell.model.server == server
-        ]
+        running = [c for c in self._cells_of(server) if c.state == "running" and c.evaluator]
         # The new shares are all of one serial, and an evaluator that hears it has heard those of all its endpoints.
         serial, holders = next(self._serials), [state.cell.key for state in running]
         pools: dict[str, list[tuple[Endpoint, int]]] = {holder: [] for holder in holders}
