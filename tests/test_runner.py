@@ -862,6 +862,50 @@ def test_stored_answers_are_looked_at_without_a_server_which_comes_when_they_do_
     assert statuses(records) == {"a/replay": "done", "a/new": "done"}
 
 
+@pytest.mark.parametrize("starting", [False, True])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_cell_that_fails_by_what_is_stored_of_its_server_is_judged_by_what_the_server_says_itself(
+    fits: bool, starting: bool, loop: Loop
+) -> None:
+    """A prompt that did not fit yesterday may fit into what the owner of the server has started since."""
+    now = replace(FACTS, max_model_len=32768)
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        if starting:
+            yield [asks(name, run)]
+            yield [cancelled(name, run)]
+            name, run = cluster.running()["a/t"]
+            assert cluster.started == ["a-0"]
+        yield [asks(name, run), failed(name, run, passing=False)]
+        assert cluster.started == ["a-0"]
+        yield from cluster.after(LONGEST_REST_S)
+        assert not cluster.running()
+        yield [cluster.ready("a-0", now)]
+        name, run = cluster.running()["a/t"]
+        assert run.facts == now
+        yield [done(name, run) if fits else failed(name, run, passing=False)]
+
+    records = loop(a_plan(["a"], ["t"]), script, known=("a",))
+    assert statuses(records) == {"a/t": "done" if fits else "failed"}
+
+
+@pytest.mark.parametrize("known", [(), ("a",)])
+def test_a_cell_that_fails_by_what_its_server_has_borne_out_fails_at_once(known: tuple[str, ...], loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        yield [asks(name, run)]
+        if known:
+            yield [cancelled(name, run)]
+            name, run = cluster.running()["a/t"]
+        yield [cluster.ready("a-0")]
+        yield [failed(name, run, passing=False)]
+
+    assert statuses(loop(a_plan(["a"], ["t"]), script, known=known)) == {"a/t": "failed"}
+
+
 def test_the_place_of_a_resting_server_is_kept_while_its_cells_hold_the_evaluators(loop: Loop) -> None:
     """Both models would wait for ever: the one for a server slot, the other for an evaluator."""
 

@@ -95,6 +95,10 @@ class _CellState:
     """Attempts that ended with an error of the cell's own which may pass."""
     needs_server: bool | None = None
     """None until an evaluator has compared the cell's requests with the stored answers."""
+    by_stored_facts: bool = False
+    """Its attempt goes by facts of another launch or life, which its server has not borne out."""
+    misled: bool = False
+    """An attempt failed by such facts: the next one is begun when a server has told its own."""
     evaluator: str | None = None
     progress: ev.CellProgress | None = None
     rate: float = 0.0
@@ -566,6 +570,9 @@ class Runner:
             self._facts[life.server] = event.facts
             if before is not None and not event.facts.plans_as(before):
                 self._plan_anew(life.server)
+            else:
+                for state in self._cells_of(life.server):
+                    state.by_stored_facts = False
         with boundary(StoreError, f"write what is known of server {life.server}"):
             write_file(
                 self.store.directory.facts(life.server),
@@ -614,6 +621,7 @@ class Runner:
         """
         for state in self._cells_of(server):
             if state.state == "running" and state.evaluator is not None:
+                state.by_stored_facts = True
                 log.info("%s is planned anew, its server can do other things than before", state.cell.key)
                 self.cluster.send(state.evaluator, ev.CancelCell(reason="its server is another one now"))
 
@@ -807,14 +815,23 @@ class Runner:
                 if state.unfinished and error is None:
                     self._take_back(state)
                 elif state.unfinished and error is not None:
-                    state.errors = state.errors.lost(self.clock())
-                    if passing and state.errors.losses <= self.retries:
-                        log.warning("%s is run once more: %s", cell.key, masked(error, self.secrets))
-                        self._take_back(state)
-                    else:
-                        state.evaluator = None  # idle again, there is nothing to cancel
-                        self._fail(state, error)
+                    self._attempt_failed(state, error, passing=passing)
                 self._share(cell.model.server)
+
+    def _attempt_failed(self, state: _CellState, error: str, *, passing: bool) -> None:
+        said = masked(error, self.secrets)
+        if state.by_stored_facts and state.needs_server and not passing:
+            log.info("%s waits for what its server says of itself: %s", state.cell.key, said)
+            state.misled = True
+            self._take_back(state)
+            return
+        state.errors = state.errors.lost(self.clock())
+        if passing and state.errors.losses <= self.retries:
+            log.warning("%s is run once more: %s", state.cell.key, said)
+            self._take_back(state)
+        else:
+            state.evaluator = None  # idle again, there is nothing to cancel
+            self._fail(state, error)
 
     def _leave(self, cell: str | None) -> None:
         """Nothing of this cell is in flight any more."""
@@ -989,6 +1006,8 @@ class Runner:
     def _can_start(self, state: _CellState) -> bool:
         if state.errors.rest_s(self.clock()):
             return False
+        if state.misled:
+            return bool(self._ready(state.cell.model.server))
         return bool(self._live(state.cell.model.server)) or (
             state.needs_server is None and state.cell.model.server in self._facts
         )
@@ -1034,6 +1053,7 @@ class Runner:
                 self.timeline.add("cell", key, "running", on=state.evaluator, reason=reason)
                 self.terminal.cell(key, state="loading")
                 facts = self._facts.get(server_name)
+                state.by_stored_facts = facts is not None and not self._ready(server_name)
                 ahead = max(ev.BATCH_RESPONSES, ev.AHEAD_MOST // len(self._evaluators))
                 run = ev.RunCell(cell=state.cell, attempt=state.attempt, facts=facts, ahead=ahead)
                 self.cluster.send(state.evaluator, run)
