@@ -63,7 +63,7 @@ from sweep.running.costs import start_s
 from sweep.running.inventory import Node
 from sweep.running.progress import Terminal
 from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
-from sweep.running.runner import DEATHS_MOST, Runner, make_report
+from sweep.running.runner import DEATHS_MOST, GIVE_BACK_S, SLOW_S, Runner, make_report
 from sweep.running.walltime import LEAVE_S, UNLIMITED, Walltime
 from sweep.serving.metrics import Snapshot
 from sweep.serving.server import Endpoint
@@ -93,6 +93,8 @@ class ScriptedCluster:
         self.started: list[str] = []
         """Lives of servers."""
         self.stopped: list[str] = []
+        self.ended: list[str] = []
+        """Evaluators that the runner had killed."""
         self.expected: dict[str, Mapping[str, Expected]] = {}
         """Life -> what it was to be."""
         self.controllers: dict[str, Controller] = {}
@@ -130,6 +132,10 @@ class ScriptedCluster:
 
     def send(self, evaluator: str, message: Any) -> None:
         self.sent[evaluator].append(message)
+
+    def end_evaluator(self, name: str, reason: str) -> None:
+        self.ended.append(name)
+        self._placed.append(EvaluatorLost(evaluator=name, reason=reason))
 
     def events(self, timeout_s: float) -> list[ClusterEvent]:
         # Two rounds for each step of a script: a server that is started in one round gets cells in the next.
@@ -256,7 +262,7 @@ class Loop:
         cpu_servers: int = 1,
         known: tuple[str, ...] = (),
         walltime: Walltime = UNLIMITED,
-        **limits: int,
+        **limits: float,
     ) -> dict[str, Record]:
         """`known` are the servers whose facts an earlier launch has stored, `limits` the runner's."""
         store = Store(RunDirectory(self.folder))
@@ -483,6 +489,79 @@ def test_a_cell_that_gets_on_between_its_evaluators_deaths_is_not_their_cause(lo
         yield [done(*cluster.running()["a/t"])]
 
     assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
+
+
+def test_a_check_that_hangs_holds_up_its_own_cells_only_and_is_ended(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        while work := cluster.taken(ev.CheckTask) + cluster.taken(ev.CheckModel):
+            yield [said(name, passed(check)) for name, check in work if getattr(check, "task_name", "") != "stuck"]
+        yield from cluster.after(SLOW_S - 1)
+        assert not cluster.started
+        yield from cluster.after(2)
+        assert cluster.started == ["a-0"]
+        yield [cluster.ready("a-0")]
+        yield [done(*cluster.running()["a/fine"])]
+        assert cluster.stopped == ["a-0"]  # and does not idle until the check is over
+        yield [ServerStopped(life="a-0")]
+        yield from cluster.after(2990 - SLOW_S)
+        assert not cluster.ended
+        yield from cluster.after(20)
+
+    records = loop(a_plan(["a"], ["stuck", "fine"]), script, evaluators=2, load_timeout_s=3000)
+    assert statuses(records) == {"a/stuck": "failed", "a/fine": "done"}
+    assert str(records["a/stuck"].error).startswith("load task stuck: not done within 50 min (`load_timeout_s`), its ")
+    shown = loop.screen.getvalue()
+    assert shown.count("evaluator.0 takes long to load task stuck, 10 min so far (see ") == 1
+    assert "it is ended after 50 min (`load_timeout_s`)" in shown
+
+
+def test_an_evaluator_that_hangs_loses_its_cell_and_makes_room_for_the_next(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield from cluster.after(10_000)  # its server starts, of which it waits to hear
+        yield [cluster.ready("a-0")]
+        for number, (cell, loaded) in enumerate([("a/loads", False), ("a/scores", True)]):
+            name, run = cluster.running()[cell]
+            yield from cluster.after(1500)
+            if loaded:
+                progress = ev.CellProgress(cell=cell, attempt=run.attempt, done=3, total=3, reused=0)
+                yield [said(name, ev.WantAnswers(cell=cell, attempt=run.attempt, keys=[])), said(name, progress)]
+                yield from cluster.after(2500)
+            assert len(cluster.ended) == number
+            yield from cluster.after(1600)
+            assert cluster.ended[number:] == [name]
+            yield from cluster.after(BACKOFF_S)
+        yield [done(*cluster.running()["a/fine"])]
+
+    plan = a_plan(["a"], ["loads", "scores", "fine"])
+    records = loop(plan, script, load_timeout_s=3000, scoring_timeout_s=4000)
+    errors = {key: record.error for key, record in records.items()}
+    assert errors.pop("a/fine") is None
+    ended = f"its evaluator was ended (see {loop.folder}/logs/evaluator"
+    assert errors == {
+        "a/loads": f"load a/loads: not done within 50 min (`load_timeout_s`), {ended}.0.log); if its data is only slow "
+        "to come, bring it with `fetch` or raise the limit",
+        "a/scores": f"score a/scores: not done within 1 h 07 min (`scoring_timeout_s`), {ended}.1.log); if it is only "
+        "slow, raise the limit; its answers are kept",
+    }
+
+
+def test_an_evaluator_that_does_not_leave_a_cell_that_has_failed_is_replaced(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, _ = cluster.running()["a/t"]
+        yield [ServerFailed(life="a-0", error="no")]
+        yield [cluster.ready("b-0")]
+        yield from cluster.after(GIVE_BACK_S - 1)
+        assert not cluster.ended
+        yield from cluster.after(2)
+        assert cluster.ended == [name]
+        yield from cluster.after(BACKOFF_S)
+        yield [done(*cluster.running()["b/t"])]
+
+    records = loop(a_plan(["a", "b"], ["t"]), script)
+    assert (records["a/t"].error, records["b/t"].error) == ("no", None)
 
 
 def test_what_the_infrastructure_takes_is_done_again_as_often_as_it_takes(loop: Loop) -> None:

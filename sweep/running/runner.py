@@ -28,6 +28,7 @@ from sweep.results import publish
 from sweep.results.claim import Work
 from sweep.results.reading import Outcome as Sampled
 from sweep.results.reading import Sweep, read_sweep
+from sweep.results.report import lasting
 from sweep.results.store import Store, masked_json, write_file
 from sweep.results.timeline import TimelineWriter
 from sweep.results.tracking import Outcome, Tracker, live_key
@@ -61,6 +62,18 @@ TICK_S = 0.1
 DEATHS_MOST = 3
 """A check or a cell that so many evaluators died at, with no new answer between them, is the cause of it; one or two
 may be the memory of a moment."""
+
+SLOW_S = 600.0
+"""An evaluator that loads or scores for longer is spoken of, and cells wait no longer for checks of others."""
+
+CURES = {
+    "load_timeout_s": "if its data is only slow to come, bring it with `fetch` or raise the limit",
+    "scoring_timeout_s": "if it is only slow, raise the limit; its answers are kept",
+}
+
+GIVE_BACK_S = 300.0
+"""An evaluator whose cell is over has so long to come back before it is ended. It may be loading data, of which the
+next one goes on; all that ending it costs is a start of 8 to 14 s."""
 
 KEEP_S = 2.0
 """At an end that was asked for, evaluators pass on what they have been answered for so long. It takes 0.1 s, and longer
@@ -106,6 +119,8 @@ class _CellState:
     """When the first answers came, and how many; for the rate."""
     told: ev.PoolChanged | None = None
     """What its evaluator was told last of its pool."""
+    loads: bool = False
+    """Its evaluator has not asked for stored answers yet."""
     taken_back: bool = False
     """Its evaluator has been told to give it back."""
     expected_s: float = 0.0
@@ -130,6 +145,22 @@ class _CellState:
         if self.progress is None or not self.progress.total:
             return 0.0
         return (self.progress.done - (0 if reused else self.progress.reused)) / self.progress.total
+
+
+@dataclass(kw_only=True)
+class _Spell:
+    """What an evaluator is at without waiting for a server or for answers: nothing but time tells whether it hangs."""
+
+    doing: str
+    """`load task mmlu`"""
+    attempt: int = 0
+    """At its cell."""
+    limit_s: float
+    key: str = ""
+    """Of the sweep file, which sets the limit."""
+    since_s: float = field(compare=False)
+    slow: bool = field(default=False, compare=False)
+    """It has been spoken of."""
 
 
 @dataclass(kw_only=True)
@@ -243,6 +274,8 @@ def carry_out(
                 records=records,
                 retries=config.retries,
                 max_failures=config.max_failures,
+                load_timeout_s=config.load_timeout_s,
+                scoring_timeout_s=config.scoring_timeout_s,
                 walltime=walltime,
             )
             number = runner.run(stop)
@@ -322,6 +355,8 @@ class Runner:
     """Of a cell, after errors of its own that may pass."""
     max_failures: int | None = None
     """Of the sweep."""
+    load_timeout_s: float = SweepConfig.load_timeout_s
+    scoring_timeout_s: float = SweepConfig.scoring_timeout_s
     clock: Callable[[], float] = time.monotonic
     walltime: Walltime = UNLIMITED
     """On the same clock."""
@@ -342,6 +377,8 @@ class Runner:
     _checks: deque[ev.CheckTask | ev.CheckModel] = field(default_factory=deque)
     _checking: dict[str, ev.CheckTask | ev.CheckModel] = field(default_factory=dict)
     _check_losses: Counter[str] = field(default_factory=Counter)
+    _spells: dict[str, _Spell] = field(default_factory=dict)
+    """By evaluator, as they were seen to begin."""
     _evaluators_started: int = 0
     _evaluators_work: bool = False
     """One of them has said something."""
@@ -372,6 +409,7 @@ class Runner:
             if stop or self.walltime.over(self.clock()):
                 self.out_of_time = not stop and any(c.unfinished for c in self._cells.values())
                 break
+            self._see_hanging()
             self._fill_seats()
             self._dispatch_checks()
             self._look()
@@ -425,6 +463,55 @@ class Runner:
             if not (state.answered or self._expected_back(state.cell.model.server)):
                 state.taken_back = True
                 self.cluster.send(str(state.evaluator), ev.CancelCell(reason="its server has no place"))
+
+    def _see_hanging(self) -> None:
+        """End evaluators that hang: the cell of one would never end, and behind its check no cell would begin."""
+        now = self.clock()
+        for name, work in [*self._evaluators.items()]:
+            spell, known = self._spell(name, work, now), self._spells.get(name)
+            if spell is None:
+                self._spells.pop(name, None)
+            elif known is None or spell != known:
+                self._spells[name] = spell
+            elif now > known.since_s + known.limit_s:
+                self._end_hanging(name, known)
+            elif now > known.since_s + SLOW_S and not known.slow:
+                known.slow = True
+                so_far = f"{lasting(SLOW_S)} so far (see {self.store.directory.server_log(name)})"
+                limit = f"{lasting(known.limit_s)} (`{known.key}`)"
+                self.terminal.note(f"{name} takes long to {known.doing}, {so_far}; it is ended after {limit}")
+                self._release()
+
+    def _spell(self, name: str, work: str | None, now: float) -> _Spell | None:
+        if (check := self._checking.get(name)) is not None:
+            return _Spell(
+                doing=f"load {_subject(check)}", limit_s=self.load_timeout_s, key="load_timeout_s", since_s=now
+            )
+        if (state := self._cells.get(work or "")) is None:
+            return None
+        key, attempt = state.cell.key, state.attempt
+        if state.evaluator != name:
+            return _Spell(doing=f"leave {key}, which is over", attempt=attempt, limit_s=GIVE_BACK_S, since_s=now)
+        # Without facts it may be waiting for its server.
+        knows = state.by_stored_facts or (state.told is not None and state.told.facts is not None)
+        if state.loads and (knows or state.taken_back):
+            limit_s, by = self.load_timeout_s, "load_timeout_s"
+            return _Spell(doing=f"load {key}", attempt=attempt, limit_s=limit_s, key=by, since_s=now)
+        if state.answered and not state.loads:
+            limit_s, by = self.scoring_timeout_s, "scoring_timeout_s"
+            return _Spell(doing=f"score {key}", attempt=attempt, limit_s=limit_s, key=by, since_s=now)
+        return None
+
+    def _end_hanging(self, name: str, spell: _Spell) -> None:
+        """What it was at fails at once: another attempt would take as long."""
+        within = f"within {lasting(spell.limit_s)}"
+        why = f"its evaluator was ended (see {self.store.directory.server_log(name)})"
+        error = f"{spell.doing}: not done {within} (`{spell.key}`), {why}; {CURES.get(spell.key)}"
+        if (check := self._checking.pop(name, None)) is not None:
+            self._check_failed(check, error)
+        elif (state := self._cells[str(self._evaluators[name])]).evaluator == name:
+            self._fail(state, error)
+        self.cluster.end_evaluator(name, f"it did not {spell.doing} {within} and was ended")
 
     def _hear(self) -> None:
         events = self.cluster.events(TICK_S)
@@ -719,12 +806,13 @@ class Runner:
     def _evaluator_lost(self, event: EvaluatorLost) -> None:
         name, reason = event.evaluator, event.reason
         work = self._evaluators.pop(name, None)
+        self._spells.pop(name, None)
         log.warning("%s was lost: %s", name, reason)
         self._leave(work)
         reason = f"{reason} (see {self.store.directory.server_log(name)})"
         if (check := self._checking.pop(name, None)) is not None:
             self._check_lost(check, reason, counts=not event.infrastructure)
-        elif work is not None and (state := self._cells[work]).evaluator == name:  # else it was cancelling the cell
+        elif (state := self._cells.get(work or "")) is not None and state.evaluator == name:  # else its work had failed
             state.losses += not event.infrastructure
             self._take_back(state)
             if state.losses >= DEATHS_MOST:
@@ -756,12 +844,14 @@ class Runner:
 
     def _check_lost(self, check: ev.CheckTask | ev.CheckModel, reason: str, *, counts: bool) -> None:
         """Once more, since memory may have been short for a moment; a check that kills every evaluator has failed."""
-        what = f"task {check.task.task}" if isinstance(check, ev.CheckTask) else f"model {check.model.name}"
+        what = _subject(check)
         self._check_losses[what] += counts
         if (losses := self._check_losses[what]) < DEATHS_MOST:
             self._checks.append(check)
             return
-        error = f"load {what}: the process that did it died {losses} times, last: {reason}"
+        self._check_failed(check, f"load {what}: the process that did it died {losses} times, last: {reason}")
+
+    def _check_failed(self, check: ev.CheckTask | ev.CheckModel, error: str) -> None:
         if isinstance(check, ev.CheckTask):
             self._checked(ev.Checked(task_name=check.task_name, error=error))
         else:
@@ -789,6 +879,7 @@ class Runner:
         cell = state.cell
         match said:
             case ev.WantAnswers(keys=keys):
+                state.loads = False
                 self.cluster.send(name, ev.KnownAnswers(answers=self.store.answers(keys)))
             case ev.NeedServer(requests=requests):
                 state.needs_server = True
@@ -851,11 +942,22 @@ class Runner:
             for state in self._cells.values():
                 if state.unfinished and (state.cell.task_name == said.task_name or state.cell.model.name == said.model):
                     self._fail(state, said.error)
-        if not self._checks and not self._checking:
-            self._touched.update(self._servers)
-            for state in self._cells.values():
-                if state.state == "checking":
-                    state.state = "waiting"
+        self._release()
+
+    def _release(self) -> None:
+        """Let cells begin when all checks are over, so that what is wrong is known before a server starts; those that
+        take long are waited for by their own cells alone."""
+        slow = [name for name in self._checking if name in self._spells and self._spells[name].slow]
+        if self._checks or len(slow) < len(self._checking):
+            return
+        tasks = {check.task_name for check in self._checking.values() if isinstance(check, ev.CheckTask)}
+        # A server is compared with the tokenizers of all its models.
+        servers = {check.model.server for check in self._checking.values() if isinstance(check, ev.CheckModel)}
+        self._touched.update(self._servers)
+        for state in self._cells.values():
+            cell = state.cell
+            if state.state == "checking" and cell.task_name not in tasks and cell.model.server not in servers:
+                state.state = "waiting"
 
     def _progressed(self, state: _CellState, said: ev.CellProgress) -> None:
         now, asked = self.clock(), said.done - said.reused
@@ -955,7 +1057,8 @@ class Runner:
 
     def _seen(self, name: str) -> ServerView:
         server, now = self._servers[name], self.clock()
-        unfinished = [state for state in server.cells if state.unfinished]
+        # One that may be checked for hours yet keeps no server.
+        unfinished = [state for state in server.cells if state.unfinished and state.state != "checking"]
         ready = self._ready(name)
         if ready and any(state.asks for state in unfinished):
             server.spent_s += len(ready) * (now - server.looked_s)
@@ -1045,7 +1148,7 @@ class Runner:
                 self._touched.add(state.cell.model.server)
                 state.attempt += 1
                 state.state, state.first_answers, state.rate = "running", (0.0, 0), 0.0
-                state.told, state.taken_back = None, False
+                state.told, state.taken_back, state.loads = None, False, True
                 state.evaluator = self._idle()[0]
                 self._evaluators[state.evaluator] = key
                 server_name = state.cell.model.server
@@ -1163,6 +1266,10 @@ def keep_answers(events: Sequence[ClusterEvent], store: Store, cluster: Cluster)
         stored[evaluator] += answered.number
     for evaluator, number in stored.items():
         cluster.send(evaluator, ev.Stored(responses=number))
+
+
+def _subject(check: ev.CheckTask | ev.CheckModel) -> str:
+    return f"task {check.task.task}" if isinstance(check, ev.CheckTask) else f"model {check.model.name}"
 
 
 def _first_line(text: str | None) -> str:
