@@ -695,6 +695,67 @@ def test_evaluators_are_told_which_servers_are_dead(loop: Loop) -> None:
     loop(a_plan(["a"], ["t"], replicas=2), script, cpu_servers=2)
 
 
+def unreached(evaluator: str, run: ev.RunCell, *, made: bool = False, server: str = "a-0") -> EvaluatorSaid:
+    why = "Server disconnected" if made else "Cannot connect to host 10.0.0.7:20100"
+    cell, attempt = run.cell.key, run.attempt
+    return said(evaluator, ev.Unreached(cell=cell, attempt=attempt, server=server, made=made, why=why))
+
+
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_cell_that_cannot_reach_its_server_is_tried_from_another_node_and_then_fails_with_both_addresses(
+    again: bool, made: bool, loop: Loop
+) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        near = replace(cluster.inventory[0], host="near.lab")
+        cluster.inventory = (near, Node(name="far", host="far.lab", evaluators=1))
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cells = cluster.running()
+        (far,) = [key for key, (name, _) in cells.items() if cluster.node_of[name] == "far"]
+        name, run = cells.pop(far)
+        yield [asks(name, run), unreached(name, run, made=made)]
+        assert cluster.taken(ev.CancelCell) == [(name, ev.CancelCell(reason="its server cannot be reached from here"))]
+        yield [cancelled(name, run)]
+        yield from cluster.after(1)
+        assert not cluster.running()  # though its evaluator is idle
+        yield [done(*run) for run in cells.values()]
+        name, run = cluster.running()[far]
+        assert cluster.node_of[name] == "n"
+        yield [unreached(name, run, made=made) if again else done(name, run)]
+
+    records = loop(a_plan(["a"], ["one", "two"]), script)
+    errors = [record.error for record in records.values() if record.error is not None]
+    shown = loop.screen.getvalue()
+    if made:
+        words = (
+            "gets no answer from a-0 on near.lab at http://x, which is alive: connections break (Server disconnected)"
+        )
+        cure = "does a proxy in between end what takes long?"
+    else:
+        words = "cannot connect to a-0 on near.lab at http://x, which is alive: Cannot connect to host 10.0.0.7:20100"
+        cure = "ports 20000-29999 must be open between all nodes"
+    assert shown.count(f"evaluator.1 on far.lab {words}; {cure}; a/") == 1
+    assert errors == ([f"evaluator.0 on near.lab {words}; {cure}"] if again else [])
+
+
+def test_a_cell_that_reaches_one_of_its_servers_goes_on_without_the_others(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0"), cluster.ready("a-1")]
+        run = cluster.running()["a/t"]
+        cluster.taken(ev.PoolChanged)
+        yield [unreached(*run)]
+        assert not cluster.taken(ev.CancelCell)
+        assert [e.server for e, _ in cluster.taken(ev.PoolChanged)[-1][1].shares] == ["a-1"]
+        yield [lost("a-1"), unreached(*run, server="a-1"), ServerStopped(life="a-1")]
+        assert [name for name, _ in cluster.taken(ev.CancelCell)] == [run[0]]  # with those that it reaches gone
+        yield [cancelled(*run)]
+        yield [done(*cluster.running()["a/t"])]
+
+    loop(a_plan(["a"], ["t"], replicas=2), script, cpu_servers=2)
+
+
 def lost(life: str) -> ServerLost:
     return ServerLost(life=life, reason="exited with code 1")
 

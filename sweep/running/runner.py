@@ -52,7 +52,7 @@ from sweep.running.restarts import LOSSES_MOST, NEVER_LOST, Restarts, healthy
 from sweep.running.schedule import LifeView, RetireServer, RunCell, ServerView, StartServer, View, schedule
 from sweep.running.seats import Seats
 from sweep.running.walltime import CELL_START_S, UNLIMITED, Walltime
-from sweep.serving.server import Endpoint
+from sweep.serving.server import PORTS, Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,10 @@ class _CellState:
     """When the first answers came, and how many; for the rate."""
     told: ev.PoolChanged | None = None
     """What its evaluator was told last of its pool."""
+    unreached: dict[str, str] = field(default_factory=dict)
+    """Servers that this attempt's evaluator cannot reach, each with the reason."""
+    cut_off: set[str] = field(default_factory=set)
+    """Nodes from which none could be reached, since its last new answer."""
     loads: bool = False
     """Its evaluator has not asked for stored answers yet."""
     taken_back: bool = False
@@ -750,6 +754,7 @@ class Runner:
             now, started_s=life.started_at_s, healthy=was_healthy, counts=not event.infrastructure
         )
         self._again(life.server, restarts, f"{name_of_life} {reason} (see {log_path})")
+        self._move_cut_off(life.server)
         self._share(life.server)
 
     def _again(self, name: str, restarts: Restarts, reason: str) -> None:
@@ -867,7 +872,8 @@ class Runner:
                 del self._checking[name]
                 self._checked(said)
             case ev.Answered(cell=key):
-                self._cells[key].losses = 0  # the answers are stored with those of the others
+                state = self._cells[key]  # the answers are stored with those of the others
+                state.losses, state.cut_off = 0, set()
             case _:
                 if name not in self._evaluators or self._evaluators[name] != said.cell:
                     return
@@ -894,6 +900,8 @@ class Runner:
                     if life in self._lives:
                         self._lives[life].leases.hear(cell.key, need, serial=serial)
                 self._share(cell.model.server)
+            case ev.Unreached():
+                self._unreached(name, state, said)
             case ev.CellDone(record=record, files=files):
                 self._evaluators[name] = None
                 self._leave(cell.key)
@@ -908,6 +916,51 @@ class Runner:
                 elif state.unfinished and error is not None:
                     self._attempt_failed(state, error, passing=passing)
                 self._share(cell.model.server)
+
+    def _unreached(self, evaluator: str, state: _CellState, said: ev.Unreached) -> None:
+        """A server that is alive cannot be reached from where a cell runs, which goes on with those that it reaches."""
+        server = state.cell.model.server
+        if state.evaluator != evaluator or said.server not in self._ready(server):
+            return
+        life, node = self._lives[said.server], self._seats.node_of(evaluator)
+        why = masked(self._in_words(said, life, evaluator, self._host(node)), self.secrets)
+        state.unreached[said.server] = why
+        life.leases.leave(state.cell.key)
+        if not state.unreached.keys() >= set(self._ready(server)):
+            self.terminal.note(f"{why}; {state.cell.key} goes on with other servers")
+        self._move_cut_off(server)
+        self._share(server)
+
+    def _move_cut_off(self, server: str) -> None:
+        """Take what reaches none of the live servers to another node; what did not from there either has failed."""
+        ready = self._ready(server)
+        for state in self._cells_of(server):
+            if state.evaluator is None or not ready or not state.unreached.keys() >= set(ready):
+                continue
+            why = state.unreached[ready[-1]]
+            if state.cut_off:
+                self._fail(state, why)
+                continue
+            self.terminal.note(f"{why}; {state.cell.key} is tried from another node")
+            state.cut_off, state.unreached = {self._seats.node_of(state.evaluator)}, {}
+            self.cluster.send(state.evaluator, ev.CancelCell(reason="its server cannot be reached from here"))
+
+    def _in_words(self, said: ev.Unreached, life: _Life, evaluator: str, host: str) -> str:
+        assert life.endpoint is not None
+        there = ", ".join(map(self._host, life.nodes))
+        server = f"{said.server}{f' on {there}' if there else ''} at {life.endpoint.url}, which is alive"
+        if said.made:
+            cure = "does a proxy in between end what takes long?"
+            return f"{evaluator} on {host} gets no answer from {server}: connections break ({said.why}); {cure}"
+        if self._servers[life.server].plan.external:
+            cure = "every node must reach that address"
+        else:
+            cure = f"ports {PORTS.start}-{PORTS.stop - 1} must be open between all nodes"
+        return f"{evaluator} on {host} cannot connect to {server}: {said.why}; {cure}"
+
+    def _host(self, node: str) -> str:
+        """What people call it."""
+        return next((known.host for known in self._nodes if known.name == node and known.host), node)
 
     def _attempt_failed(self, state: _CellState, error: str, *, passing: bool) -> None:
         said = masked(error, self.secrets)
@@ -1051,9 +1104,11 @@ class Runner:
         self._touched = pausing
 
     def _pauses(self, server: str) -> bool:
-        """Whether time alone changes what may be done: it rests, or one of its cells does."""
+        """Whether time alone, or any evaluator, changes what may be done: it rests, or one of its cells waits."""
         now = self.clock()
-        return self._resting(server) or any(c.unfinished and c.errors.rest_s(now) for c in self._cells_of(server))
+        return self._resting(server) or any(
+            c.unfinished and (c.errors.rest_s(now) or c.cut_off) for c in self._cells_of(server)
+        )
 
     def _seen(self, name: str) -> ServerView:
         server, now = self._servers[name], self.clock()
@@ -1109,6 +1164,8 @@ class Runner:
     def _can_start(self, state: _CellState) -> bool:
         if state.errors.rest_s(self.clock()):
             return False
+        if state.cut_off and not self._seats.elsewhere(self._idle(), state.cut_off):
+            return False
         if state.misled:
             return bool(self._ready(state.cell.model.server))
         return bool(self._live(state.cell.model.server)) or (
@@ -1146,10 +1203,14 @@ class Runner:
             case RunCell(cell=key, reason=reason):
                 state = self._cells[key]
                 self._touched.add(state.cell.model.server)
+                idle = self._seats.elsewhere(self._idle(), state.cut_off)
+                if not idle:  # another cell of this tick has the last one
+                    return
                 state.attempt += 1
                 state.state, state.first_answers, state.rate = "running", (0.0, 0), 0.0
                 state.told, state.taken_back, state.loads = None, False, True
-                state.evaluator = self._idle()[0]
+                state.unreached = {}
+                state.evaluator = idle[0]
                 self._evaluators[state.evaluator] = key
                 server_name = state.cell.model.server
                 log.info("run %s on %s, attempt %d: %s", key, state.evaluator, state.attempt, reason)
@@ -1166,13 +1227,14 @@ class Runner:
         """Tell the evaluators of this server's models which endpoints they have, and how much of each."""
         running = [c for c in self._cells_of(server) if c.state == "running" and c.evaluator]
         # The new shares are all of one serial, and an evaluator that hears it has heard those of all its endpoints.
-        serial, holders = next(self._serials), [state.cell.key for state in running]
-        pools: dict[str, list[tuple[Endpoint, int]]] = {holder: [] for holder in holders}
+        serial = next(self._serials)
+        pools: dict[str, list[tuple[Endpoint, int]]] = {state.cell.key: [] for state in running}
         for name in self._ready(server):
             life = self._lives[name]
             assert life.endpoint is not None
             assert life.load is not None
-            for holder, share in life.leases.split(life.load.limit, holders, serial=serial).items():
+            reach = [state.cell.key for state in running if name not in state.unreached]
+            for holder, share in life.leases.split(life.load.limit, reach, serial=serial).items():
                 pools[holder].append((life.endpoint, share))
             self._press(name)
         facts = self._facts.get(server) if self._ready(server) else None
