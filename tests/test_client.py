@@ -81,9 +81,10 @@ def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
 
 
 class Scripted:
-    """A server that answers each request by a function of its number, counted from 0; runs in a thread."""
+    """A server that answers each request by a function of its number, counted from 0; runs in a thread. None breaks the
+    connection."""
 
-    def __init__(self, answer: Callable[[int], web.Response]) -> None:
+    def __init__(self, answer: Callable[[int], web.Response | None]) -> None:
         self.answer = answer
         self.requests: list[Any] = []
         self.keys: list[str | None] = []
@@ -117,14 +118,19 @@ class Scripted:
         number = len(self.requests)
         self.requests.append(await request.json())
         self.keys.append(request.headers.get("Authorization"))
-        return self.answer(number)
+        answer = self.answer(number)
+        if answer is None:
+            assert request.transport is not None
+            request.transport.close()
+            return web.Response()
+        return answer
 
 
 @pytest.fixture
-def scripted() -> Iterator[Callable[[Callable[[int], web.Response]], Scripted]]:
+def scripted() -> Iterator[Callable[[Callable[[int], web.Response | None]], Scripted]]:
     servers: list[Scripted] = []
 
-    def start(answer: Callable[[int], web.Response]) -> Scripted:
+    def start(answer: Callable[[int], web.Response | None]) -> Scripted:
         servers.append(Scripted(answer))
         return servers[-1]
 
@@ -369,6 +375,51 @@ def test_a_dead_endpoint_may_stay_in_the_pool_for_long(monkeypatch: pytest.Monke
 
     with later(stop), pytest.raises(Cancelled):
         client.run(asked(64), lambda *_: None)
+
+
+def test_a_call_whose_connection_breaks_always_fails_when_its_server_answers_others(
+    scripted: Callable[..., Scripted],
+) -> None:
+    """As behind a proxy that ends what takes long."""
+    server = scripted(lambda number: None if server.requests[number]["prompt"] == [1, 1] else fine())
+    words = f"failed {ATTEMPTS} times, last at m-0: the connection broke, while others got answers; does a proxy"
+    with pytest.raises(RequestFault, match=words):
+        run(pool_of((server.endpoint(), 2)), asked(200))
+    assert sum(request["prompt"] == [1, 1] for request in server.requests) > ATTEMPTS
+
+
+def test_a_server_that_breaks_all_connections_for_a_while_costs_no_call(scripted: Callable[..., Scripted]) -> None:
+    server = scripted(lambda number: fine() if number >= 4 * ATTEMPTS else None)
+    assert run(pool_of((server.endpoint(), 2)), asked(4)) == Counter(range(4))
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_an_endpoint_that_gives_broken_connections_only_is_told_of_once(
+    made: bool, scripted: Callable[..., Scripted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BROKEN_S", 0.3)
+    nowhere = Endpoint(server="m-0", url="http://127.0.0.1:9", api_key=KEY, max_model_len=1, engine_version="0")
+    told: list[tuple[str, bool, float]] = []
+    begun = time.monotonic()
+
+    def on_broken(endpoint: Endpoint, error: BaseException) -> None:
+        told.append((endpoint.server, isinstance(error, module.UNMADE), time.monotonic() - begun))
+
+    pool = Pool(on_broken=on_broken)
+    client = Client(model="m", pool=pool)
+
+    def stop() -> None:
+        until(lambda: told)
+        seen = client.traffic.retries
+        until(lambda: client.traffic.retries > seen + 8)
+        pool.cancel("enough")
+
+    pool.update([(scripted(lambda _: None).endpoint() if made else nowhere, 2)])
+    with later(stop), pytest.raises(Cancelled, match="enough"):
+        client.run(asked(4), lambda *_: None)
+    ((server, unmade, after_s),) = told
+    assert (server, unmade) == ("m-0", not made)
+    assert after_s >= 0.3
 
 
 def test_requests_that_fail_together_pause_a_server_once(

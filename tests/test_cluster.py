@@ -187,6 +187,7 @@ class Seen:
     external: list[str]
     external_lives: bool
     evaluator_lost: str
+    evaluator_ended: str
     starting_at_close: int
     left: list[list[str]]
     session: Path
@@ -255,6 +256,12 @@ def play(play: Play, found: dict[str, Any], *, url: str) -> None:
     found["sweeps_env"].append({name: environment.get(name, "") for name in ENV})
     evaluators()[0].kill()
     found["evaluator_lost"] = play.until(EvaluatorLost, "evaluator.0").reason
+    play.start_evaluator("evaluator.1")
+    until(lambda: bool(evaluators()), "another evaluator began")
+    evaluators()[0].suspend()
+    cluster.end_evaluator("evaluator.1", "it hung")
+    found["evaluator_ended"] = play.until(EvaluatorLost, "evaluator.1").reason
+    until(lambda: not evaluators(), "nothing was left of an evaluator that hung")
 
     play.process("two-0").kill()
     begun = time.monotonic()
@@ -378,6 +385,11 @@ def test_a_server_at_a_url_needs_no_slot_and_is_not_stopped(seen: Seen) -> None:
 @pytest.mark.ray
 def test_an_evaluator_that_dies_is_told(seen: Seen) -> None:
     assert seen.evaluator_lost.startswith("its process ended")
+
+
+@pytest.mark.ray
+def test_an_evaluator_that_hangs_can_be_ended_and_leaves_nothing(seen: Seen) -> None:
+    assert seen.evaluator_ended == "it hung"
 
 
 @pytest.mark.ray

@@ -17,12 +17,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
+import aiohttp
 import psutil
 import pytest
 from conftest import command_line
 from doubles import KEY, RequestsLog, facts, make_gpqa, make_tasks, make_tokenizer, stand_in
 from tokenizers import Tokenizer
 
+from sweep.evaluating.client import ATTEMPTS
 from sweep.evaluating.concurrency import Need
 from sweep.evaluating.evaluator import (
     Answered,
@@ -41,6 +43,7 @@ from sweep.evaluating.evaluator import (
     PoolChanged,
     RunCell,
     Stored,
+    Unreached,
     WantAnswers,
     _Attempt,
     child_environment,
@@ -485,6 +488,24 @@ def test_an_evaluator_hears_which_answers_count_when_all_that_it_has_are_stored(
     waiting.join(10)
     assert found == [{b"2": b"of another"}]
     assert attempt.earlier() == {}
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_an_evaluator_says_of_which_endpoint_it_gets_nothing_but_broken_connections(
+    made: bool, cell: Any, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweep.evaluating.client.BROKEN_S", 0.0)
+    said: list[Event] = []
+    attempt = _Attempt(RunCell(cell=cell("letters"), attempt=3, facts=None), said.append, lambda: None)
+    attempt.hear(PoolChanged(shares=((endpoint, 8),), facts=facts()))
+    attempt.pool.take()
+    for _ in range(2 * ATTEMPTS):
+        error = aiohttp.ServerDisconnectedError("gone") if made else aiohttp.ConnectionTimeoutError("silent")
+        attempt.pool.broke(endpoint, error)
+    why = "gone" if made else "silent"
+    assert [event for event in said if isinstance(event, Unreached)] == [
+        Unreached(cell="m/letters", attempt=3, server=endpoint.server, made=made, why=why)
+    ]
 
 
 def test_an_evaluator_says_at_once_what_it_needs_and_that_it_has_heard_of_a_share(

@@ -177,6 +177,13 @@ def test_how_much_may_fail_is_said_of_the_sweep_and_of_models():
     assert (config.retries, config.max_failures, config.models["qwen"].max_failures) == (0, 9, 3)
 
 
+def test_how_long_loading_and_scoring_may_take_is_said_of_the_sweep():
+    config = loaded(SMALL)
+    assert (config.load_timeout_s, config.scoring_timeout_s) == (7200, 14400)
+    config = loaded(SMALL, "load_timeout_s=60", "scoring_timeout_s=90.5")
+    assert (config.load_timeout_s, config.scoring_timeout_s) == (60, 90.5)
+
+
 def test_the_limit_of_the_sweep_fills_tasks_that_set_none():
     config = loaded(SMALL + "  own: {limit: 0.5}\nlimit: 10\n")
     assert [config.tasks[name].limit for name in ("gsm8k", "mmlu", "own")] == [10, 10, 0.5]
@@ -463,6 +470,8 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         ("- models", [], "conf/s.yaml: wants a mapping, got ['models']"),
         (SMALL, ["retries=-1"], "command line: retries: wants 0 or more, got -1"),
         (SMALL, ["max_failures=0"], "command line: max_failures: wants 1 or more, got 0"),
+        (SMALL, ["load_timeout_s=0"], "command line: load_timeout_s: wants more than 0 seconds, got 0.0"),
+        (SMALL, ["scoring_timeout_s=-1"], "command line: scoring_timeout_s: wants more than 0 seconds, got -1.0"),
         (SMALL, ["models.qwen.max_failures=0"], "models.qwen.max_failures: wants 1 or more, got 0"),
         # missing values
         (

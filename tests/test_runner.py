@@ -63,7 +63,7 @@ from sweep.running.costs import start_s
 from sweep.running.inventory import Node
 from sweep.running.progress import Terminal
 from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
-from sweep.running.runner import DEATHS_MOST, FAILURES_AT_ONCE, Runner, make_report
+from sweep.running.runner import DEATHS_MOST, FAILURES_AT_ONCE, GIVE_BACK_S, SLOW_S, Runner, make_report
 from sweep.running.walltime import LEAVE_S, UNLIMITED, Walltime
 from sweep.serving.metrics import Snapshot
 from sweep.serving.server import Endpoint
@@ -93,6 +93,8 @@ class ScriptedCluster:
         self.started: list[str] = []
         """Lives of servers."""
         self.stopped: list[str] = []
+        self.ended: list[str] = []
+        """Evaluators that the runner had killed."""
         self.expected: dict[str, Mapping[str, Expected]] = {}
         """Life -> what it was to be."""
         self.controllers: dict[str, Controller] = {}
@@ -130,6 +132,10 @@ class ScriptedCluster:
 
     def send(self, evaluator: str, message: Any) -> None:
         self.sent[evaluator].append(message)
+
+    def end_evaluator(self, name: str, reason: str) -> None:
+        self.ended.append(name)
+        self._placed.append(EvaluatorLost(evaluator=name, reason=reason))
 
     def events(self, timeout_s: float) -> list[ClusterEvent]:
         # Two rounds for each step of a script: a server that is started in one round gets cells in the next.
@@ -256,7 +262,7 @@ class Loop:
         cpu_servers: int = 1,
         known: tuple[str, ...] = (),
         walltime: Walltime = UNLIMITED,
-        **limits: int,
+        **limits: float,
     ) -> dict[str, Record]:
         """`known` are the servers whose facts an earlier launch has stored, `limits` the runner's."""
         store = Store(RunDirectory(self.folder))
@@ -504,6 +510,79 @@ def test_a_cell_that_gets_on_between_its_evaluators_deaths_is_not_their_cause(lo
     assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
 
 
+def test_a_check_that_hangs_holds_up_its_own_cells_only_and_is_ended(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield []
+        while work := cluster.taken(ev.CheckTask) + cluster.taken(ev.CheckModel):
+            yield [said(name, passed(check)) for name, check in work if getattr(check, "task_name", "") != "stuck"]
+        yield from cluster.after(SLOW_S - 1)
+        assert not cluster.started
+        yield from cluster.after(2)
+        assert cluster.started == ["a-0"]
+        yield [cluster.ready("a-0")]
+        yield [done(*cluster.running()["a/fine"])]
+        assert cluster.stopped == ["a-0"]  # and does not idle until the check is over
+        yield [ServerStopped(life="a-0")]
+        yield from cluster.after(2990 - SLOW_S)
+        assert not cluster.ended
+        yield from cluster.after(20)
+
+    records = loop(a_plan(["a"], ["stuck", "fine"]), script, evaluators=2, load_timeout_s=3000)
+    assert statuses(records) == {"a/stuck": "failed", "a/fine": "done"}
+    assert str(records["a/stuck"].error).startswith("load task stuck: not done within 50 min (`load_timeout_s`), its ")
+    shown = loop.screen.getvalue()
+    assert shown.count("evaluator.0 takes long to load task stuck, 10 min so far (see ") == 1
+    assert "it is ended after 50 min (`load_timeout_s`)" in shown
+
+
+def test_an_evaluator_that_hangs_loses_its_cell_and_makes_room_for_the_next(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield from cluster.after(10_000)  # its server starts, of which it waits to hear
+        yield [cluster.ready("a-0")]
+        for number, (cell, loaded) in enumerate([("a/loads", False), ("a/scores", True)]):
+            name, run = cluster.running()[cell]
+            yield from cluster.after(1500)
+            if loaded:
+                progress = ev.CellProgress(cell=cell, attempt=run.attempt, done=3, total=3, reused=0)
+                yield [said(name, ev.WantAnswers(cell=cell, attempt=run.attempt, keys=[])), said(name, progress)]
+                yield from cluster.after(2500)
+            assert len(cluster.ended) == number
+            yield from cluster.after(1600)
+            assert cluster.ended[number:] == [name]
+            yield from cluster.after(BACKOFF_S)
+        yield [done(*cluster.running()["a/fine"])]
+
+    plan = a_plan(["a"], ["loads", "scores", "fine"])
+    records = loop(plan, script, load_timeout_s=3000, scoring_timeout_s=4000)
+    errors = {key: record.error for key, record in records.items()}
+    assert errors.pop("a/fine") is None
+    ended = f"its evaluator was ended (see {loop.folder}/logs/evaluator"
+    assert errors == {
+        "a/loads": f"load a/loads: not done within 50 min (`load_timeout_s`), {ended}.0.log); if its data is only slow "
+        "to come, bring it with `fetch` or raise the limit",
+        "a/scores": f"score a/scores: not done within 1 h 07 min (`scoring_timeout_s`), {ended}.1.log); if it is only "
+        "slow, raise the limit; its answers are kept",
+    }
+
+
+def test_an_evaluator_that_does_not_leave_a_cell_that_has_failed_is_replaced(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, _ = cluster.running()["a/t"]
+        yield [ServerFailed(life="a-0", error="no")]
+        yield [cluster.ready("b-0")]
+        yield from cluster.after(GIVE_BACK_S - 1)
+        assert not cluster.ended
+        yield from cluster.after(2)
+        assert cluster.ended == [name]
+        yield from cluster.after(BACKOFF_S)
+        yield [done(*cluster.running()["b/t"])]
+
+    records = loop(a_plan(["a", "b"], ["t"]), script)
+    assert (records["a/t"].error, records["b/t"].error) == ("no", None)
+
+
 def test_what_the_infrastructure_takes_is_done_again_as_often_as_it_takes(loop: Loop) -> None:
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield []
@@ -631,6 +710,67 @@ def test_evaluators_are_told_which_servers_are_dead(loop: Loop) -> None:
         told = [news for _, news in cluster.taken(ev.PoolChanged)]
         assert [(news.lost, [endpoint.server for endpoint, _ in news.shares]) for news in told] == [(("a-0",), ["a-1"])]
         yield [done(*run)]
+
+    loop(a_plan(["a"], ["t"], replicas=2), script, cpu_servers=2)
+
+
+def unreached(evaluator: str, run: ev.RunCell, *, made: bool = False, server: str = "a-0") -> EvaluatorSaid:
+    why = "Server disconnected" if made else "Cannot connect to host 10.0.0.7:20100"
+    cell, attempt = run.cell.key, run.attempt
+    return said(evaluator, ev.Unreached(cell=cell, attempt=attempt, server=server, made=made, why=why))
+
+
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_cell_that_cannot_reach_its_server_is_tried_from_another_node_and_then_fails_with_both_addresses(
+    again: bool, made: bool, loop: Loop
+) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        near = replace(cluster.inventory[0], host="near.lab")
+        cluster.inventory = (near, Node(name="far", host="far.lab", evaluators=1))
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cells = cluster.running()
+        (far,) = [key for key, (name, _) in cells.items() if cluster.node_of[name] == "far"]
+        name, run = cells.pop(far)
+        yield [asks(name, run), unreached(name, run, made=made)]
+        assert cluster.taken(ev.CancelCell) == [(name, ev.CancelCell(reason="its server cannot be reached from here"))]
+        yield [cancelled(name, run)]
+        yield from cluster.after(1)
+        assert not cluster.running()  # though its evaluator is idle
+        yield [done(*run) for run in cells.values()]
+        name, run = cluster.running()[far]
+        assert cluster.node_of[name] == "n"
+        yield [unreached(name, run, made=made) if again else done(name, run)]
+
+    records = loop(a_plan(["a"], ["one", "two"]), script)
+    errors = [record.error for record in records.values() if record.error is not None]
+    shown = loop.screen.getvalue()
+    if made:
+        words = (
+            "gets no answer from a-0 on near.lab at http://x, which is alive: connections break (Server disconnected)"
+        )
+        cure = "does a proxy in between end what takes long?"
+    else:
+        words = "cannot connect to a-0 on near.lab at http://x, which is alive: Cannot connect to host 10.0.0.7:20100"
+        cure = "ports 20000-29999 must be open between all nodes"
+    assert shown.count(f"evaluator.1 on far.lab {words}; {cure}; a/") == 1
+    assert errors == ([f"evaluator.0 on near.lab {words}; {cure}"] if again else [])
+
+
+def test_a_cell_that_reaches_one_of_its_servers_goes_on_without_the_others(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0"), cluster.ready("a-1")]
+        run = cluster.running()["a/t"]
+        cluster.taken(ev.PoolChanged)
+        yield [unreached(*run)]
+        assert not cluster.taken(ev.CancelCell)
+        assert [e.server for e, _ in cluster.taken(ev.PoolChanged)[-1][1].shares] == ["a-1"]
+        yield [lost("a-1"), unreached(*run, server="a-1"), ServerStopped(life="a-1")]
+        assert [name for name, _ in cluster.taken(ev.CancelCell)] == [run[0]]  # with those that it reaches gone
+        yield [cancelled(*run)]
+        yield [done(*cluster.running()["a/t"])]
 
     loop(a_plan(["a"], ["t"], replicas=2), script, cpu_servers=2)
 
@@ -881,6 +1021,50 @@ def test_stored_answers_are_looked_at_without_a_server_which_comes_when_they_do_
     assert statuses(records) == {"a/replay": "done", "a/new": "done"}
 
 
+@pytest.mark.parametrize("starting", [False, True])
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_cell_that_fails_by_what_is_stored_of_its_server_is_judged_by_what_the_server_says_itself(
+    fits: bool, starting: bool, loop: Loop
+) -> None:
+    """A prompt that did not fit yesterday may fit into what the owner of the server has started since."""
+    now = replace(FACTS, max_model_len=32768)
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        if starting:
+            yield [asks(name, run)]
+            yield [cancelled(name, run)]
+            name, run = cluster.running()["a/t"]
+            assert cluster.started == ["a-0"]
+        yield [asks(name, run), failed(name, run, passing=False)]
+        assert cluster.started == ["a-0"]
+        yield from cluster.after(LONGEST_REST_S)
+        assert not cluster.running()
+        yield [cluster.ready("a-0", now)]
+        name, run = cluster.running()["a/t"]
+        assert run.facts == now
+        yield [done(name, run) if fits else failed(name, run, passing=False)]
+
+    records = loop(a_plan(["a"], ["t"]), script, known=("a",))
+    assert statuses(records) == {"a/t": "done" if fits else "failed"}
+
+
+@pytest.mark.parametrize("known", [(), ("a",)])
+def test_a_cell_that_fails_by_what_its_server_has_borne_out_fails_at_once(known: tuple[str, ...], loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        yield [asks(name, run)]
+        if known:
+            yield [cancelled(name, run)]
+            name, run = cluster.running()["a/t"]
+        yield [cluster.ready("a-0")]
+        yield [failed(name, run, passing=False)]
+
+    assert statuses(loop(a_plan(["a"], ["t"]), script, known=known)) == {"a/t": "failed"}
+
+
 def test_the_place_of_a_resting_server_is_kept_while_its_cells_hold_the_evaluators(loop: Loop) -> None:
     """Both models would wait for ever: the one for a server slot, the other for an evaluator."""
 
@@ -924,19 +1108,25 @@ def test_a_rest_that_ends_between_two_looks_at_the_clock_is_not_missed(loop: Loo
     assert statuses(loop(a_plan(["a"], ["t"]), script)) == {"a/t": "done"}
 
 
-def test_a_server_whose_place_left_with_its_node_keeps_no_evaluator_from_others(loop: Loop) -> None:
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_server_whose_place_left_with_its_node_keeps_no_evaluator_from_others(asked: bool, loop: Loop) -> None:
+    """Also of a cell that has not asked yet: one that truncates, or scores rolling windows, waits for facts first."""
+
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         (head,) = cluster.inventory
         nodes = {name: Node(name=name, cpu_servers=1) for name in ("n1", "n2")}
         cluster.inventory = (replace(head, cpu_servers=0), *nodes.values())
         yield from cluster.checks_pass()
         assert sorted(cluster.started) == ["a-0", "b-0"]
-        yield [cluster.ready("a-0"), cluster.ready("b-0")]
+        yield [cluster.ready("b-0"), *([cluster.ready("a-0")] if asked else [])]
         name, run = cluster.running()["a/t"]
-        yield [asks(name, run)]
+        yield [asks(name, run)] if asked else []
         del nodes[cluster.nodes_of["a-0"][0]]
         cluster.inventory = (cluster.inventory[0], *nodes.values())
-        yield [ServerLost(life="a-0", reason="node lost", infrastructure=True), ServerStopped(life="a-0")]
+        if asked:
+            yield [ServerLost(life="a-0", reason="node lost", infrastructure=True), ServerStopped(life="a-0")]
+        else:
+            yield [ServerFailed(life="a-0", error="node lost", passing=True, infrastructure=True)]
         yield from cluster.after(LONGEST_REST_S)
         assert cluster.taken(ev.CancelCell) == [(name, ev.CancelCell(reason="its server has no place"))]
         yield [cancelled(name, run)]
@@ -1251,6 +1441,41 @@ def test_a_servers_limit_goes_to_the_cells_that_can_use_it_and_only_when_others_
         yield [done(*two)]
 
     loop(a_plan(["a"], ["one", "two"], concurrency=8), script, evaluators=2)
+
+
+class Walked(dict[str, Any]):
+    """Counts how often all of it is looked at."""
+
+    walks = 0
+
+    def values(self) -> Any:
+        self.walks += 1
+        return super().values()
+
+
+def test_words_of_cells_cost_no_look_at_all_cells_of_the_sweep(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluator says twice a second what it needs, and a sweep may have tens of thousands of cells."""
+    begin, all_cells = Runner._begin, Walked()
+
+    def watched(self: Runner) -> None:
+        begin(self)
+        all_cells.update(self._cells)
+        self._cells = all_cells
+
+    monkeypatch.setattr(Runner, "_begin", watched)
+
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cell, sharing = cluster.running()["a/one"], Sharing(cluster)
+        before = all_cells.walks
+        yield []
+        of_a_tick = all_cells.walks - before
+        yield [sharing.needs(cell, wanted=wanted, held=0) for wanted in range(50)]
+        assert all_cells.walks - before == 2 * of_a_tick
+        yield [done(*cell)]
+
+    loop(a_plan(["a"], ["one"]), script)
 
 
 def test_a_limit_that_moves_is_followed_and_the_next_life_and_the_next_run_begin_with_it(loop: Loop) -> None:

@@ -67,3 +67,13 @@ def test_only_evaluators_without_work_on_nodes_that_answer_get_some() -> None:
     assert seats.idle(work, nodes(a=2, b=1)) == ["a0", "b0"]
     assert seats.idle(work, nodes(b=1)) == ["b0"]
     assert seats.idle({**work, "b0": "m/t"}, nodes(a=2, b=1)) == ["a0"]
+
+
+def test_evaluators_elsewhere_are_those_of_other_nodes_and_all_where_there_is_no_other() -> None:
+    seats = Seats()
+    fill(seats, nodes(a=1, b=1), 2)
+    assert [seats.node_of(name) for name in ("a0", "b0", "gone")] == ["a", "b", ""]
+    assert seats.elsewhere(["a0", "b0"], []) == ["a0", "b0"]
+    assert seats.elsewhere(["a0", "b0"], ["a"]) == ["b0"]
+    assert seats.elsewhere(["a0"], ["a"]) == []  # one is coming back there
+    assert seats.elsewhere(["a0"], ["a", "b"]) == ["a0"]

@@ -6,6 +6,7 @@ allow, never a coroutine for each queued one. What a call is and what its reply 
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,7 +25,14 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 """Tries of one call at servers that answer with an error of their own (5xx, 429) or not in time. A lost connection is
-not counted: a dead server is the scheduler's business, and its calls simply go to the next one."""
+not counted while its server may be dead: that is the scheduler's business, and its calls simply go to the next one."""
+
+BROKEN_S = 120.0
+"""An endpoint from which nothing came for so long but broken connections, ATTEMPTS or more, is told of. Of a dead
+server, or a node that is cut off, the driver knows before that and takes it out of the pool."""
+
+UNMADE = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+"""What tells that a connection could not be made; others were, and broke."""
 
 PAUSE_S = 1.0
 """How long an endpoint that failed gets nothing new; doubled up to PAUSE_MOST_S while it fails after each pause."""
@@ -85,6 +93,11 @@ class _Slot:
     """The last pause; 0 once it answered again."""
     paused_until: float = 0.0
     refused: int = 0
+    answered: int = 0
+    """Requests, with whatever it said."""
+    broken: int = 0
+    """Pauses for a broken connection since the last answer, the first one at `broken_since`."""
+    broken_since: float = 0.0
     lost: bool = False
     """It is dead, and nothing that it owes will come."""
 
@@ -94,8 +107,8 @@ class _Slot:
         return Need(wanted=queued + (held if queued else self.in_flight), held=held, refused=self.refused)
 
 
-def _nobody() -> None:
-    """Wakes nobody, while no call waits."""
+def _nobody(*_: object) -> None:
+    """Wakes nobody, while no call waits; tells nobody."""
 
 
 class Cancelled(BaseException):
@@ -105,10 +118,16 @@ class Cancelled(BaseException):
 class Pool:
     """The live endpoints of one model and this evaluator's share of each. Changed from any thread, while calls run."""
 
-    def __init__(self, on_want: Callable[[], object] = _nobody) -> None:
-        """`on_want` is called, in the thread of `want`, when prompts begin to wait for a place."""
+    def __init__(
+        self,
+        on_want: Callable[[], object] = _nobody,
+        on_broken: Callable[[Endpoint, BaseException], object] = _nobody,
+    ) -> None:
+        """`on_want` is called, in the thread of `want`, when prompts begin to wait for a place; `on_broken`, in that of
+        `broke`, once for each endpoint that gives nothing but broken connections for BROKEN_S."""
         self._lock = threading.Lock()
         self._on_want = on_want
+        self._on_broken = on_broken
         self.queued = 0
         """Prompts that wait for a place."""
         self._slots: dict[str, _Slot] = {}
@@ -148,6 +167,27 @@ class Pool:
         """Tell that it has too many requests."""
         with self._lock:
             self._slots[endpoint.server].refused += 1
+
+    def answered(self, endpoint: Endpoint) -> None:
+        """Tell that an answer came, whatever it says."""
+        with self._lock:
+            slot = self._slots[endpoint.server]
+            slot.answered += 1
+            slot.broken = 0
+
+    def broke(self, endpoint: Endpoint, error: BaseException) -> None:
+        """Tell that it gets a pause for a connection that broke or could not be made."""
+        now = time.monotonic()
+        with self._lock:
+            slot = self._slots[endpoint.server]
+            slot.broken += 1
+            if slot.broken == 1:
+                slot.broken_since = now
+            told = slot.limit > 0 and slot.broken >= ATTEMPTS and now - slot.broken_since >= BROKEN_S
+            if told:
+                slot.broken_since = math.inf  # once
+        if told:
+            self._on_broken(endpoint, error)
 
     def needs(self) -> dict[str, Need]:
         """By endpoint."""
@@ -315,7 +355,12 @@ class Client:
             self._pause(slot, f"{endpoint.server} is lost")
             queue.back(endpoint.server, calls)
         except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            self._pause(slot, f"connection to {endpoint.server} lost: {error!r}")
+            if self._pause(slot, f"connection to {endpoint.server} lost: {error!r}"):
+                self.pool.broke(endpoint, error)
+            if not isinstance(error, UNMADE):
+                blamed = [queued for queued in calls if queued.cut(endpoint.server, slot.answered)]
+                why = "the connection broke, while others got answers; does a proxy in between end what takes long?"
+                self._failed(blamed, endpoint, f"{why} ({error!r})")
             queue.back(endpoint.server, calls)
         except RequestError as error:
             # Of several, one may be wrong, or all together too much for it: alone each gets its own answer.
@@ -325,17 +370,21 @@ class Client:
             queue.back(endpoint.server, calls)
         except (PassingFault, aiohttp.ClientError) as error:
             self._pause(slot, str(error))
-            for queued in calls[answered:]:
-                queued.attempts += 1
-                if queued.attempts >= ATTEMPTS:
-                    raise RequestFault(
-                        f"a request to model {self.model} failed {ATTEMPTS} times, last at {endpoint.server}: {error}"
-                    ) from None
+            self._failed(calls[answered:], endpoint, str(error))
             queue.back(endpoint.server, calls[answered:])
         else:
             slot.pause_s = 0.0
         finally:
             self.pool.give_back(slot, len(calls))
+
+    def _failed(self, calls: Iterable[Queued], endpoint: Endpoint, why: str) -> None:
+        """Count a try of each; raises RequestFault for the last of one."""
+        for queued in calls:
+            queued.attempts += 1
+            if queued.attempts >= ATTEMPTS:
+                raise RequestFault(
+                    f"a request to model {self.model} failed {ATTEMPTS} times, last at {endpoint.server}: {why}"
+                ) from None
 
     async def _post(
         self, session: aiohttp.ClientSession, endpoint: Endpoint, calls: Sequence[Call]
@@ -359,6 +408,7 @@ class Client:
         except TimeoutError:
             raise PassingFault(f"{endpoint.server} did not answer within {timeout.total:.0f} s") from None
         self.traffic.last_received = time.monotonic()
+        self.pool.answered(endpoint)
         if response.status == 200:
             try:
                 return msgspec.json.decode(content, type=dict[str, Any])
@@ -372,11 +422,13 @@ class Client:
             raise PassingFault(f"{endpoint.server} answered {response.status}: {words}")
         raise RequestError(f"{endpoint.server} refused a request of model {self.model} ({response.status}): {words}")
 
-    def _pause(self, slot: _Slot, why: str) -> None:
+    def _pause(self, slot: _Slot, why: str) -> bool:
+        """False where it pauses already: others that were in flight fail with the first one, and are one failure."""
         self.traffic.retries += 1
         now = time.monotonic()
         if now < slot.paused_until:
-            return  # the others that were in flight fail with the first one; together they are one failure
+            return False
         slot.pause_s = min(2 * slot.pause_s or PAUSE_S, PAUSE_MOST_S)
         slot.paused_until = now + slot.pause_s
         log.warning("%s; asked again in %.0f s", why, slot.pause_s)
+        return True

@@ -47,6 +47,15 @@ class Queued:
 
     call: Any
     attempts: int = 0
+    cut_by: dict[str, int] | None = None
+    """Endpoint -> what it had answered when it last broke a connection on which this call waited."""
+
+    def cut(self, endpoint: str, answered: int) -> bool:
+        """Note that a connection broke; whether that is the call's own doing: `endpoint` had broken one before and has
+        answered others since, so it has not died of it."""
+        self.cut_by = self.cut_by or {}
+        before, self.cut_by[endpoint] = self.cut_by.get(endpoint), answered
+        return before is not None and answered > before
 
 
 @dataclass(kw_only=True)

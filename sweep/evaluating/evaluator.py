@@ -41,7 +41,7 @@ import msgspec
 
 from sweep import ROOT
 from sweep.errors import SweepError, may_pass
-from sweep.evaluating.client import Cancelled, Pool
+from sweep.evaluating.client import UNMADE, Cancelled, Pool
 from sweep.evaluating.concurrency import Need
 from sweep.evaluating.preflight import Facts
 from sweep.masking import SECRET_LEAST, is_proxy, secret_variables
@@ -199,6 +199,19 @@ class Demand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unreached:
+    """For two minutes nothing came of an endpoint of the cell's pool but connections that break."""
+
+    cell: str
+    attempt: int
+    server: str
+    """Name of its life."""
+    made: bool
+    """The last one was made, and broke before an answer came."""
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answered:
     """Stored follows when they are durable."""
 
@@ -250,7 +263,7 @@ class CellFailed:
     """Another attempt may succeed."""
 
 
-Event = Checked | WantAnswers | NeedServer | Demand | Answered | CellProgress | CellDone | CellFailed
+Event = Checked | WantAnswers | NeedServer | Demand | Unreached | Answered | CellProgress | CellDone | CellFailed
 
 
 class EvaluatorProcess:
@@ -365,7 +378,7 @@ class _Attempt:
         """`hide` takes the credentials out of the environment."""
         self.cell = run.cell
         self.number = run.attempt
-        self.pool = Pool(self.tell_demand)
+        self.pool = Pool(self.tell_demand, self._tell_unreached)
         self._say = say
         self._hide = hide
         self._facts = run.facts
@@ -410,6 +423,12 @@ class _Attempt:
             if demand != self._demand:
                 self._demand = demand
                 self._say(demand)
+
+    def _tell_unreached(self, endpoint: Endpoint, error: BaseException) -> None:
+        made, why = not isinstance(error, UNMADE), str(error) or repr(error)
+        self._say(
+            Unreached(cell=self.cell.key, attempt=self.number, server=endpoint.server, made=made, why=why),
+        )
 
     def flush(self) -> None:
         """Send what has been answered; afterwards it is the driver's."""

@@ -262,6 +262,12 @@ class SweepConfig:
     a server, an evaluator or a node is run again as often as it takes and counts for nothing."""
     max_failures: int | None = None
     """After so many failed cells the rest of the sweep is given up; unset means never, as cells fail on their own."""
+    load_timeout_s: float = 7200.0
+    """An evaluator that loads a task or a tokenizer for longer is ended and what needs it fails: it hangs. Long enough
+    for the first download of tens of gigabytes; after ten minutes it is said, and cells that need not wait begin."""
+    scoring_timeout_s: float = 14400.0
+    """An evaluator that scores for longer, all answers being there, is ended and its cell fails: it hangs. Long enough
+    for tasks that execute code and for metrics that are models themselves; the answers are kept."""
     cells: dict[str, CellOverride] = field(default_factory=dict)
     """Keys are `model/task` and may hold shell wildcards; later keys win."""
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -430,6 +430,8 @@ FILE: dict[str, Any] = _SUITE | {
     "seeds": get_type_hints(Seeds),
     "retries": int,
     "max_failures": int | None,
+    "load_timeout_s": float,
+    "scoring_timeout_s": float,
     "defaults": {"model": _ENTRY, "task": _TASK},
     "models": Named(_ENTRY),
     "suites": tuple[str, ...],
@@ -632,6 +634,8 @@ def _build(document: dict[str, Any]) -> SweepConfig:
         seeds=Seeds(**document.get("seeds", {})),
         retries=document.get("retries", SweepConfig.retries),
         max_failures=document.get("max_failures"),
+        load_timeout_s=document.get("load_timeout_s", SweepConfig.load_timeout_s),
+        scoring_timeout_s=document.get("scoring_timeout_s", SweepConfig.scoring_timeout_s),
         cells={key: CellOverride(**own) for key, own in document.get("cells", {}).items()},
         wandb=WandbConfig(**document.get("wandb", {})),
         ray=RayConfig(**document.get("ray", {})),
@@ -903,7 +907,7 @@ def _check(config: SweepConfig, models: Mapping[str, _Draft], tasks: Mapping[str
         raise _Mistake("missing value; a sweep needs at least one task, or a suite", ("tasks",))
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", config.name):
         raise _Mistake(f"{config.name!r} names a folder: letters, digits, -, _ and . only", ("name",))
-    amounts = ("limit", "walltime", "retries", "max_failures")
+    amounts = ("limit", "walltime", "retries", "max_failures", "load_timeout_s", "scoring_timeout_s")
     _check_amounts(config, amounts, lambda name, text: _Mistake(text, (name,)))
     for name in config.env:
         if name.startswith("RAY_"):
@@ -984,6 +988,8 @@ _AMOUNTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "retries": (lambda retries: retries >= 0, "0 or more"),
     "startup_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
     "hang_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
+    "load_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
+    "scoring_timeout_s": (lambda seconds: seconds > 0, "more than 0 seconds"),
     "walltime": (lambda seconds: seconds > 0, "more than 0 seconds"),
     "samples": (lambda rows: 0 <= rows <= 10_000, "0 to 10000, the most that a table of W&B shows"),
 } | {

@@ -510,6 +510,13 @@ class Cluster:
         if (actor := self._evaluators.get(evaluator)) is not None:
             actor.send.remote(message)
 
+    def end_evaluator(self, name: str, reason: str) -> None:
+        """End one that does not come back by itself; EvaluatorLost follows. Killed and not asked: what hangs reads no
+        message, and a stop would wait behind those that it has not read. Its supervisor ends what the actor leaves."""
+        if name in self._evaluators:
+            self._end_evaluator(name)
+            self._next.append(EvaluatorLost(evaluator=name, reason=reason))
+
     def _needs(self, plan: ServerPlan, node: str | None) -> dict[str, Any]:
         if plan.external:
             return {}

@@ -28,6 +28,7 @@ from sweep.results import publish
 from sweep.results.claim import Work
 from sweep.results.reading import Outcome as Sampled
 from sweep.results.reading import Sweep, read_sweep
+from sweep.results.report import lasting
 from sweep.results.store import Store, masked_json, write_file
 from sweep.results.timeline import TimelineWriter
 from sweep.results.tracking import Outcome, Tracker, live_key
@@ -51,7 +52,7 @@ from sweep.running.restarts import LOSSES_MOST, NEVER_LOST, Restarts, healthy
 from sweep.running.schedule import LifeView, RetireServer, RunCell, ServerView, StartServer, View, schedule
 from sweep.running.seats import Seats
 from sweep.running.walltime import CELL_START_S, UNLIMITED, Walltime
-from sweep.serving.server import Endpoint
+from sweep.serving.server import PORTS, Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,18 @@ TICK_S = 0.1
 DEATHS_MOST = 3
 """A check or a cell that so many evaluators died at, with no new answer between them, is the cause of it; one or two
 may be the memory of a moment."""
+
+SLOW_S = 600.0
+"""An evaluator that loads or scores for longer is spoken of, and cells wait no longer for checks of others."""
+
+CURES = {
+    "load_timeout_s": "if its data is only slow to come, bring it with `fetch` or raise the limit",
+    "scoring_timeout_s": "if it is only slow, raise the limit; its answers are kept",
+}
+
+GIVE_BACK_S = 300.0
+"""An evaluator whose cell is over has so long to come back before it is ended. It may be loading data, of which the
+next one goes on; all that ending it costs is a start of 8 to 14 s."""
 
 KEEP_S = 2.0
 """At an end that was asked for, evaluators pass on what they have been answered for so long. It takes 0.1 s, and longer
@@ -99,6 +112,10 @@ class _CellState:
     """Attempts that ended with an error of the cell's own which may pass."""
     needs_server: bool | None = None
     """None until an evaluator has compared the cell's requests with the stored answers."""
+    by_stored_facts: bool = False
+    """Its attempt goes by facts of another launch or life, which its server has not borne out."""
+    misled: bool = False
+    """An attempt failed by such facts: the next one is begun when a server has told its own."""
     evaluator: str | None = None
     progress: ev.CellProgress | None = None
     rate: float = 0.0
@@ -106,6 +123,12 @@ class _CellState:
     """When the first answers came, and how many; for the rate."""
     told: ev.PoolChanged | None = None
     """What its evaluator was told last of its pool."""
+    unreached: dict[str, str] = field(default_factory=dict)
+    """Servers that this attempt's evaluator cannot reach, each with the reason."""
+    cut_off: set[str] = field(default_factory=set)
+    """Nodes from which none could be reached, since its last new answer."""
+    loads: bool = False
+    """Its evaluator has not asked for stored answers yet."""
     taken_back: bool = False
     """Its evaluator has been told to give it back."""
     expected_s: float = 0.0
@@ -130,6 +153,22 @@ class _CellState:
         if self.progress is None or not self.progress.total:
             return 0.0
         return (self.progress.done - (0 if reused else self.progress.reused)) / self.progress.total
+
+
+@dataclass(kw_only=True)
+class _Spell:
+    """What an evaluator is at without waiting for a server or for answers: nothing but time tells whether it hangs."""
+
+    doing: str
+    """`load task mmlu`"""
+    attempt: int = 0
+    """At its cell."""
+    limit_s: float
+    key: str = ""
+    """Of the sweep file, which sets the limit."""
+    since_s: float = field(compare=False)
+    slow: bool = field(default=False, compare=False)
+    """It has been spoken of."""
 
 
 @dataclass(kw_only=True)
@@ -243,6 +282,8 @@ def carry_out(
                 records=records,
                 retries=config.retries,
                 max_failures=config.max_failures,
+                load_timeout_s=config.load_timeout_s,
+                scoring_timeout_s=config.scoring_timeout_s,
                 walltime=walltime,
             )
             number = runner.run(stop)
@@ -323,6 +364,8 @@ class Runner:
     """Of a cell, after errors of its own that may pass."""
     max_failures: int | None = None
     """Of the sweep."""
+    load_timeout_s: float = SweepConfig.load_timeout_s
+    scoring_timeout_s: float = SweepConfig.scoring_timeout_s
     clock: Callable[[], float] = time.monotonic
     walltime: Walltime = UNLIMITED
     """On the same clock."""
@@ -334,6 +377,8 @@ class Runner:
     _facts: dict[str, Facts] = field(default_factory=dict)
     _token_ids: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     """Model -> what its tokenizer makes of preflight's texts."""
+    _done: int = 0
+    """Cells of the plan, now and before."""
     _failures: Failures = field(init=False)
     _seats: Seats = field(default_factory=Seats)
     _evaluators: dict[str, str | None] = field(default_factory=dict)
@@ -341,6 +386,8 @@ class Runner:
     _checks: deque[ev.CheckTask | ev.CheckModel] = field(default_factory=deque)
     _checking: dict[str, ev.CheckTask | ev.CheckModel] = field(default_factory=dict)
     _check_losses: Counter[str] = field(default_factory=Counter)
+    _spells: dict[str, _Spell] = field(default_factory=dict)
+    """By evaluator, as they were seen to begin."""
     _evaluators_started: int = 0
     _evaluators_work: bool = False
     """One of them has said something."""
@@ -373,6 +420,7 @@ class Runner:
             if stop or self.walltime.over(self.clock()):
                 self.out_of_time = not stop and any(c.unfinished for c in self._cells.values())
                 break
+            self._see_hanging()
             self._fill_seats()
             self._dispatch_checks()
             self._look()
@@ -418,15 +466,64 @@ class Runner:
         )
 
     def _free_evaluators(self) -> None:
-        """Have cells give back evaluators with which they wait for a server that has lost its place: other servers may
-        be waiting for cells, and that one for the end of theirs."""
+        """Have cells give back evaluators with which they wait for a server that has lost its place, or for its facts:
+        other servers may be waiting for cells, and that one for the end of theirs."""
         for key in self._evaluators.values():
             state = self._cells.get(key or "")
-            if state is None or state.state != "running" or state.taken_back or not state.needs_server:
+            if state is None or state.state != "running" or state.taken_back or not self._wants_server(state):
                 continue
             if not (state.answered or self._expected_back(state.cell.model.server)):
                 state.taken_back = True
                 self.cluster.send(str(state.evaluator), ev.CancelCell(reason="its server has no place"))
+
+    def _see_hanging(self) -> None:
+        """End evaluators that hang: the cell of one would never end, and behind its check no cell would begin."""
+        now = self.clock()
+        for name, work in [*self._evaluators.items()]:
+            spell, known = self._spell(name, work, now), self._spells.get(name)
+            if spell is None:
+                self._spells.pop(name, None)
+            elif known is None or spell != known:
+                self._spells[name] = spell
+            elif now > known.since_s + known.limit_s:
+                self._end_hanging(name, known)
+            elif now > known.since_s + SLOW_S and not known.slow:
+                known.slow = True
+                so_far = f"{lasting(SLOW_S)} so far (see {self.store.directory.server_log(name)})"
+                limit = f"{lasting(known.limit_s)} (`{known.key}`)"
+                self.terminal.note(f"{name} takes long to {known.doing}, {so_far}; it is ended after {limit}")
+                self._release()
+
+    def _spell(self, name: str, work: str | None, now: float) -> _Spell | None:
+        if (check := self._checking.get(name)) is not None:
+            return _Spell(
+                doing=f"load {_subject(check)}", limit_s=self.load_timeout_s, key="load_timeout_s", since_s=now
+            )
+        if (state := self._cells.get(work or "")) is None:
+            return None
+        key, attempt = state.cell.key, state.attempt
+        if state.evaluator != name:
+            return _Spell(doing=f"leave {key}, which is over", attempt=attempt, limit_s=GIVE_BACK_S, since_s=now)
+        # Without facts it may be waiting for its server.
+        knows = state.by_stored_facts or (state.told is not None and state.told.facts is not None)
+        if state.loads and (knows or state.taken_back):
+            limit_s, by = self.load_timeout_s, "load_timeout_s"
+            return _Spell(doing=f"load {key}", attempt=attempt, limit_s=limit_s, key=by, since_s=now)
+        if state.answered and not state.loads:
+            limit_s, by = self.scoring_timeout_s, "scoring_timeout_s"
+            return _Spell(doing=f"score {key}", attempt=attempt, limit_s=limit_s, key=by, since_s=now)
+        return None
+
+    def _end_hanging(self, name: str, spell: _Spell) -> None:
+        """What it was at fails at once: another attempt would take as long."""
+        within = f"within {lasting(spell.limit_s)}"
+        why = f"its evaluator was ended (see {self.store.directory.server_log(name)})"
+        error = f"{spell.doing}: not done {within} (`{spell.key}`), {why}; {CURES.get(spell.key)}"
+        if (check := self._checking.pop(name, None)) is not None:
+            self._check_failed(check, error)
+        elif (state := self._cells[str(self._evaluators[name])]).evaluator == name:
+            self._fail(state, error)
+        self.cluster.end_evaluator(name, f"it did not {spell.doing} {within} and was ended")
 
     def _hear(self) -> None:
         events = self.cluster.events(TICK_S)
@@ -454,6 +551,7 @@ class Runner:
         owed = self.plan.owed
         self._cells = {cell.key: _CellState(cell=cell) for cell in owed}
         self._costs = Costs(self.records.values())
+        self._done = sum(record.status is Status.DONE for record in self.records.values())
         gpus = total_gpus(self.cluster.inventory)
         for name, plan in self.plan.owed_servers.items():
             plan = decided(plan, cluster_gpus=gpus)
@@ -576,6 +674,9 @@ class Runner:
             self._facts[life.server] = event.facts
             if before is not None and not event.facts.plans_as(before):
                 self._plan_anew(life.server)
+            else:
+                for state in self._cells_of(life.server):
+                    state.by_stored_facts = False
         with boundary(StoreError, f"write what is known of server {life.server}"):
             write_file(
                 self.store.directory.facts(life.server),
@@ -624,6 +725,7 @@ class Runner:
         """
         for state in self._cells_of(server):
             if state.state == "running" and state.evaluator is not None:
+                state.by_stored_facts = True
                 log.info("%s is planned anew, its server can do other things than before", state.cell.key)
                 self.cluster.send(state.evaluator, ev.CancelCell(reason="its server is another one now"))
 
@@ -665,6 +767,7 @@ class Runner:
             now, started_s=life.started_at_s, healthy=was_healthy, counts=not event.infrastructure
         )
         self._again(life.server, restarts, f"{name_of_life} {reason} (see {log_path})")
+        self._move_cut_off(life.server)
         self._share(life.server)
 
     def _again(self, name: str, restarts: Restarts, reason: str) -> None:
@@ -721,12 +824,13 @@ class Runner:
     def _evaluator_lost(self, event: EvaluatorLost) -> None:
         name, reason = event.evaluator, event.reason
         work = self._evaluators.pop(name, None)
+        self._spells.pop(name, None)
         log.warning("%s was lost: %s", name, reason)
         self._leave(work)
         reason = f"{reason} (see {self.store.directory.server_log(name)})"
         if (check := self._checking.pop(name, None)) is not None:
             self._check_lost(check, reason, counts=not event.infrastructure)
-        elif work is not None and (state := self._cells[work]).evaluator == name:  # else it was cancelling the cell
+        elif (state := self._cells.get(work or "")) is not None and state.evaluator == name:  # else its work had failed
             state.losses += not event.infrastructure
             self._take_back(state)
             if state.losses >= DEATHS_MOST:
@@ -758,12 +862,14 @@ class Runner:
 
     def _check_lost(self, check: ev.CheckTask | ev.CheckModel, reason: str, *, counts: bool) -> None:
         """Once more, since memory may have been short for a moment; a check that kills every evaluator has failed."""
-        what = f"task {check.task.task}" if isinstance(check, ev.CheckTask) else f"model {check.model.name}"
+        what = _subject(check)
         self._check_losses[what] += counts
         if (losses := self._check_losses[what]) < DEATHS_MOST:
             self._checks.append(check)
             return
-        error = f"load {what}: the process that did it died {losses} times, last: {reason}"
+        self._check_failed(check, f"load {what}: the process that did it died {losses} times, last: {reason}")
+
+    def _check_failed(self, check: ev.CheckTask | ev.CheckModel, error: str) -> None:
         if isinstance(check, ev.CheckTask):
             self._checked(ev.Checked(task_name=check.task_name, error=error))
         else:
@@ -779,7 +885,8 @@ class Runner:
                 del self._checking[name]
                 self._checked(said)
             case ev.Answered(cell=key):
-                self._cells[key].losses = 0  # the answers are stored with those of the others
+                state = self._cells[key]  # the answers are stored with those of the others
+                state.losses, state.cut_off = 0, set()
             case _:
                 if name not in self._evaluators or self._evaluators[name] != said.cell:
                     return
@@ -791,6 +898,7 @@ class Runner:
         cell = state.cell
         match said:
             case ev.WantAnswers(keys=keys):
+                state.loads = False
                 self.cluster.send(name, ev.KnownAnswers(answers=self.store.answers(keys)))
             case ev.NeedServer(requests=requests):
                 state.needs_server = True
@@ -805,6 +913,8 @@ class Runner:
                     if life in self._lives:
                         self._lives[life].leases.hear(cell.key, need, serial=serial)
                 self._share(cell.model.server)
+            case ev.Unreached():
+                self._unreached(name, state, said)
             case ev.CellDone(record=record, files=files):
                 self._evaluators[name] = None
                 self._leave(cell.key)
@@ -817,14 +927,68 @@ class Runner:
                 if state.unfinished and error is None:
                     self._take_back(state)
                 elif state.unfinished and error is not None:
-                    state.errors = state.errors.lost(self.clock())
-                    if passing and state.errors.losses <= self.retries:
-                        log.warning("%s is run once more: %s", cell.key, masked(error, self.secrets))
-                        self._take_back(state)
-                    else:
-                        state.evaluator = None  # idle again, there is nothing to cancel
-                        self._fail(state, error)
+                    self._attempt_failed(state, error, passing=passing)
                 self._share(cell.model.server)
+
+    def _unreached(self, evaluator: str, state: _CellState, said: ev.Unreached) -> None:
+        """A server that is alive cannot be reached from where a cell runs, which goes on with those that it reaches."""
+        server = state.cell.model.server
+        if state.evaluator != evaluator or said.server not in self._ready(server):
+            return
+        life, node = self._lives[said.server], self._seats.node_of(evaluator)
+        why = masked(self._in_words(said, life, evaluator, self._host(node)), self.secrets)
+        state.unreached[said.server] = why
+        life.leases.leave(state.cell.key)
+        if not state.unreached.keys() >= set(self._ready(server)):
+            self.terminal.note(f"{why}; {state.cell.key} goes on with other servers")
+        self._move_cut_off(server)
+        self._share(server)
+
+    def _move_cut_off(self, server: str) -> None:
+        """Take what reaches none of the live servers to another node; what did not from there either has failed."""
+        ready = self._ready(server)
+        for state in self._cells_of(server):
+            if state.evaluator is None or not ready or not state.unreached.keys() >= set(ready):
+                continue
+            why = state.unreached[ready[-1]]
+            if state.cut_off:
+                self._fail(state, why)
+                continue
+            self.terminal.note(f"{why}; {state.cell.key} is tried from another node")
+            state.cut_off, state.unreached = {self._seats.node_of(state.evaluator)}, {}
+            self.cluster.send(state.evaluator, ev.CancelCell(reason="its server cannot be reached from here"))
+
+    def _in_words(self, said: ev.Unreached, life: _Life, evaluator: str, host: str) -> str:
+        assert life.endpoint is not None
+        there = ", ".join(map(self._host, life.nodes))
+        server = f"{said.server}{f' on {there}' if there else ''} at {life.endpoint.url}, which is alive"
+        if said.made:
+            cure = "does a proxy in between end what takes long?"
+            return f"{evaluator} on {host} gets no answer from {server}: connections break ({said.why}); {cure}"
+        if self._servers[life.server].plan.external:
+            cure = "every node must reach that address"
+        else:
+            cure = f"ports {PORTS.start}-{PORTS.stop - 1} must be open between all nodes"
+        return f"{evaluator} on {host} cannot connect to {server}: {said.why}; {cure}"
+
+    def _host(self, node: str) -> str:
+        """What people call it."""
+        return next((known.host for known in self._nodes if known.name == node and known.host), node)
+
+    def _attempt_failed(self, state: _CellState, error: str, *, passing: bool) -> None:
+        said = masked(error, self.secrets)
+        if state.by_stored_facts and state.needs_server and not passing:
+            log.info("%s waits for what its server says of itself: %s", state.cell.key, said)
+            state.misled = True
+            self._take_back(state)
+            return
+        state.errors = state.errors.lost(self.clock())
+        if passing and state.errors.losses <= self.retries:
+            log.warning("%s is run once more: %s", state.cell.key, said)
+            self._take_back(state)
+        else:
+            state.evaluator = None  # idle again, there is nothing to cancel
+            self._fail(state, error)
 
     def _leave(self, cell: str | None) -> None:
         """Nothing of this cell is in flight any more."""
@@ -844,11 +1008,22 @@ class Runner:
             for state in self._cells.values():
                 if state.unfinished and (state.cell.task_name == said.task_name or state.cell.model.name == said.model):
                     self._fail(state, said.error)
-        if not self._checks and not self._checking:
-            self._touched.update(self._servers)
-            for state in self._cells.values():
-                if state.state == "checking":
-                    state.state = "waiting"
+        self._release()
+
+    def _release(self) -> None:
+        """Let cells begin when all checks are over, so that what is wrong is known before a server starts; those that
+        take long are waited for by their own cells alone."""
+        slow = [name for name in self._checking if name in self._spells and self._spells[name].slow]
+        if self._checks or len(slow) < len(self._checking):
+            return
+        tasks = {check.task_name for check in self._checking.values() if isinstance(check, ev.CheckTask)}
+        # A server is compared with the tokenizers of all its models.
+        servers = {check.model.server for check in self._checking.values() if isinstance(check, ev.CheckModel)}
+        self._touched.update(self._servers)
+        for state in self._cells.values():
+            cell = state.cell
+            if state.state == "checking" and cell.task_name not in tasks and cell.model.server not in servers:
+                state.state = "waiting"
 
     def _progressed(self, state: _CellState, said: ev.CellProgress) -> None:
         now, asked = self.clock(), said.done - said.reused
@@ -886,8 +1061,8 @@ class Runner:
         self._touched.add(state.cell.model.server)
         self._expect(state.cell.model.server)
         self.tracker.cell(record)
-        done = sum(r.status is Status.DONE for r in self.records.values())
-        self.terminal.finished(record, done, len(self.plan.cells))
+        self._done += record.status is Status.DONE
+        self.terminal.finished(record, self._done, len(self.plan.cells))
         log.info(
             "%s %s: %d requests, %d asked, %d reused, %.1f s",
             state.cell.key,
@@ -945,13 +1120,16 @@ class Runner:
         self._touched = pausing
 
     def _pauses(self, server: str) -> bool:
-        """Whether time alone changes what may be done: it rests, or one of its cells does."""
+        """Whether time alone, or any evaluator, changes what may be done: it rests, or one of its cells waits."""
         now = self.clock()
-        return self._resting(server) or any(c.unfinished and c.errors.rest_s(now) for c in self._cells_of(server))
+        return self._resting(server) or any(
+            c.unfinished and (c.errors.rest_s(now) or c.cut_off) for c in self._cells_of(server)
+        )
 
     def _seen(self, name: str) -> ServerView:
         server, now = self._servers[name], self.clock()
-        unfinished = [state for state in server.cells if state.unfinished]
+        # One that may be checked for hours yet keeps no server.
+        unfinished = [state for state in server.cells if state.unfinished and state.state != "checking"]
         ready = self._ready(name)
         if ready and any(state.asks for state in unfinished):
             server.spent_s += len(ready) * (now - server.looked_s)
@@ -1002,6 +1180,10 @@ class Runner:
     def _can_start(self, state: _CellState) -> bool:
         if state.errors.rest_s(self.clock()):
             return False
+        if state.cut_off and not self._seats.elsewhere(self._idle(), state.cut_off):
+            return False
+        if state.misled:
+            return bool(self._ready(state.cell.model.server))
         return bool(self._live(state.cell.model.server)) or (
             state.needs_server is None and state.cell.model.server in self._facts
         )
@@ -1037,16 +1219,21 @@ class Runner:
             case RunCell(cell=key, reason=reason):
                 state = self._cells[key]
                 self._touched.add(state.cell.model.server)
+                idle = self._seats.elsewhere(self._idle(), state.cut_off)
+                if not idle:  # another cell of this tick has the last one
+                    return
                 state.attempt += 1
                 state.state, state.first_answers, state.rate = "running", (0.0, 0), 0.0
-                state.told, state.taken_back = None, False
-                state.evaluator = self._idle()[0]
+                state.told, state.taken_back, state.loads = None, False, True
+                state.unreached = {}
+                state.evaluator = idle[0]
                 self._evaluators[state.evaluator] = key
                 server_name = state.cell.model.server
                 log.info("run %s on %s, attempt %d: %s", key, state.evaluator, state.attempt, reason)
                 self.timeline.add("cell", key, "running", on=state.evaluator, reason=reason)
                 self.terminal.cell(key, state="loading")
                 facts = self._facts.get(server_name)
+                state.by_stored_facts = facts is not None and not self._ready(server_name)
                 ahead = max(ev.BATCH_RESPONSES, ev.AHEAD_MOST // len(self._evaluators))
                 run = ev.RunCell(cell=state.cell, attempt=state.attempt, facts=facts, ahead=ahead)
                 self.cluster.send(state.evaluator, run)
@@ -1054,17 +1241,16 @@ class Runner:
 
     def _share(self, server: str) -> None:
         """Tell the evaluators of this server's models which endpoints they have, and how much of each."""
-        running = [
-            c for c in self._cells.values() if c.state == "running" and c.evaluator and c.cell.model.server == server
-        ]
+        running = [c for c in self._cells_of(server) if c.state == "running" and c.evaluator]
         # The new shares are all of one serial, and an evaluator that hears it has heard those of all its endpoints.
-        serial, holders = next(self._serials), [state.cell.key for state in running]
-        pools: dict[str, list[tuple[Endpoint, int]]] = {holder: [] for holder in holders}
+        serial = next(self._serials)
+        pools: dict[str, list[tuple[Endpoint, int]]] = {state.cell.key: [] for state in running}
         for name in self._ready(server):
             life = self._lives[name]
             assert life.endpoint is not None
             assert life.load is not None
-            for holder, share in life.leases.split(life.load.limit, holders, serial=serial).items():
+            reach = [state.cell.key for state in running if name not in state.unreached]
+            for holder, share in life.leases.split(life.load.limit, reach, serial=serial).items():
                 pools[holder].append((life.endpoint, share))
             self._press(name)
         facts = self._facts.get(server) if self._ready(server) else None
@@ -1163,6 +1349,10 @@ def keep_answers(events: Sequence[ClusterEvent], store: Store, cluster: Cluster)
     for evaluator, own in keys.items():
         of_others = {key: earlier[key] for key in own if key in earlier} if earlier else {}
         cluster.send(evaluator, ev.Stored(responses=len(own), earlier=of_others))
+
+
+def _subject(check: ev.CheckTask | ev.CheckModel) -> str:
+    return f"task {check.task.task}" if isinstance(check, ev.CheckTask) else f"model {check.model.name}"
 
 
 def _first_line(text: str | None) -> str:

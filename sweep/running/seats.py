@@ -1,7 +1,7 @@
 """Room for evaluators on the nodes, and which of it is to be filled. Pure: no clock of its own."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sweep.running.inventory import Node
@@ -46,6 +46,14 @@ class Seats:
 
     def of(self, evaluator: str) -> Seat | None:
         return next((seat for seat in self._seats if seat.evaluator == evaluator), None)
+
+    def node_of(self, evaluator: str) -> str:
+        return next((seat.node for seat in self._seats if seat.evaluator == evaluator), "")
+
+    def elsewhere(self, evaluators: Sequence[str], nodes: Collection[str]) -> list[str]:
+        """Those of the evaluators that are on none of these nodes; all of them where there is no seat but on these."""
+        there = {seat.evaluator for seat in self._seats if seat.node not in nodes}
+        return [name for name in evaluators if name in there] if there else [*evaluators]
 
     def give_up(self, seat: Seat) -> None:
         self._seats.remove(seat)
