@@ -512,6 +512,7 @@ def _run(arguments: Arguments) -> int:
         with boundary(StoreError, f"write to {directory.root}"):
             write_file(directory.config, dump(config))
             write_file(directory.plan, masked_json(json.dumps(planned, indent=1).encode(), hidden))
+        store.keep_sweep_id()
         for record in plan.refused.values():
             store.write_record(record, {})
         carried, ends_at_s, examined = None, math.inf, _Examined()

@@ -178,6 +178,9 @@ class Plan:
     """Finished records that still fit their cell, by cell key."""
     refused: dict[str, Record] = field(default_factory=dict)
     """Cells that cannot run whatever the cluster does, as the failures that they are."""
+    stands: dict[str, Record] = field(default_factory=dict)
+    """What there is of the whole sweep, whatever `only` chose, by cell key: records that fit their cell and refusals,
+    but no failure that is tried again."""
     commits: dict[str, str] = field(default_factory=dict)
     """What this launch and earlier ones into the same run directory took hub names for: `name@branch` -> commit."""
 
@@ -250,19 +253,21 @@ def make_plan(
         if only is not None and cells:
             raise ConfigError(f"only={only}: no such cell (model/task){_nearest_cells(only, cells)}")
         raise ConfigError(f"sweep {config.name!r} has no cells: give it models and tasks that are not all skipped")
-    done = {
+    fitting = {
         cell.key: record
-        for cell in chosen
-        if only is None
-        and (record := records.get((cell.model.name, cell.task_name))) is not None
-        and record.status is Status.DONE
+        for cell in cells
+        if (record := records.get((cell.model.name, cell.task_name))) is not None
         and record.fingerprint == cell.fingerprint
     }
+    numbers = {key: record for key, record in fitting.items() if record.status is Status.DONE}
+    done = {cell.key: numbers[cell.key] for cell in chosen if only is None and cell.key in numbers}
     refused = {
         cell.key: failure(cell, cell.model.problem)
         for cell in chosen
         if cell.model.problem is not None and cell.key not in done
     }
+    tried = {cell.key for cell in chosen}
+    untried = {key: record for key, record in fitting.items() if key not in tried}
     known_commits = {source: commit for source, commit in commit_by_source.items() if commit is not None}
     return Plan(
         models=models,
@@ -270,6 +275,7 @@ def make_plan(
         cells=tuple(chosen),
         done=done,
         refused=refused,
+        stands={**untried, **refused, **numbers},  # numbers outlast a failure of the same settings, as in the store
         commits={**(commits or {}), **known_commits},
     )
 

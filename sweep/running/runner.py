@@ -357,8 +357,8 @@ class Runner:
     def run(self, stop: Sequence[int] = ()) -> int:
         """0 when every cell is finished or has failed, or when it is `out_of_time`; else the first number in `stop`, a
         signal that ended it."""
+        self.tracker.stands(self.plan.stands.values())
         for done, record in enumerate(self.records.values(), start=1):
-            self.tracker.cell(record)
             self.terminal.finished(record, done, len(self.plan.cells))
         self._begin()
         while any(c.unfinished for c in self._cells.values()):
@@ -859,7 +859,7 @@ class Runner:
     def _finish(self, state: _CellState, record: Record, files: Mapping[str, bytes]) -> None:
         folder = self.store.directory.cell_results(record.model, record.task).relative_to(self.store.directory.root)
         record = replace(record, files=tuple(str(folder / name) for name in sorted(files)))
-        self.store.write_record(record, files)
+        stands = self.store.write_record(record, files)
         state.state, state.evaluator = ("done" if record.status is Status.DONE else "failed"), None
         if record.status is Status.DONE and record.counts.asked:
             for life in self._ready(state.cell.model.server):
@@ -869,7 +869,8 @@ class Runner:
         self._costs.learn(record)
         self._touched.add(state.cell.model.server)
         self._expect(state.cell.model.server)
-        self.tracker.cell(record)
+        if stands:
+            self.tracker.cell(record)
         done = sum(r.status is Status.DONE for r in self.records.values())
         self.terminal.finished(record, done, len(self.plan.cells))
         log.info(
