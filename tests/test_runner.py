@@ -261,8 +261,8 @@ class Loop:
         walltime: Walltime = UNLIMITED,
         **limits: int,
     ) -> dict[str, Record]:
-        """`known` are the servers whose facts an earlier launch has stored, `numbers` its records that no failure of this
-        run replaces, `limits` the runner's."""
+        """`known` are the servers whose facts an earlier launch has stored, `numbers` its records, which no failure of
+        this run replaces, `limits` the runner's."""
         store = Store(RunDirectory(self.folder))
         for record in numbers:
             store.write_record(record, {})
