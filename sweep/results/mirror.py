@@ -186,7 +186,7 @@ class _Mirror:
         return not self._why and any(Path(start["directory"]).glob(f"*run-*-{id}"))
 
     def _known(self, model: str | None) -> list[Mapping[str, Any]]:
-        models = self._cells if model is None else (model,)
+        models: Iterable[str] = self._cells if model is None else (model,)
         return [cell for name in models for cell in self._cells.get(name, {}).values()]
 
     def _sums(self, model: str | None) -> dict[str, Any]:
