@@ -39,7 +39,7 @@ def build(recipe: Mapping[str, Any], *, entity: str) -> Any:
     def runs(name: str, ids: Sequence[str], **shown: Any) -> Any:
         # Without entity and project, which would be asked of the server at once, the Report's own are meant.
         # By id, since other sweeps of this name share the group.
-        return wr.Runset(name=name, filters=[expr.Metric("ID").isin(list(ids))], **shown)
+        return wr.Runset(name=name, filters=expr.And(expr.Metric("ID").isin(list(ids))), **shown)
 
     def grid(runset: Any, panels: Sequence[Any], *, across: int, height: int = 8) -> Any:
         width = _WIDTH // across
