@@ -513,13 +513,14 @@ def _run(arguments: Arguments) -> int:
         # The hub and vLLM's parser took their time: another driver may have ended cells since the plan was made.
         records, planned_done = read_records(directory), whole.done.keys()
         whole = as_of(whole, records)
-        plan = whole if arguments.only is None else as_of(plan, {})
+        plan = whole if arguments.only is None else as_of(plan, records, chosen_from=whole.cells)
         if more := whole.done.keys() - planned_done:
             print(f"another driver has finished {counted(len(more), 'cell')} meanwhile")
         planned = document(whole)
         with boundary(StoreError, f"write to {directory.root}"):
             write_file(directory.config, dump(config))
             write_file(directory.plan, masked_json(json.dumps(planned, indent=1).encode(), hidden))
+        store.keep_sweep_id()
         for record in plan.refused.values():
             store.write_record(record, {})
         carried, ends_at_s, examined = None, math.inf, _Examined()

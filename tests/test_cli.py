@@ -732,6 +732,20 @@ def test_a_launch_whose_every_cell_another_driver_has_finished_runs_nothing(
     assert runner.ran[1:] == [["first/arc_easy"]]
 
 
+def test_the_id_of_a_sweeps_runs_outlasts_its_launches_until_it_is_started_over(
+    runner: Runner, directory: RunDirectory, output: Output
+) -> None:
+    main(["plan", "conf=small"])
+    main(["status", "conf=small"])
+    assert not directory.root.exists()
+    main(["conf=small"])
+    made = directory.sweep_id.read_text()
+    main(["conf=small", "only=*"])
+    assert directory.sweep_id.read_text() == made
+    main(["conf=small", "fresh=true"])
+    assert directory.sweep_id.read_text() != made
+
+
 def test_a_model_that_is_not_there_fails_alone(runner: Runner, output: Output, tmp_path: Path) -> None:
     gone = str(tmp_path / "gone")
     assert main(["conf=small", f"models.second.path={gone}"]) == 1

@@ -428,6 +428,19 @@ def test_only_runs_its_cells_again_though_they_are_done(grid: SweepConfig, only:
     assert [cell.key for cell in plan.owed] == expected
 
 
+def test_what_stands_is_of_the_whole_sweep_whatever_only_chose(grid: SweepConfig) -> None:
+    fresh = planned(grid)
+    known = (
+        record(fresh, "a/gsm8k"),
+        record(fresh, "a/arc_easy", fingerprint="of other settings"),
+        record(fresh, "b/gsm8k", status=Status.FAILED),
+        record(fresh, "b/arc_easy"),
+    )
+    assert set(planned(grid, *known).stands) == {"a/gsm8k", "b/arc_easy"}  # the failure is tried again
+    # Numbers stand until others are there.
+    assert set(planned(grid, *known, only="a/*").stands) == {"a/gsm8k", "b/gsm8k", "b/arc_easy"}
+
+
 @pytest.mark.parametrize("only", ["a/gsm9k", "a", "A/gsm8k", ""])
 def test_only_with_an_unknown_cell_names_the_nearest(grid: SweepConfig, only: str) -> None:
     with pytest.raises(ConfigError, match=f"^only={only}: no such cell") as caught:
@@ -652,6 +665,9 @@ def test_a_model_that_is_not_there_costs_its_own_cells(tmp_path: Path) -> None:
     (record,) = plan.refused.values()
     assert (record.model, record.status) == ("gone", Status.FAILED)
     assert record.error == f"models.gone.path: no file or folder '{gone.path}'; did you mean 'checkpoint'?"
+    assert plan.stands == plan.refused
+    before = replace(record, status=Status.DONE, error=None)
+    assert planned(config, before, only="gone/*").stands == {"gone/gsm8k": before}
 
 
 def test_an_adapter_that_is_not_there_leaves_its_base_and_the_other_adapters_alone(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from sweep.results import wandb_report
 from sweep.results.mirror import ROW, read_history, run_id
 from sweep.results.publish import mirror_of, publish, recipe
 from sweep.results.reading import read_sweep
-from sweep.results.store import RunDirectory
+from sweep.results.sharing import MACHINE
+from sweep.results.store import RunDirectory, Store, set_aside
 from sweep.results.timeline import TimelineWriter
 from sweep.results.tracking import Outcome, Tracker, summary
 
@@ -57,7 +60,7 @@ def carried_out(config: SweepConfig, *records: Record) -> RunDirectory:
         folder = directory.cell_results(record.model, record.task)
         folder.mkdir(parents=True)
         results, samples = folder / "results_2026.json", folder / f"samples_{record.task}_2026.jsonl"
-        results.write_text(json.dumps({"results": {record.task: {}}}))
+        results.write_text(json.dumps({"results": {record.task: {}}} | dict.fromkeys(MACHINE, "planted-machine")))
         lines = [line(doc, doc={"question": f"question {doc} of {record.task}"}) for doc in range(10)]
         samples.write_text("".join(f"{one}\n" for one in lines))
         files = tuple(str(path.relative_to(directory.root)) for path in (results, samples))
@@ -310,10 +313,37 @@ def test_samples_and_files_arrive_as_far_as_the_tasks_allow(config: SweepConfig,
     assert len(files["lm-eval-samples"][name].splitlines()) == 3
     results = [name for name in files["lm-eval-results"] if name.endswith("results_2026.json")]
     assert sorted(results) == [f"{task}/results_2026.json" for task in tasks]
+    assert json.loads(files["lm-eval-results"]["gsm8k/results_2026.json"]) == {"results": {"gsm8k": {}}}
     arrived = b"\n".join(stub.received)
+    assert b"planted-machine" not in arrived
     assert b"of gsm8k" in arrived
     for task in ("hard", "ours"):
         assert f"of {task}".encode() not in arrived
+
+
+def test_a_copied_directory_goes_on_with_its_runs_and_one_that_is_started_over_begins_others(
+    config: SweepConfig, stub: Stub, tmp_path: Path
+) -> None:
+    config = replace(config, models={"small": Model(path="org/small")})
+
+    def carry_out_and_publish() -> None:
+        directory = carried_out(config, GSM8K)
+        with closing(Store(directory)) as store:
+            store.keep_sweep_id()
+        assert published(config).errors == ()
+
+    carry_out_and_publish()
+    ids = set(stub.runs)
+    assert len(ids) == 2
+    copied = replace(config, runs_dir=str(tmp_path / "copied"))
+    shutil.copytree(directory_of(config).root, directory_of(copied).root)
+    assert published(copied).errors == ()
+    assert set(stub.runs) == ids
+
+    set_aside(directory_of(config))
+    carry_out_and_publish()
+    assert len(stub.runs) == 4
+    assert {run.config["sweep"]["value"]["name"] for run in stub.runs.values()} == {"night"}
 
 
 # The Report
@@ -327,6 +357,8 @@ def test_a_report_is_built_without_a_login(config: SweepConfig, monkeypatch: pyt
     spec = wandb_report.build(json.loads(json.dumps(made)), entity="team")._to_model().model_dump_json(by_alias=True)
     for shown in ("eval/gsm8k/exact_match__strict_match", "Run Comparer", "the server died", "org/small", "Paired"):
         assert shown in spec
+    for model in (None, *config.models):  # and not the runs of other sweeps of this name
+        assert run_id(config.name, str(directory.root), model) in spec
 
 
 def test_a_report_is_made_kept_up_to_date_and_opened_again(config: SweepConfig, stub: Stub) -> None:
@@ -349,6 +381,16 @@ def test_a_report_is_made_kept_up_to_date_and_opened_again(config: SweepConfig, 
         [sys.executable, "-c", OPEN, kept["url"]], capture_output=True, text=True, check=True, env=os.environ
     )
     assert "large is better than small" in opened.stdout
+
+    config = replace(config, wandb=replace(config.wandb, share_link=False))
+    stub.fault = always(403, "revokeAccessToken")
+    (error,) = published(config).errors
+    assert "the end of the Report's public link" in error
+    stub.fault = lambda method, path, operation: None
+    outcome = published(config)
+    assert (outcome.errors, outcome.report_url) == ((), kept["url"])
+    assert all(token["revokedAt"] for token in stub.views[id]["tokens"])
+    assert "share_url" not in json.loads((directory.wandb / "report.json").read_bytes())
 
 
 OPEN = """

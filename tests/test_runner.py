@@ -252,6 +252,8 @@ class Loop:
     """Signals that have come."""
     ended: tuple[int, bool] = (0, False)
     """What stopped the last run: a signal, or that it was out of time."""
+    shown: list[Record] = field(default_factory=list)
+    """To W&B."""
 
     def __call__(
         self,
@@ -261,11 +263,15 @@ class Loop:
         evaluators: int = 1,
         cpu_servers: int = 1,
         known: tuple[str, ...] = (),
+        numbers: tuple[Record, ...] = (),
         walltime: Walltime = UNLIMITED,
         **limits: float,
     ) -> dict[str, Record]:
-        """`known` are the servers whose facts an earlier launch has stored, `limits` the runner's."""
+        """`known` are the servers whose facts an earlier launch has stored, `numbers` its records, which no failure of
+        this run replaces, `limits` the runner's."""
         store = Store(RunDirectory(self.folder))
+        for record in numbers:
+            store.write_record(record, {})
         for name in known:
             path = store.directory.facts(name)
             path.parent.mkdir(exist_ok=True)
@@ -275,7 +281,9 @@ class Loop:
             cells=[cell.key for cell in plan.cells],
             console=Console(file=self.screen, width=200),
         )
-        nobody: Any = SimpleNamespace(cell=lambda record: None, progress=lambda model, figures: None)
+        nobody: Any = SimpleNamespace(
+            stands=self.shown.extend, cell=self.shown.append, progress=lambda model, figures: None
+        )
         cluster: Any = ScriptedCluster(script, evaluators=evaluators, cpu_servers=cpu_servers)
         records: dict[str, Record] = {}
         try:
@@ -296,7 +304,7 @@ class Loop:
         finally:
             store.close()
         stored = {f"{model}/{task}": r for (model, task), r in read_records(RunDirectory(self.folder)).items()}
-        assert stored == records
+        assert stored == records | {f"{record.model}/{record.task}": record for record in numbers}
         return records
 
 
@@ -412,6 +420,22 @@ def test_many_failures_at_once_hold_up_the_answers_of_others_for_a_few_of_them_o
 
     records = loop(a_plan(["a", "b"], tasks), script)
     assert Counter(statuses(records).values()) == {"failed": len(tasks), "done": len(tasks)}
+
+
+def test_w_and_b_hears_of_all_that_stands_and_not_of_a_failure_that_left_the_numbers(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        yield [failed(*cluster.running()["a/again"], passing=False)]
+        yield [failed(*cluster.running()["a/new"], passing=False)]
+
+    plan = a_plan(["a"], ["again", "new"])
+    numbers = Record(model="a", task="again", fingerprint="a again", status=Status.DONE)
+    refused = Record(model="gone", task="new", fingerprint="gone new", status=Status.FAILED, error="no such model")
+    plan = replace(plan, stands={"a/again": numbers, "gone/new": refused})
+    records = loop(plan, script, numbers=(numbers,))
+    assert statuses(records) == {"a/again": "failed", "a/new": "failed"}
+    assert loop.shown == [numbers, refused, records["a/new"]]
 
 
 def test_a_check_is_tried_again_when_its_evaluator_dies_and_fails_when_that_goes_on(loop: Loop) -> None:

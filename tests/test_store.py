@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import stat
@@ -31,6 +32,7 @@ from sweep.results.store import (
     read_cells,
     read_commits,
     read_records,
+    read_sweep_id,
     response_key,
     set_aside,
     stored_responses,
@@ -639,16 +641,43 @@ def test_an_old_directory_is_set_aside_whole_and_never_over_another(directory: R
     assert [path.name for path in moved] == [f"s.19700101T000000{number}" for number in ("", "-2", "-3")]
 
 
+def test_the_id_of_a_sweeps_runs_is_made_once_by_its_driver_and_goes_where_its_directory_goes(
+    directory: RunDirectory, tmp_path: Path
+) -> None:
+    assert read_sweep_id(directory) == str(directory.root)
+    assert not directory.root.exists()
+    with closing(Store(directory)) as store:
+        store.keep_sweep_id()
+        made = read_sweep_id(directory)
+        assert re.fullmatch("[0-9a-f]{32}", made)
+        with pytest.raises(StoreError, match="in use"):
+            Store(directory)
+        store.keep_sweep_id()
+    assert read_sweep_id(directory) == made
+    assert read_sweep_id(RunDirectory(Path(shutil.copytree(directory.root, tmp_path / "elsewhere" / "copied")))) == made
+    assert set_aside(directory) is not None
+    with closing(Store(directory)) as store:
+        store.keep_sweep_id()
+    assert read_sweep_id(directory) != made
+
+
+def test_runs_of_a_directory_from_before_there_were_ids_go_on_by_its_path(directory: RunDirectory) -> None:
+    with closing(Store(directory)) as store:
+        (directory.wandb / "offline-run-1").mkdir(parents=True)
+        store.keep_sweep_id()
+    assert directory.sweep_id.read_text() == str(directory.root)
+
+
 def test_a_failure_does_not_replace_numbers_of_the_same_settings(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     store = Store(directory)
     try:
         done = Record(model="m", task="t", fingerprint="f", status=Status.DONE)
-        store.write_record(done, {})
-        store.write_record(replace(done, status=Status.FAILED, error="rerun failed"), {})
+        assert store.write_record(done, {})
+        assert not store.write_record(replace(done, status=Status.FAILED, error="rerun failed"), {})
         assert read_records(directory)["m", "t"] == done
         other = replace(done, fingerprint="g", status=Status.FAILED, error="new settings failed")
-        store.write_record(other, {})
+        assert store.write_record(other, {})
         assert read_records(directory)["m", "t"] == other
     finally:
         store.close()

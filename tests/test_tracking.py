@@ -304,6 +304,48 @@ def test_a_resumed_sweep_continues_its_runs_and_publishes_the_whole_summary_agai
     assert len(run.table("results")["data"]) == 5
 
 
+def test_what_does_not_stand_any_more_leaves_the_summaries_of_a_resumed_sweep(tmp_path: Path, stub: Stub) -> None:
+    tracker = track(tmp_path)
+    tracker.stands([GSM8K, MMLU, BROKEN])
+    assert tracker.close(60).errors == ()
+    overview = stub.runs[run_id("night run", "7f3a", None)]
+    assert (small(stub).summary["status/tasks_done"], overview.summary["status/models"]) == (2, 2)
+
+    one_filter = record(scores=GSM8K.scores[:1])
+    tracker = track(tmp_path)
+    tracker.progress("small", {"fraction": 0.5})
+    tracker.stands([MMLU])
+    tracker.cell(one_filter)
+    assert tracker.close(60).errors == ()
+    assert of_cells(small(stub)) == summary(one_filter) | summary(MMLU)
+    assert small(stub).summary["status/tasks_done"] == 2
+    assert len(small(stub).table("results")["data"]) == 4
+    large = stub.runs[run_id("night run", "7f3a", "large")].summary
+    assert (large["status/tasks_failed"], "results" in large) == (0, False)
+    assert {row[0] for row in overview.table("leaderboard")["data"]} == {"small"}
+
+    tracker = track(tmp_path)
+    tracker.stands([])
+    assert tracker.close(60).errors == ()
+    for run in stub.runs.values():
+        assert not [key for key in run.summary if key.startswith(mirror.OF_CELLS)]
+        assert run.summary["status/tasks_done"] == 0
+    assert small(stub).summary["progress/fraction"] == 0.5
+
+
+def test_a_cell_that_fails_under_other_settings_takes_its_old_numbers_along(tmp_path: Path, stub: Stub) -> None:
+    tracker = track(tmp_path, models={"small": {}})
+    for cell in (MMLU, GSM8K, record(status=Status.FAILED, error="out of memory")):
+        tracker.cell(cell)
+    assert tracker.close(60).errors == ()
+    assert of_cells(small(stub)) == summary(MMLU)
+    assert small(stub).summary["status/tasks_failed"] == 1
+
+
+def of_cells(run: Any) -> dict[str, Any]:
+    return {key: value for key, value in run.summary.items() if key.startswith("eval/")}
+
+
 def test_a_login_counts_as_a_key(tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
     netrc = tmp_path / "netrc"

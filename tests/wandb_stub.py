@@ -312,6 +312,11 @@ class Stub:
         self.views[v["viewId"]]["tokens"].append(token)
         return {"createAccessToken": {"accessToken": token}}
 
+    def revokeAccessToken(self, v: dict[str, Any]) -> dict[str, Any]:
+        for token in (one for view in self.views.values() for one in view["tokens"] if one["token"] == v["token"]):
+            token["revokedAt"] = "2026-01-01T00:00:00"
+        return {"revokeAccessToken": {"success": True}}
+
 
 def _project(run: Run) -> dict[str, Any]:
     return {"id": "P", "name": run.project, "entity": {"id": "E", "name": ENTITY}}

@@ -208,7 +208,8 @@ class WandbConfig:
     report: bool = True
     """A W&B Report of the sweep is made at its end, and brought up to date by later launches. Online only."""
     share_link: bool = False
-    """The Report also gets a link under which anyone who has it can read it, without an account."""
+    """The Report also gets a link under which anyone who has it can read it, without an account; `false` again ends
+    that link with the next Report."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import fnmatch
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -178,6 +178,9 @@ class Plan:
     """Finished records that still fit their cell, by cell key."""
     refused: dict[str, Record] = field(default_factory=dict)
     """Cells that cannot run whatever the cluster does, as the failures that they are."""
+    stands: dict[str, Record] = field(default_factory=dict)
+    """What there is of the whole sweep, whatever `only` chose, by cell key: records that fit their cell and refusals,
+    but no failure that is tried again."""
     commits: dict[str, str] = field(default_factory=dict)
     """What this launch and earlier ones into the same run directory took hub names for: `name@branch` -> commit."""
 
@@ -254,24 +257,31 @@ def make_plan(
     plan = Plan(
         models=models, servers=servers, cells=tuple(chosen), done={}, commits={**(commits or {}), **known_commits}
     )
-    return as_of(plan, records if only is None else {})
+    return as_of(plan, records, chosen_from=None if only is None else cells)
 
 
-def as_of(plan: Plan, records: Mapping[tuple[str, str], Record]) -> Plan:
-    """The plan with what `records` say is done, whatever it said before, and with its refusals made just now."""
-    done = {
+def as_of(plan: Plan, records: Mapping[tuple[str, str], Record], *, chosen_from: Sequence[Cell] | None = None) -> Plan:
+    """The plan with what `records` say is done, whatever it said before, and with its refusals made just now.
+
+    Cells that were chosen (`only`) from all of the sweep's run again whatever there is.
+    """
+    fitting = {
         cell.key: record
-        for cell in plan.cells
+        for cell in chosen_from or plan.cells
         if (record := records.get((cell.model.name, cell.task_name))) is not None
-        and record.status is Status.DONE
         and record.fingerprint == cell.fingerprint
     }
+    numbers = {key: record for key, record in fitting.items() if record.status is Status.DONE}
+    done = {} if chosen_from else {cell.key: numbers[cell.key] for cell in plan.cells if cell.key in numbers}
     refused = {
         cell.key: failure(cell, cell.model.problem)
         for cell in plan.cells
         if cell.model.problem is not None and cell.key not in done
     }
-    return replace(plan, done=done, refused=refused)
+    tried = {cell.key for cell in plan.cells}
+    untried = {key: record for key, record in fitting.items() if key not in tried}
+    # Numbers outlast a failure of the same settings, as in the store.
+    return replace(plan, done=done, refused=refused, stands={**untried, **refused, **numbers})
 
 
 def _nearest_cells(only: str, cells: Iterable[Cell]) -> str:

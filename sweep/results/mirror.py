@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +42,8 @@ COLUMNS = [
 ]
 """Of both tables. `task` is the cell's, `subtask` lm-eval's name of what the line is about."""
 
+OF_CELLS = ("eval/", "cost/", "samples/", "results", "leaderboard")
+"""How keys of a summary begin that tell of cells."""
 
 ROW = "progress/row"
 """Number of a row in a run's history: tells which rows W&B has."""
@@ -136,6 +138,8 @@ class _Mirror:
                 self._report = message
             case "cell":
                 self._cell(message)
+            case "stands":
+                self._stands(message["model"], message["cells"])
 
     def _progress(self, model: str | None, row: Mapping[str, Any]) -> None:
         kept = dict(row)
@@ -159,15 +163,49 @@ class _Mirror:
                         run.log(dict(row))
                 self._caught_up.add(model)
 
+    def _stands(self, model: str | None, cells: Sequence[Mapping[str, Any]]) -> None:
+        """Show these cells of a model and of others nothing; for None, the overview, it is those of all models."""
+        for cell in cells:
+            self._keep(cell)
+        if not (cells or model in self._runs or self._began_before(model)):
+            return
+        known = self._known(model)
+        values = self._sums(model)
+        tables = {"results", "leaderboard"} if known else set()
+        for cell in known:
+            values |= cell["summary"] if model is not None else {}
+            tables |= {cell["samples_key"]} if cell["samples"] else set()
+        if run := self._run(model):
+            with self._attempt(f"the results of {run.name}"):
+                _replace(run, OF_CELLS, values, besides=tables)
+
+    def _began_before(self, model: str | None) -> bool:
+        """Whether W&B may have its run from an earlier launch."""
+        start = self._start
+        id = run_id(start["sweep"], start["sweep_id"], model)
+        return not self._why and any(Path(start["directory"]).glob(f"*run-*-{id}"))
+
+    def _known(self, model: str | None) -> list[Mapping[str, Any]]:
+        models: Iterable[str] = self._cells if model is None else (model,)
+        return [cell for name in models for cell in self._cells.get(name, {}).values()]
+
+    def _sums(self, model: str | None) -> dict[str, Any]:
+        return ({"status/models": len(self._cells)} if model is None else {}) | _totals(self._known(model))
+
     def _cell(self, message: Mapping[str, Any]) -> None:
         model = message["model"]
-        self._cells.setdefault(model, {})[message["task"]] = message
-        self._unpublished.add(model)
-        if message["samples"]:
-            self._unshown[model, message["task"]] = message
+        self._keep(message)
         if run := self._run(model):
             with self._attempt(f"the results of {model}/{message['task']}"):
-                run.summary.update(message["summary"] | _totals(self._cells[model].values()))
+                _replace(run, (message["section"],), message["summary"])
+                run.summary.update(self._sums(model))
+
+    def _keep(self, cell: Mapping[str, Any]) -> None:
+        model, task = cell["model"], cell["task"]
+        self._cells.setdefault(model, {})[task] = cell
+        self._unpublished.add(model)
+        if cell["samples"]:
+            self._unshown[model, task] = cell
 
     def publish_tables(self, now: float) -> None:
         """Log the tables of models with new cells and the leaderboard, at most every TABLE_S."""
@@ -182,11 +220,10 @@ class _Mirror:
                 columns, rows = sharing.table(self._picked(cell))
                 self._table(model, cell["samples_key"], columns, rows)
         self._unshown.clear()
-        cells = [cell for of_model in self._cells.values() for cell in of_model.values()]
-        self._table(None, "leaderboard", COLUMNS, [row for cell in cells for row in cell["leaders"]])
+        self._table(None, "leaderboard", COLUMNS, [row for cell in self._known(None) for row in cell["leaders"]])
         if run := self._run(None):
             with self._attempt("the overview"):
-                run.summary.update({"status/models": len(self._cells)} | _totals(cells))
+                run.summary.update(self._sums(None))
         self._published = time.monotonic()
 
     def close(self, exit_code: int) -> None:
@@ -224,7 +261,8 @@ class _Mirror:
         with self._attempt(f"the result files of {run.name}"):
             for cell in cells:
                 for path in map(Path, cell["results"]):
-                    results.add_file(str(path), name=f"{cell['task']}/{path.name}")
+                    with results.new_file(f"{cell['task']}/{path.name}", mode="wb") as file:
+                        file.write(sharing.results(path))
         with self._attempt(f"the sample files of {run.name}"):
             for cell in cells:
                 for path, lines in self._picked(cell).items():
@@ -251,11 +289,15 @@ class _Mirror:
                 return
             if not (entity := next((run.entity for run in self._runs.values() if run), None)):
                 raise RuntimeError("it shows runs, and W&B took none")
-            made |= wandb_report.save(
-                message["recipe"], entity=entity, id=made.get("id", ""), share_link=message["share_link"]
-            )
+            shared = message["share_link"]
+            made |= wandb_report.save(message["recipe"], entity=entity, id=made.get("id", ""), share_link=shared)
+            if not shared and "share_url" in made:
+                # Only a link of ours. If it does not end, its address stays here and the next Report tries again.
+                with self._attempt("the end of the Report's public link"):
+                    wandb_report.end_share_link(made["id"], entity=entity, project=message["recipe"]["project"])
+                    del made["share_url"]
             write_file(path, json.dumps(made, indent=1))
-            self._say(report=made.get("share_url") or made["url"])
+            self._say(report=made["share_url"] if shared else made["url"])
 
     def _table(self, model: str | None, key: str, columns: list[str], rows: list[list[Any]]) -> None:
         import wandb
@@ -329,8 +371,9 @@ class _Mirror:
                 summary_timeout=10,
                 x_transaction_log_flush_interval=FLUSH_S,
                 allow_offline_artifacts=False,  # a table then is a file of the run and survives a copy
-                # Only what we log leaves the machine: no argv, console, host, git, packages, code or statistics. (An
-                # artifact's manifest still names the file under `wandb/data` that it was made from.)
+                # Only what we log leaves the machine: no argv, console, host, git, packages, script or statistics. (An
+                # artifact's manifest still names the file under `wandb/data` that it was made from, and lm-eval's
+                # result files have the task's settings, some of which are Python functions as they are written.)
                 console="off",
                 disable_git=True,
                 disable_code=True,
@@ -362,6 +405,14 @@ class _Mirror:
             run.log_artifact(spec).wait(timeout=int(INIT_S))
         self._say(model=model, url=run.url or None, offline=bool(self._why), directory=str(Path(run.dir).parent))
         return run
+
+
+def _replace(run: Any, sections: tuple[str, ...], values: Mapping[str, Any], besides: Collection[str] = ()) -> None:
+    """Have these values in a run's summary, and in these sections of it (how keys begin) no others but `besides`."""
+    for key in run.summary.keys():  # noqa: SIM118 - a summary cannot be iterated
+        if key.startswith(sections) and key not in values and key not in besides:
+            del run.summary[key]
+    run.summary.update(values)
 
 
 def _mark_synced(directory: Path, id: str) -> None:

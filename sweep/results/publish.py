@@ -11,11 +11,11 @@ from typing import Any
 
 from sweep.planning.config import SweepConfig
 from sweep.record import Record, Score, Status
-from sweep.results.mirror import ROW, read_history
+from sweep.results.mirror import ROW, read_history, run_id
 from sweep.results.reading import Sweep
 from sweep.results.report import markdown
 from sweep.results.sharing import shared_rows
-from sweep.results.store import RunDirectory
+from sweep.results.store import RunDirectory, read_sweep_id
 from sweep.results.timeline import Span
 from sweep.results.tracking import Outcome, Tracker, summary_key
 
@@ -24,11 +24,11 @@ PUBLISH_S = 1800.0
 
 
 def mirror_of(config: SweepConfig, directory: RunDirectory, secrets: Sequence[str], *, again: bool = False) -> Tracker:
-    """The mirror of this sweep: the same runs for every launch, and for `again`."""
+    """The mirror of this sweep: the same runs for every launch, and for `again`. Raises StoreError."""
     return Tracker(
         config.wandb,
         sweep=config.name,
-        sweep_id=str(directory.root),
+        sweep_id=read_sweep_id(directory),
         directory=directory.wandb,
         models={name: asdict(model) for name, model in config.models.items()},
         secrets=secrets,
@@ -54,8 +54,7 @@ def publish(
     kept = read_history(sweep.directory.wandb)
     for model in (None, *config.models):
         mirror.history(model, kept.get(model) or rows_of(sweep, model))
-    for record in sweep.records:
-        mirror.cell(record)
+    mirror.stands(sweep.records)
     report(mirror, sweep, config, texts or {})
     return mirror.close(timeout_s)
 
@@ -91,12 +90,14 @@ def recipe(sweep: Sweep, config: SweepConfig, texts: Mapping[str, str]) -> dict[
     done = sum(record.status is Status.DONE for record in sweep.records)
     failed = len(sweep.records) - done
     counted = f"{done} cells of {len(sweep.models)} models and {len(sweep.tasks)} tasks"
+    sweep_id = read_sweep_id(sweep.directory)
     intro = f"{counted}; {failed} failed, {sweep.owed} owed. Values are as lm-eval gives them, ± one standard error."
     return {
         "title": f"{config.name} results",
         "description": counted,
         "project": config.wandb.project,
-        "group": config.wandb.group or config.name,
+        "models": [run_id(config.name, sweep_id, model) for model in config.models],
+        "overview": run_id(config.name, sweep_id, None),
         "intro": f"{intro} All of it is made from the run directory, and the next launch makes it again.",
         "leaderboard": markdown(sweep.records, sweep.models, subtasks=False),
         "bars": _bars(sweep.records),

@@ -1,4 +1,5 @@
-"""Which samples may leave the run directory for W&B, which of them are taken, and what they look like as a table.
+"""What may leave the run directory for W&B: which samples, which of them are taken, what they look like as a table, and
+lm-eval's results without the machine.
 
 Prompts and answers are data that somebody else may own, so the default is none. The same documents are taken for every
 model, so that tables can be read side by side.
@@ -36,6 +37,17 @@ def may_leave(task: Task) -> bool:
         return task.share_samples
     known = catalog((task.include_path,) if task.include_path else ())
     return not any(leaf.gated for leaf in known.leaves(task.task))
+
+
+MACHINE = ("pretty_env_info", "git_hash", "upper_git_hash")
+"""Of lm-eval's result files: operating system, hardware and packages, commits of the folders that it ran in."""
+
+
+def results(path: Path) -> bytes:
+    """One of lm-eval's result files without what it tells of the machine. Raises StoreError."""
+    with boundary(StoreError, f"read {path}"):
+        found = json.loads(path.read_bytes())
+    return json.dumps({key: value for key, value in found.items() if key not in MACHINE}, indent=2).encode()
 
 
 class _Head(msgspec.Struct):

@@ -12,6 +12,7 @@
       logs/             one file per server life, and the driver's own
       timeline.jsonl    what the driver did when (timeline.py)
       report.md, results.csv, report.html, wandb/
+      wandb/sweep_id    what its runs at W&B are known by, made once; who copies the directory copies it too
 
 A response is durable when `Store.put` returns: one transaction, `synchronous=FULL`. Files are written under a temporary
 name and renamed, so a reader never sees half of one.
@@ -36,6 +37,7 @@ from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 
@@ -109,6 +111,7 @@ class RunDirectory:
         self.logs = root / "logs"
         self.driver_log = self.logs / "driver.log"
         self.wandb = root / "wandb"
+        self.sweep_id = self.wandb / "sweep_id"
         self.report = root / "report.md"
         self.csv = root / "results.csv"
         self.page = root / "report.html"
@@ -150,6 +153,17 @@ def read_commits(directory: RunDirectory) -> dict[str, str]:
         return {}
     with boundary(StoreError, f"read {directory.plan}"):
         return msgspec.convert(msgspec.json.decode(directory.plan.read_bytes())["commits"], dict[str, str])
+
+
+def read_sweep_id(directory: RunDirectory) -> str:
+    """What tells this sweep's runs at W&B from those of any other: the same wherever the directory lies.
+
+    Where no launch has kept one it is the path, which it always was before. Raises StoreError.
+    """
+    if not directory.sweep_id.exists():
+        return str(directory.root)
+    with boundary(StoreError, f"read {directory.sweep_id}"):
+        return directory.sweep_id.read_text(encoding="utf-8").strip()
 
 
 def require_launched(directory: RunDirectory) -> None:
@@ -431,8 +445,18 @@ class Store:
         """What the next heartbeat says of the driver's loop, None when it has ended; costs nothing."""
         self._claim.tell(work)
 
-    def write_record(self, record: Record, files: Mapping[str, bytes]) -> None:
-        """Store a cell's outcome: its lm-eval files first, the record last. `files` is name -> content.
+    def keep_sweep_id(self) -> None:
+        """Give the sweep an id of its own, unless it has one. What W&B has of a directory from before there were ids
+        goes by its path, and goes on so."""
+        known = self.directory.sweep_id
+        with _disk(f"write {known}", self.directory):
+            self._claim.check()
+            if not known.exists():
+                write_file(known, str(self.directory.root) if self.directory.wandb.exists() else uuid4().hex)
+
+    def write_record(self, record: Record, files: Mapping[str, bytes]) -> bool:
+        """Store a cell's outcome: its lm-eval files first, the record last. `files` is name -> content. False where it
+        does not stand now.
 
         Files of an earlier outcome are removed once the new record stands. A failure has none to put in their place and
         leaves them; it does not replace numbers of the same settings, which it makes no worse.
@@ -440,7 +464,7 @@ class Store:
         with _disk(f"write the record of {record.model}/{record.task}", self.directory):
             self._claim.check()
             if record.status is Status.FAILED and self._has_numbers(record):
-                return
+                return False
             folder = self.directory.cell_results(record.model, record.task)
             if files:
                 self._write_results(folder, files)
@@ -449,6 +473,7 @@ class Store:
             write_file(path, msgspec.json.format(encoded, indent=1))
             for old in [file for file in folder.glob("*") if files and file.name not in files]:
                 old.unlink()
+        return True
 
     def _write_results(self, folder: Path, files: Mapping[str, bytes]) -> None:
         def write(name: str) -> None:

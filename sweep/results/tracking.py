@@ -3,8 +3,9 @@
 W&B is a mirror: the run directory holds the truth, and nothing here can delay or fail an evaluation. The driver's side
 only queues; one thread masks secrets and writes JSON lines to the child.
 
-One run per model and one overview run share a group. Run ids are a function of the sweep, so a resumed sweep continues
-its runs. A summary is the result (`eval/<task>/<metric>`), history is progress, tables list every score.
+One run per model and one overview run share a group. Run ids are a function of the sweep's id, which lies in its run
+directory, so a resumed sweep continues its runs. A summary is the result (`eval/<task>/<metric>`), history is progress,
+tables list every score.
 
 What was lost on the way is said in `Outcome.errors`, and the run directory still has it. The next launch that is online
 sends rows of the history that are missing, publish.py everything.
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class Tracker:
         how many of a task may be shown (`shared_rows`). `again` is for a sweep that is on the disk: runs are completed
         online or not at all."""
         self._directory = directory.resolve()
+        self._models = tuple(models)
         self._samples = samples or {}
         self._secrets = secrets
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(QUEUED)
@@ -147,33 +149,44 @@ class Tracker:
         """Make or update the Report once the runs have ended."""
         self._post({"kind": "report", "recipe": recipe, "share_link": share_link})
 
+    def stands(self, records: Iterable[Record]) -> None:
+        """Show what the run directory has of the whole sweep. All else that W&B has of its cells (of other settings, of
+        tasks that are gone) leaves the summaries."""
+        cells_by_model: dict[str, list[dict[str, Any]]] = {model: [] for model in self._models}
+        for record in records:
+            cells_by_model.setdefault(record.model, []).append(self._shown(record))
+        for model, cells in cells_by_model.items():
+            self._post({"kind": "stands", "model": model, "cells": cells})
+        self._post({"kind": "stands", "model": None, "cells": []})
+
     def cell(self, record: Record) -> None:
-        """Show a finished or failed cell. On a resumed sweep give the stored records too: a summary is sent whole."""
+        """Show a cell that has just finished or failed."""
+        self._post({"kind": "cell"} | self._shown(record))
+
+    def _shown(self, record: Record) -> dict[str, Any]:
         scores = [(score, _is_main(score, record)) for score in record.scores]
         files = [self._directory.parent / name for name in record.files]
         rows = self._samples.get(record.task, 0)
-        self._post(
-            {
-                "kind": "cell",
-                "model": record.model,
-                "task": record.task,
-                "status": record.status,
-                "summary": summary(record),
-                "rows": [_row(record, score) for score, _ in scores] or [_row(record, None)],
-                "leaders": [_row(record, score) for score, main in scores if main] or [_row(record, None)],
-                "cost": {
-                    "wall_s": record.wall_s,
-                    "request_s": record.request_s,
-                    "prompt_tokens": record.counts.prompt_tokens,
-                    "generated_tokens": record.counts.generated_tokens,
-                },
-                "warnings": len(record.warnings),
-                "results": [str(path) for path in files if path.name.startswith("results_")],
-                "samples": [str(path) for path in files if path.name.startswith("samples_") and rows],
-                "samples_rows": rows,
-                "samples_key": f"samples/{_name(record.task)}",
-            }
-        )
+        return {
+            "model": record.model,
+            "task": record.task,
+            "status": record.status,
+            "section": f"eval/{_name(record.task)}/",
+            "summary": summary(record),
+            "rows": [_row(record, score) for score, _ in scores] or [_row(record, None)],
+            "leaders": [_row(record, score) for score, main in scores if main] or [_row(record, None)],
+            "cost": {
+                "wall_s": record.wall_s,
+                "request_s": record.request_s,
+                "prompt_tokens": record.counts.prompt_tokens,
+                "generated_tokens": record.counts.generated_tokens,
+            },
+            "warnings": len(record.warnings),
+            "results": [str(path) for path in files if path.name.startswith("results_")],
+            "samples": [str(path) for path in files if path.name.startswith("samples_") and rows],
+            "samples_rows": rows,
+            "samples_key": f"samples/{_name(record.task)}",
+        }
 
     def close(self, timeout_s: float) -> Outcome:
         """End all runs and say what became of them; what is not sent after `timeout_s` is given up."""

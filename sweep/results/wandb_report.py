@@ -32,11 +32,14 @@ def build(recipe: Mapping[str, Any], *, entity: str) -> Any:
     import wandb_workspaces.expr as expr
     import wandb_workspaces.reports.v2 as wr
 
-    def runs(job: str, name: str, columns: Sequence[str] = ()) -> Any:
-        # Without entity and project, which would be asked of the server at once, the Report's own are meant.
+    def models(columns: Sequence[str] = ()) -> Any:
         shown = {"visible_columns": [f"summary:{key}" for key in columns], "lock_columns": True} if columns else {}
-        filters = expr.And(expr.Metric("Group") == recipe["group"], expr.Metric("JobType") == job)
-        return wr.Runset(name=name, filters=filters, **shown)
+        return runs("models", recipe["models"], **shown)
+
+    def runs(name: str, ids: Sequence[str], **shown: Any) -> Any:
+        # Without entity and project, which would be asked of the server at once, the Report's own are meant.
+        # By id, since other sweeps of this name share the group.
+        return wr.Runset(name=name, filters=expr.And(expr.Metric("ID").isin(list(ids))), **shown)
 
     def grid(runset: Any, panels: Sequence[Any], *, across: int, height: int = 8) -> Any:
         width = _WIDTH // across
@@ -45,20 +48,20 @@ def build(recipe: Mapping[str, Any], *, entity: str) -> Any:
         return wr.PanelGrid(runsets=[runset], panels=list(panels))
 
     bars = recipe["bars"]
-    models = runs("eval", "models", [bar["key"] for bar in bars])
     blocks: list[Any] = [wr.MarkdownBlock(text=recipe["intro"]), wr.TableOfContents()]
     blocks += [wr.H1(text="Leaderboard"), wr.MarkdownBlock(text=recipe["leaderboard"])]
     table = wr.WeavePanelSummaryTable(table_name="leaderboard")
-    blocks.append(grid(runs("sweep", "overview"), [table], across=1, height=12))
+    blocks.append(grid(runs("overview", [recipe["overview"]]), [table], across=1, height=12))
     if bars:
         # A bar of W&B is one key of the summary; it has no place for a standard error, which the tables above give.
         plots = [wr.BarPlot(title=bar["title"], metrics=[wr.SummaryMetric(bar["key"])]) for bar in bars]
-        blocks += [wr.H1(text="Tasks"), wr.MarkdownBlock(text=recipe["bars_note"]), grid(models, plots, across=2)]
+        blocks += [wr.H1(text="Tasks"), wr.MarkdownBlock(text=recipe["bars_note"])]
+        blocks.append(grid(models([bar["key"] for bar in bars]), plots, across=2))
     lines = [wr.LinePlot(title=title, x="progress/elapsed_s", y=list(keys)) for title, keys in SPEED.items()]
     costs = [wr.BarPlot(title=title, metrics=[wr.SummaryMetric(key)]) for title, key in COSTS.items()]
-    blocks += [wr.H1(text="Speed and cost"), grid(runs("eval", "models"), [*lines, *costs], across=2)]
+    blocks += [wr.H1(text="Speed and cost"), grid(models(), [*lines, *costs], across=2)]
     blocks += [wr.H1(text="Runs side by side")]
-    blocks.append(grid(runs("eval", "models"), [wr.RunComparer(diff_only="split")], across=1, height=16))
+    blocks.append(grid(models(), [wr.RunComparer(diff_only="split")], across=1, height=16))
     for title, text in recipe["texts"].items():
         blocks += [wr.H1(text=title), wr.MarkdownBlock(text=text)]
     blocks += [wr.H1(text="Settings"), wr.CodeBlock(code=json.dumps(recipe["settings"], indent=1), language="json")]
@@ -84,3 +87,14 @@ def save(recipe: Mapping[str, Any], *, entity: str, id: str, share_link: bool) -
     if share_link:
         made["share_url"] = report.enable_share_link()
     return made
+
+
+def end_share_link(id: str, *, entity: str, project: str) -> None:
+    """Nobody reads the Report without an account from now on. Raises RuntimeError where W&B keeps the link."""
+    import wandb_workspaces.reports.v2 as wr
+
+    report = wr.Report(entity=entity, project=project)
+    report.id = id
+    # It says no also where there was no link.
+    if not report.disable_share_link() and report.get_share_url():
+        raise RuntimeError("it can still be read by anyone who has the link")

@@ -411,8 +411,8 @@ class Runner:
     def run(self, stop: Sequence[int] = ()) -> int:
         """0 when every cell is finished or has failed, or when it is `out_of_time`; else the first number in `stop`, a
         signal that ended it."""
+        self.tracker.stands(self.plan.stands.values())
         for done, record in enumerate(self.records.values(), start=1):
-            self.tracker.cell(record)
             self.terminal.finished(record, done, len(self.plan.cells))
         self._begin()
         while any(c.unfinished for c in self._cells.values()):
@@ -534,7 +534,9 @@ class Runner:
 
     def _write_failures(self, most: int) -> None:
         for _ in range(min(most, len(self._unwritten))):
-            self.store.write_record(self._unwritten.popleft(), {})
+            record = self._unwritten.popleft()
+            if self.store.write_record(record, {}):
+                self.tracker.cell(record)
 
     def _hear_last(self) -> None:
         """Have evaluators pass on what they have been answered, and hear them, for KEEP_S at most."""
@@ -1051,6 +1053,7 @@ class Runner:
             self._unwritten.append(record)
         else:
             self.store.write_record(record, files)
+            self.tracker.cell(record)
         state.state, state.evaluator = ("done" if record.status is Status.DONE else "failed"), None
         if record.status is Status.DONE and record.counts.asked:
             for life in self._ready(state.cell.model.server):
@@ -1060,7 +1063,6 @@ class Runner:
         self._costs.learn(record)
         self._touched.add(state.cell.model.server)
         self._expect(state.cell.model.server)
-        self.tracker.cell(record)
         self._done += record.status is Status.DONE
         self.terminal.finished(record, self._done, len(self.plan.cells))
         log.info(
