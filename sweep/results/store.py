@@ -68,7 +68,7 @@ BUSY_S = 5.0
 
 SYNCS_AT_ONCE = 16
 """Files of a record. The driver's loop stands still meanwhile, and behind a network each sync is a round trip: 57
-subtasks of MMLU at 20 ms, one after the other with their folder each time, took 2.4 s."""
+subtasks of MMLU at 20 ms, one after the other with their folder each time, took 2.5 s."""
 
 LOOKUP_ROWS = 500
 """Keys per SELECT: under SQLite's oldest limit of 999 variables."""
