@@ -782,6 +782,50 @@ def test_a_cell_that_cannot_reach_its_server_is_tried_from_another_node_and_then
     assert errors == ([f"evaluator.0 on near.lab {words}; {cure}"] if again else [])
 
 
+@pytest.mark.parametrize("takes", ["one", "three"])
+def test_while_a_cell_waits_for_an_evaluator_elsewhere_others_take_those_that_there_are(takes: str, loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        cluster.inventory = (*cluster.inventory, Node(name="far", evaluators=1))
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0")]
+        cells = cluster.running()
+        near, far = cells["a/one"], cells["a/two"]
+        assert [cluster.node_of[name] for name, _ in (near, far)] == ["n", "far"]
+        yield [asks(*far), unreached(*far)]
+        if takes == "one":  # it is given back in the same moment, and comes first
+            yield [cancelled(*far), cancelled(*near)]
+            near = cluster.running()["a/one"]
+        else:
+            yield [cancelled(*far)]
+            yield [done(*cluster.running()["a/three"])]
+        assert cluster.node_of[near[0]] == "n"
+        yield [done(*near)]
+        last = cluster.running()
+        assert cluster.node_of[last["a/two"][0]] == "n"
+        yield [done(*run) for run in last.values()]
+
+    tasks = {"one": ["one", "two"], "three": ["one", "two", "three"]}[takes]
+    assert set(statuses(loop(a_plan(["a"], tasks), script)).values()) == {"done"}
+
+
+def test_an_evaluator_elsewhere_that_another_model_leaves_is_taken(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        cluster.inventory = (*cluster.inventory, Node(name="far", evaluators=1))
+        yield from cluster.checks_pass()
+        yield [cluster.ready("a-0"), cluster.ready("b-0")]
+        cells = cluster.running()
+        far = cells["b/t"]
+        assert cluster.node_of[far[0]] == "far"
+        yield [asks(*far), unreached(*far, server="b-0")]
+        yield [cancelled(*far)]
+        yield [done(*cells["a/t"])]
+        name, run = cluster.running()["b/t"]
+        assert cluster.node_of[name] == "n"
+        yield [done(name, run)]
+
+    loop(a_plan(["a", "b"], ["t"]), script, cpu_servers=2)
+
+
 def test_a_cell_that_reaches_one_of_its_servers_goes_on_without_the_others(loop: Loop) -> None:
     def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
         yield from cluster.checks_pass()
