@@ -27,7 +27,6 @@ from sweep.results import wandb_report
 from sweep.results.mirror import ROW, read_history, run_id
 from sweep.results.publish import mirror_of, publish, recipe
 from sweep.results.reading import read_sweep
-from sweep.results.sharing import MACHINE
 from sweep.results.store import RunDirectory, Store, set_aside
 from sweep.results.timeline import TimelineWriter
 from sweep.results.tracking import Outcome, Tracker, summary
@@ -36,6 +35,8 @@ __all__ = ["isolated", "stub"]  # fixtures
 
 SLOWEST_S = 0.05
 """Of a call on the evaluation's side."""
+OF_THE_MACHINE = ("pretty_env_info", "git_hash", "upper_git_hash")
+"""In lm-eval's result files."""
 
 
 @pytest.fixture
@@ -60,7 +61,9 @@ def carried_out(config: SweepConfig, *records: Record) -> RunDirectory:
         folder = directory.cell_results(record.model, record.task)
         folder.mkdir(parents=True)
         results, samples = folder / "results_2026.json", folder / f"samples_{record.task}_2026.jsonl"
-        results.write_text(json.dumps({"results": {record.task: {}}} | dict.fromkeys(MACHINE, "planted-machine")))
+        results.write_text(
+            json.dumps({"results": {record.task: {}}} | dict.fromkeys(OF_THE_MACHINE, "planted-machine"))
+        )
         lines = [line(doc, doc={"question": f"question {doc} of {record.task}"}) for doc in range(10)]
         samples.write_text("".join(f"{one}\n" for one in lines))
         files = tuple(str(path.relative_to(directory.root)) for path in (results, samples))
@@ -362,7 +365,8 @@ def test_a_report_is_built_without_a_login(config: SweepConfig, monkeypatch: pyt
 
 
 def test_a_report_is_made_kept_up_to_date_and_opened_again(config: SweepConfig, stub: Stub) -> None:
-    config = replace(config, wandb=replace(config.wandb, report=True, entity="team"))
+    wandb = replace(config.wandb, report=True, entity="team")
+    config = replace(config, wandb=wandb, models={"small": Model(path="org/small")})
     directory = carried_out(config, GSM8K)
     outcome = published(config)
     assert outcome.errors == ()
