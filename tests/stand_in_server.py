@@ -19,7 +19,7 @@ them dies, as a GPU that waits for another's does not. The rest is accepted and 
 
 Options of its own, each as `--stand-in-NAME VALUE` or as the environment variable `STAND_IN_NAME` in capitals (`env:`
 of a model gives it to one server); see `Options` for what they mean:
-    start_delay_s latency_s hurry_mark die_after die_mark hang_after mute_after toil_after refuse refuse_forced
+    start_delay_s latency_s token_s hurry_mark die_after die_mark hang_after mute_after toil_after refuse refuse_forced
     refuse_headless lose_port null_logprobs null_chat_logprobs no_chat no_tokenize no_echo echo_shift echo_offset
     echo_clip busy_above other_tokenizer end_every vocabulary tree leftovers ignore_term requests_log
 """
@@ -55,8 +55,10 @@ class Options:
     """Between taking the port and listening on it, as vLLM loads weights."""
     latency_s: float = 0.0
     """Added to each prompt of a request while it holds one of `--max-num-seqs` places."""
+    token_s: float = 0.0
+    """Added besides for each new token that a prompt asks for, so that what is scored, and preflight, waits less."""
     hurry_mark: str = ""
-    """A file; while it is there `latency_s` is not added."""
+    """A file; while it is there neither is added."""
     die_after: int = 0
     """Exit with code 1 in the middle of this completion request, counted from 1; 0 never."""
     die_mark: str = ""
@@ -108,8 +110,9 @@ class Options:
     requests_log: str = ""
     """A file that gets a line of JSON for each completion request: `pid`, `model` and the whole `body`."""
 
-    def wait_s(self) -> float:
-        return 0.0 if self.hurry_mark and Path(self.hurry_mark).exists() else self.latency_s
+    def wait_s(self, new_tokens: int) -> float:
+        hurry = self.hurry_mark and Path(self.hurry_mark).exists()
+        return 0.0 if hurry else self.latency_s + self.token_s * new_tokens
 
     @classmethod
     def parse(cls, arguments: list[str]) -> tuple["Options", list[str]]:
@@ -415,7 +418,7 @@ class StandIn:
     ) -> tuple[dict[str, Any], int]:
         """One entry of `choices` and how many tokens were generated for it."""
         async with self.place():
-            await asyncio.sleep(self.options.wait_s())
+            await asyncio.sleep(self.options.wait_s(body.get("max_tokens") or 0))
         salt = [model, body.get("seed")] if (body.get("temperature") or 0) > 0 else [model]
         start = Prefix(zlib.crc32(json.dumps(salt).encode()), self.options.vocabulary, self.options.end_every)
         before = [start]
@@ -466,7 +469,7 @@ class StandIn:
         await self.count({"prompt": body["token_ids"], **body})
         model, prompt = self.model(body), body["token_ids"]
         async with self.place():
-            await asyncio.sleep(self.options.wait_s())
+            await asyncio.sleep(self.options.wait_s(1))
         prefix = Prefix(zlib.crc32(json.dumps([model]).encode()), self.options.vocabulary, self.options.end_every)
         rows: list[dict[str, Any] | None] = []
         for token in prompt:
