@@ -409,7 +409,7 @@ class Store:
     def put(self, responses: Iterable[Response]) -> dict[bytes, bytes]:
         """Make a batch durable. An answer that is already there stays: the first one given is the one that counts.
 
-        The answers that count in place of others of this batch.
+        Returns the answers that count in place of others of this batch, by key.
         """
         # In the order of the index, each of whose pages is then changed once; the first of equal keys stays first.
         rows = sorted(((r.key, r.cell, r.method, r.answer) for r in responses), key=itemgetter(0))

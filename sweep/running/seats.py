@@ -48,7 +48,7 @@ class Seats:
         return next((seat for seat in self._seats if seat.evaluator == evaluator), None)
 
     def node_of(self, evaluator: str) -> str:
-        return next((seat.node for seat in self._seats if seat.evaluator == evaluator), "")
+        return seat.node if (seat := self.of(evaluator)) is not None else ""
 
     def elsewhere(self, evaluators: Sequence[str], nodes: Collection[str]) -> list[str]:
         """Those of the evaluators that are on none of these nodes; all of them where there is no seat but on these."""
