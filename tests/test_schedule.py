@@ -1,5 +1,6 @@
 """Decisions as tables, and a simulated sweep that has to come to its end."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -184,6 +185,27 @@ def test_hoping_for_a_fast_start_does_not_make_an_end_look_later() -> None:
     a = server("a", replicas=None, lives=1, work_s=80.0, start_s=100.0)
     b = server("b", replicas=None, lives=1, work_s=75.0, start_s=100.0)
     assert decided(view(a, b, gpus=6)) == ["start a", "start b", "start a", "start b"]
+
+
+@pytest.mark.parametrize(
+    ("left_s", "gpus", "expected"),
+    [(250.0, (4, 1), []), (450.0, (4, 1), ["start narrow"]), (250.0, (5, 2), ["start wide", "start wide"])],
+    ids=["two that are free together are waited for", "much is left of the narrow one", "the wide one fits"],
+)
+def test_no_short_replica_takes_a_gpu_that_a_wider_model_waits_for(
+    left_s: float, gpus: tuple[float, ...], expected: list[str]
+) -> None:
+    wide = server("wide", gpus=2, replicas=3, lives=1, work_s=9000.0, start_s=200.0)
+    narrow = server("narrow", replicas=2, lives=1, work_s=left_s, start_s=200.0)
+    assert decided(view(wide, narrow, gpus=gpus)) == expected
+
+
+def test_gpus_that_end_nothing_sooner_go_by_work() -> None:
+    small = server("small", replicas=None, work_s=40.0, start_s=200.0)
+    large = server("large", replicas=None, work_s=400.0, start_s=150.0)
+    starts = Counter(decided(view(small, large, gpus=64)))
+    assert starts.total() == 64
+    assert starts["start large"] >= 9 * starts["start small"]
 
 
 def test_a_reason_has_the_numbers_that_it_follows_from() -> None:

@@ -11,7 +11,7 @@ from sweep.running.costs import corrected_s, in_order
 from sweep.running.inventory import Need, Node
 from sweep.running.restarts import BACKOFF_S
 from sweep.running.schedule import schedule
-from sweep.running.simulate import REDONE_S, STOP_S, Outcome, SimulatedCell, SimulatedServer, simulate
+from sweep.running.simulate import REDONE_S, STOP_S, Outcome, SimulatedCell, SimulatedServer, StuckError, simulate
 
 START_S = 10.0
 
@@ -127,7 +127,7 @@ def test_what_is_left_is_corrected_by_what_was_spent_the_more_the_more_there_is_
 
 
 def test_a_sweep_that_cannot_go_on_says_so() -> None:
-    with pytest.raises(RuntimeError, match="1 cells are left and nothing happens any more"):
+    with pytest.raises(StuckError, match="1 cells are left and nothing happens any more"):
         on(1, model("a", 100, gpus=2))
 
 
@@ -160,3 +160,21 @@ def test_a_seed_gives_the_same_sweep_and_the_same_outcome_every_time() -> None:
     first, again = (simulate(sweep.nodes, sweep.servers) for sweep in (bench.drawn(4), bench.drawn(4)))
     assert first.spans == again.spans
     assert first.makespan_s == again.makespan_s
+
+
+def test_each_draw_of_a_sweep_expects_the_same_and_comes_to_something_else() -> None:
+    first, second, third = (bench.drawn_again(4, draw) for draw in range(3))
+    assert first.nodes == second.nodes == third.nodes
+
+    def costs(sweep: bench.Sweep, which: str) -> list[float]:
+        return [getattr(cell, which) for server in sweep.servers for cell in server.cells]
+
+    assert costs(first, "expected_s") == costs(second, "expected_s") == costs(third, "expected_s")
+    assert costs(first, "true_s") == costs(bench.drawn(4), "true_s")
+    starts = {tuple(server.starts_s(0) for server in sweep.servers) for sweep in (first, second, third)}
+    assert len(starts) == len({tuple(costs(sweep, "true_s")) for sweep in (first, second, third)}) == 3
+
+
+def test_a_rival_that_waits_for_ever_never_ends() -> None:
+    stuck = bench.Sweep(nodes=bench.cluster(1), servers=(model("a", 100, gpus=2),))
+    assert bench.rival(stuck, bench.longest_first) == (math.inf, math.inf)

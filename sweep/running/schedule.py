@@ -44,6 +44,14 @@ HOPE = 0.5
 """Of an expected start. A replica is started on a GPU that nobody else wants if it would find work after that: it may
 start faster than expected, and work may take longer."""
 
+BESIDE = 2.0
+"""Of an expected start: so much a model must have left for a replica while one that ends later waits for more GPUs on
+one node than are free. What ends soon then leaves its GPUs together instead of one by one to itself."""
+
+ENOUGH = 0.03
+"""Of an expected start. A model that would end last has servers enough when a further one ends it by less sooner:
+what is free then goes by work, since of many starts some are fast."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LifeView:
@@ -341,24 +349,33 @@ class _Turns:
 def _replicas(
     view: View, served: Iterable[tuple[_Known, int, float]], filling: "_Filling", hope: float
 ) -> Iterator[StartServer]:
-    """One after the other to the model that would end last, should its work be more than expected."""
+    """One after the other to the model that would end last, should its work be more than expected; once it has servers
+    enough, to the one with the most work for each server."""
 
     def entry(known: _Known, live: int, end_s: float) -> tuple[float, int, int, float, _Known]:
-        return -_late_s(known.view, live, end_s), known.order, live, end_s, known
+        left_s = known.view.work_s / live if enough else _late_s(known.view, live, end_s)
+        return -left_s, known.order, live, end_s, known
 
-    now_s, room = view.now_s, filling.room
-    heap = [
-        entry(known, live, end_s) for known, live, end_s in served if known.view.need and known.view.need.gpus <= room
-    ]
+    now_s, least, enough = view.now_s, hope, False
+    heap = [entry(known, live, end_s) for known, live, end_s in served]
     heapify(heap)
     while heap:
         _, _, live, end_s, known = heap[0]
         server, left_s = known.view, end_s - now_s
-        then_s = min(left_s, (left_s * live + server.start_s) / (live + 1))
-        pays = left_s > hope * server.start_s and live < server.most
-        nodes = filling.place(known, until_s=now_s + then_s, keep=False) if pays else ()
+        if live >= server.most or left_s <= least * server.start_s:
+            heappop(heap)
+            continue
+        sooner_s = (left_s - server.start_s) / (live + 1)
+        if not enough and 0 < sooner_s < ENOUGH * server.start_s:
+            enough = True
+            heap = [entry(known, live, end_s) for _, _, live, end_s, known in heap]
+            heapify(heap)
+            continue
+        then_s = left_s - max(0.0, sooner_s)
+        nodes = filling.place(known, until_s=now_s + then_s, keep=False)
         if not nodes:
             heappop(heap)
+            least = BESIDE  # for those that end earlier
             continue
         reason = f"replica {live + 1}, {left_s:.0f} s left become {then_s:.0f} s with a start of {server.start_s:.0f} s"
         yield StartServer(server=server.name, nodes=nodes, reason=reason)

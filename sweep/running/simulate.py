@@ -214,13 +214,17 @@ def forecast(plan: Plan, nodes: Sequence[Node], costs: Costs) -> Outcome:
     return simulate(nodes, servers, decide=partial(schedule, hope=1.0))
 
 
+class StuckError(RuntimeError):
+    """What is decided lets servers and cells wait for each other for ever."""
+
+
 def simulate(
     nodes: Sequence[Node],
     servers: Iterable[SimulatedServer],
     *,
     decide: Callable[[View], Iterable[Action]] = schedule,
 ) -> Outcome:
-    """One sweep from its first start to its last record."""
+    """One sweep from its first start to its last record; StuckError where it never comes."""
     return _Simulation(nodes, servers, decide).run()
 
 
@@ -270,7 +274,7 @@ class _Simulation:
                 self._plan_end(server)
                 self._view.put(server.view(self._now_s))
         if self._unfinished:
-            raise RuntimeError(f"{self._unfinished} cells are left and nothing happens any more")
+            raise StuckError(f"{self._unfinished} cells are left and nothing happens any more")
         return Outcome(
             makespan_s=self._last_s,
             first_result_s=self._first_s,
