@@ -30,8 +30,9 @@ from sweep.running.cluster import (
     ServerStopped,
 )
 from sweep.running.inventory import need, require, total_gpus
-from sweep.running.runner import TICK_S, listen, stop_signals
+from sweep.running.runner import TICK_S
 from sweep.running.schedule import LifeView, RetireServer, ServerView, StartServer, View, schedule
+from sweep.running.signals import listen, stop_signals
 
 log = logging.getLogger(__name__)
 

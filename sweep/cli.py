@@ -526,7 +526,7 @@ def _run(arguments: Arguments) -> int:
         carried, ends_at_s, examined = None, math.inf, _Examined()
         if plan.owed:
             with _logged_to(directory.driver_log, hidden):
-                from sweep.running.runner import carry_out
+                from sweep.running.launching import carry_out
 
                 ends_at_s = ends_at(config.walltime, os.environ, began_s=began_s, now_s=time.time())
                 carried = carry_out(

@@ -29,7 +29,7 @@ from sweep.results.compare import examine
 from sweep.results.reading import Sweep, read_sweep
 from sweep.results.store import RunDirectory, Store, read_commits, read_records
 from sweep.results.tracking import Outcome
-from sweep.running.runner import SIGNALS
+from sweep.running.signals import SIGNALS
 from sweep.status import State, standing
 
 LAUNCH = Path(__file__).parent.parent / "launch.py"
@@ -265,11 +265,11 @@ def test_an_interrupt_before_anything_runs_is_no_traceback(
     assert capsys.readouterr().err == "interrupted\n"
 
 
-# What a launch leaves behind; the runner is a double
+# What a launch leaves behind; what carries it out is a double
 
 
 class Runner:
-    """Stands for sweep.running.runner: ends the cells as the test says and remembers what it was given."""
+    """Stands for sweep.running.launching: ends the cells as the test says and remembers what it was given."""
 
     def __init__(self) -> None:
         self.fails: set[str] = set()
@@ -332,7 +332,7 @@ class Runner:
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
     double = Runner()
-    monkeypatch.setitem(sys.modules, "sweep.running.runner", double)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "sweep.running.launching", double)  # type: ignore[arg-type]
     monkeypatch.setattr("sweep.running.machine.prepare_local_ray", lambda: None)
     return double
 

@@ -75,6 +75,8 @@ ORDER = [
     "machine",
     "nodes",
     "restarts",
+    "hanging",
+    "signals",
     "seats",
     "failures",
     "schedule",
@@ -83,7 +85,9 @@ ORDER = [
     "simulate",
     "cluster",
     "progress",
+    "states",
     "runner",
+    "launching",
     # the commands
     "checkup",
     "fetch",

@@ -60,10 +60,12 @@ from sweep.running.cluster import (
     ServerStopped,
 )
 from sweep.running.costs import start_s
+from sweep.running.hanging import GIVE_BACK_S, SLOW_S
 from sweep.running.inventory import Node
+from sweep.running.launching import make_report
 from sweep.running.progress import Terminal
 from sweep.running.restarts import BACKOFF_S, HEALTHY_S, LOSSES_MOST
-from sweep.running.runner import DEATHS_MOST, FAILURES_AT_ONCE, GIVE_BACK_S, SLOW_S, Runner, make_report
+from sweep.running.runner import DEATHS_MOST, FAILURES_AT_ONCE, Runner
 from sweep.running.walltime import LEAVE_S, UNLIMITED, Walltime
 from sweep.serving.metrics import Snapshot
 from sweep.serving.server import Endpoint

@@ -2,36 +2,28 @@
 
 import itertools
 import logging
-import math
-import os
-import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, fields, replace
-from types import FrameType
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from sweep.errors import ReportError, StoreError, SweepError, boundary
+from sweep.errors import StoreError, boundary
 from sweep.evaluating import evaluator as ev
-from sweep.evaluating.concurrency import Controller, Leases, Load, automatic_limit, figures
+from sweep.evaluating.concurrency import Controller, Load, automatic_limit, figures
 from sweep.evaluating.estimate import in_words
 from sweep.evaluating.preflight import Check, Facts, expectation
 from sweep.evaluating.preflight import Outcome as Checked
 from sweep.masking import masked
 from sweep.planning.config import SweepConfig
-from sweep.planning.plan import Cell, Plan, ServerPlan, decided, failure, on_cpu
+from sweep.planning.plan import Plan, ServerPlan, decided, failure, on_cpu
 from sweep.record import Record, Status
-from sweep.results import publish
 from sweep.results.claim import Work
-from sweep.results.reading import Outcome as Sampled
-from sweep.results.reading import Sweep, read_sweep
 from sweep.results.report import lasting
 from sweep.results.store import Store, masked_json, write_file
 from sweep.results.timeline import TimelineWriter
-from sweep.results.tracking import Outcome, Tracker, live_key
+from sweep.results.tracking import Tracker, live_key
 from sweep.running.cluster import (
     Cluster,
     ClusterEvent,
@@ -46,11 +38,13 @@ from sweep.running.cluster import (
 )
 from sweep.running.costs import Costs, corrected_s, in_order, start_s, sweep_s
 from sweep.running.failures import Failures
-from sweep.running.inventory import Node, need, require, total_gpus
+from sweep.running.hanging import CURES, GIVE_BACK_S, SLOW_S, Doing, Spells, Verdict
+from sweep.running.inventory import Node, need, total_gpus
 from sweep.running.progress import Terminal
 from sweep.running.restarts import LOSSES_MOST, NEVER_LOST, Restarts, healthy
 from sweep.running.schedule import LifeView, RetireServer, RunCell, ServerView, StartServer, View, schedule
 from sweep.running.seats import Seats
+from sweep.running.states import CellState, Life, ServerState
 from sweep.running.walltime import CELL_START_S, UNLIMITED, Walltime
 from sweep.serving.server import PORTS, Endpoint
 
@@ -63,27 +57,9 @@ DEATHS_MOST = 3
 """A check or a cell that so many evaluators died at, with no new answer between them, is the cause of it; one or two
 may be the memory of a moment."""
 
-SLOW_S = 600.0
-"""An evaluator that loads or scores for longer is spoken of, and cells wait no longer for checks of others."""
-
-CURES = {
-    "load_timeout_s": "if its data is only slow to come, bring it with `fetch` or raise the limit",
-    "scoring_timeout_s": "if it is only slow, raise the limit; its answers are kept",
-}
-
-GIVE_BACK_S = 300.0
-"""An evaluator whose cell is over has so long to come back before it is ended. It may be loading data, of which the
-next one goes on; all that ending it costs is a start of 8 to 14 s."""
-
 KEEP_S = 2.0
 """At an end that was asked for, evaluators pass on what they have been answered for so long. It takes 0.1 s, and longer
 only where one loads data and does not listen."""
-
-TABLES_S = 10.0
-"""Of a walltime, for what comes after W&B: the tables."""
-
-CLOSE_WANDB_S = 120.0
-"""What W&B has not taken by then is left for later; the run directory has it all."""
 
 RATE_S = 1.0
 """Shortest time over which a rate says something."""
@@ -97,253 +73,6 @@ syncs, and answers wait for them."""
 
 TELL_S = 1.0
 """Between two words of what is at work; the heartbeat takes the last."""
-
-
-@dataclass(kw_only=True)
-class _CellState:
-    cell: Cell
-    state: str = "checking"
-    """checking -> waiting -> running -> done or failed; back to waiting when its evaluator or turn is lost."""
-    attempt: int = 0
-    """Of this many runs the last: what is heard of an earlier one comes too late."""
-    losses: int = 0
-    """Evaluators that died at it since its last new answer."""
-    errors: Restarts = NEVER_LOST
-    """Attempts that ended with an error of the cell's own which may pass."""
-    needs_server: bool | None = None
-    """None until an evaluator has compared the cell's requests with the stored answers."""
-    by_stored_facts: bool = False
-    """Its attempt goes by facts of another launch or life, which its server has not borne out."""
-    misled: bool = False
-    """An attempt failed by such facts: the next one is begun when a server has told its own."""
-    evaluator: str | None = None
-    progress: ev.CellProgress | None = None
-    rate: float = 0.0
-    first_answers: tuple[float, int] = (0.0, 0)
-    """When the first answers came, and how many; for the rate."""
-    told: ev.PoolChanged | None = None
-    """What its evaluator was told last of its pool."""
-    unreached: dict[str, str] = field(default_factory=dict)
-    """Servers that this attempt's evaluator cannot reach, each with the reason."""
-    cut_off: set[str] = field(default_factory=set)
-    """Nodes from which none could be reached, since its last new answer."""
-    loads: bool = False
-    """Its evaluator has not asked for stored answers yet."""
-    taken_back: bool = False
-    """Its evaluator has been told to give it back."""
-    expected_s: float = 0.0
-    """Of one server of its model alone."""
-
-    @property
-    def unfinished(self) -> bool:
-        return self.state not in ("done", "failed")
-
-    @property
-    def asks(self) -> bool:
-        """Its evaluator is at work on it and has requests that are not answered yet."""
-        return self.state == "running" and self.progress is not None and not self.answered
-
-    @property
-    def answered(self) -> bool:
-        """Nothing is left but to score it."""
-        return self.progress is not None and self.progress.done >= self.progress.total > 0
-
-    def share(self, *, reused: bool) -> float:
-        """How much of its requests is answered, with those that were stored before or without."""
-        if self.progress is None or not self.progress.total:
-            return 0.0
-        return (self.progress.done - (0 if reused else self.progress.reused)) / self.progress.total
-
-
-@dataclass(kw_only=True)
-class _Spell:
-    """What an evaluator is at without waiting for a server or for answers: nothing but time tells whether it hangs."""
-
-    doing: str
-    """`load task mmlu`"""
-    attempt: int = 0
-    """At its cell."""
-    limit_s: float
-    key: str = ""
-    """Of the sweep file, which sets the limit."""
-    since_s: float = field(compare=False)
-    slow: bool = field(default=False, compare=False)
-    """It has been spoken of."""
-
-
-@dataclass(kw_only=True)
-class _Life:
-    """One server process."""
-
-    server: str
-    nodes: tuple[str, ...] = ()
-    started_at_s: float
-    """On the runner's clock."""
-    endpoint: Endpoint | None = None
-    """None while it starts."""
-    ready_at_s: float = 0.0
-    """Set with the endpoint."""
-    finished_cell: bool = False
-    """One of its server's cells was finished while it was ready."""
-    retiring: bool = False
-    """Asked to stop."""
-    lost: bool = False
-    """Dead, and what is left of it still holds its GPUs."""
-    load: Load | None = None
-    """Set with the endpoint."""
-    leases: Leases = field(default_factory=Leases)
-    """Who has how much of its limit."""
-    pressure: tuple[int, int] = (0, 0)
-    """What its controller was told last."""
-
-    @property
-    def state(self) -> str:
-        """In a word, for people."""
-        if self.lost:
-            return "lost"
-        if self.retiring:
-            return "stopping"
-        return "starting" if self.endpoint is None else "ready"
-
-
-@dataclass(kw_only=True)
-class _ServerState:
-    plan: ServerPlan
-    replicas: int | None
-    """None: as many as help."""
-    started: int = 0
-    restarts: Restarts = NEVER_LOST
-    concurrency: int | None = None
-    """What its last life settled on; None for a number that the config gives."""
-    stored_concurrency: int | None = None
-    cells: list[_CellState] = field(default_factory=list)
-    """Of its models, in the order in which they are begun."""
-    start_s: float = 0.0
-    """What a start is expected to take, then what the last one took."""
-    looked_s: float = 0.0
-    spent_s: float = 0.0
-    """Of its lives' time, while cells asked."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Carried:
-    """What a launch came to."""
-
-    records: dict[str, Record]
-    """Of every cell of the plan that has ended, now or before, by cell key."""
-    signal: int
-    """That stopped it; 0 when none did."""
-    wandb: Outcome
-    out_of_time: bool = False
-    """Its walltime stopped it."""
-    got_on: bool = True
-    """It brought answers or ended cells, so that another launch like it will too."""
-
-
-def carry_out(
-    config: SweepConfig,
-    plan: Plan,
-    store: Store,
-    *,
-    api_key: str,
-    secrets: Sequence[str],
-    ends_at_s: float = math.inf,
-    texts: Callable[[Sweep], Mapping[str, str]] = lambda _: {},
-) -> Carried:
-    """Bring up the cluster, run the plan's owed cells on it and take everything down again, whatever happens, and
-    before the Unix time `ends_at_s`. `texts` makes further chapters of W&B's Report, Markdown by title.
-
-    Raises ResourceError when the cluster cannot carry the plan.
-    """
-    records, stored = dict(plan.done), store.count()
-    timeline, host = TimelineWriter(store.directory.timeline), os.uname().nodename
-    timeline.add("launch", host, "began")
-    walltime = Walltime(end_s=time.monotonic() + ends_at_s - time.time())
-    with (
-        stop_signals() as stop,
-        Terminal(models=list(plan.models), cells=[cell.key for cell in plan.cells]) as terminal,
-        _warnings_on(terminal),
-        closing(
-            Cluster(config.ray, api_key=api_key, secrets=secrets, env=config.env, servers=plan.owed_servers.values())
-        ) as cluster,
-    ):
-        listen(stop)  # Ray has put a handler of its own in place
-        require(plan.owed_servers, cluster.inventory)
-        tracker, ended = publish.mirror_of(config, store.directory, secrets), False
-        try:
-            runner = Runner(
-                plan=plan,
-                store=store,
-                cluster=cluster,
-                terminal=terminal,
-                tracker=tracker,
-                timeline=timeline,
-                secrets=secrets,
-                records=records,
-                retries=config.retries,
-                max_failures=config.max_failures,
-                load_timeout_s=config.load_timeout_s,
-                scoring_timeout_s=config.scoring_timeout_s,
-                walltime=walltime,
-            )
-            number = runner.run(stop)
-            ended = not runner.out_of_time
-        finally:
-            store.tell(None)
-            cluster.close()  # no GPU is held while W&B takes its time
-            timeline.add("launch", host, "ended")
-            report_end_s = walltime.end_s - TABLES_S - CLOSE_WANDB_S
-            if ended:
-                make_report(tracker, config, store, texts, lambda: bool(stop) or time.monotonic() > report_end_s)
-            left_s = walltime.end_s - TABLES_S - time.monotonic()
-            outcome = tracker.close(max(0.0, min(CLOSE_WANDB_S, left_s)))
-    got_on = store.count() > stored or len(records) > len(plan.done)
-    return Carried(records=records, signal=number, wandb=outcome, out_of_time=runner.out_of_time, got_on=got_on)
-
-
-def make_report(
-    tracker: Tracker,
-    config: SweepConfig,
-    store: Store,
-    texts: Callable[[Sweep], Mapping[str, str]],
-    over: Callable[[], bool],
-) -> None:
-    """The Report of what the records say now; none when there is no time for it, without which the sweep is as good.
-
-    `texts` may read every sample, so offline, where nobody would see them, they are left to `report publish=true`.
-    """
-    if not config.wandb.report or not tracker.shows or over():
-        return
-    try:
-        with boundary(StoreError, "make W&B's Report"):
-            sweep = read_sweep(store.directory.root)
-            watched = _Watched(over=over, **{one.name: getattr(sweep, one.name) for one in fields(sweep)})
-            publish.report(tracker, sweep, config, texts(watched) if tracker.online else {})
-    except SweepError as error:
-        log.warning("there will be no W&B Report of this launch: %s", error)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Watched(Sweep):
-    """Gives the samples of no further cell when it is `over`."""
-
-    over: Callable[[], bool]
-
-    def outcomes(self, record: Record) -> Iterator[Sampled]:
-        if self.over():
-            raise ReportError("there is no time left for it; `report publish=true` makes it")
-        yield from super().outcomes(record)
-
-
-@contextmanager
-def _warnings_on(terminal: Terminal) -> Iterator[None]:
-    logger = logging.getLogger("sweep")
-    terminal.log_handler.setLevel(logging.WARNING)
-    logger.addHandler(terminal.log_handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(terminal.log_handler)
 
 
 @dataclass(kw_only=True)
@@ -371,9 +100,9 @@ class Runner:
     """On the same clock."""
     out_of_time: bool = False
     """The walltime has ended it."""
-    _cells: dict[str, _CellState] = field(default_factory=dict)
-    _servers: dict[str, _ServerState] = field(default_factory=dict)
-    _lives: dict[str, _Life] = field(default_factory=dict)
+    _cells: dict[str, CellState] = field(default_factory=dict)
+    _servers: dict[str, ServerState] = field(default_factory=dict)
+    _lives: dict[str, Life] = field(default_factory=dict)
     _facts: dict[str, Facts] = field(default_factory=dict)
     _token_ids: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     """Model -> what its tokenizer makes of preflight's texts."""
@@ -386,8 +115,7 @@ class Runner:
     _checks: deque[ev.CheckTask | ev.CheckModel] = field(default_factory=deque)
     _checking: dict[str, ev.CheckTask | ev.CheckModel] = field(default_factory=dict)
     _check_losses: Counter[str] = field(default_factory=Counter)
-    _spells: dict[str, _Spell] = field(default_factory=dict)
-    """By evaluator, as they were seen to begin."""
+    _spells: Spells = field(default_factory=Spells)
     _evaluators_started: int = 0
     _evaluators_work: bool = False
     """One of them has said something."""
@@ -480,50 +208,44 @@ class Runner:
         """End evaluators that hang: the cell of one would never end, and behind its check no cell would begin."""
         now = self.clock()
         for name, work in [*self._evaluators.items()]:
-            spell, known = self._spell(name, work, now), self._spells.get(name)
-            if spell is None:
-                self._spells.pop(name, None)
-            elif known is None or spell != known:
-                self._spells[name] = spell
-            elif now > known.since_s + known.limit_s:
-                self._end_hanging(name, known)
-            elif now > known.since_s + SLOW_S and not known.slow:
-                known.slow = True
-                so_far = f"{lasting(SLOW_S)} so far (see {self.store.directory.server_log(name)})"
-                limit = f"{lasting(known.limit_s)} (`{known.key}`)"
-                self.terminal.note(f"{name} takes long to {known.doing}, {so_far}; it is ended after {limit}")
-                self._release()
+            doing = self._doing(name, work)
+            verdict = self._spells.look(name, doing, now)
+            if doing is None or verdict is Verdict.FINE:
+                continue
+            if verdict is Verdict.OVER:
+                self._end_hanging(name, doing)
+                continue
+            so_far = f"{lasting(SLOW_S)} so far (see {self.store.directory.server_log(name)})"
+            limit = f"{lasting(doing.limit_s)} (`{doing.key}`)"
+            self.terminal.note(f"{name} takes long to {doing.what}, {so_far}; it is ended after {limit}")
+            self._release()
 
-    def _spell(self, name: str, work: str | None, now: float) -> _Spell | None:
+    def _doing(self, name: str, work: str | None) -> Doing | None:
         if (check := self._checking.get(name)) is not None:
-            return _Spell(
-                doing=f"load {_subject(check)}", limit_s=self.load_timeout_s, key="load_timeout_s", since_s=now
-            )
+            return Doing(what=f"load {_subject(check)}", limit_s=self.load_timeout_s, key="load_timeout_s")
         if (state := self._cells.get(work or "")) is None:
             return None
         key, attempt = state.cell.key, state.attempt
         if state.evaluator != name:
-            return _Spell(doing=f"leave {key}, which is over", attempt=attempt, limit_s=GIVE_BACK_S, since_s=now)
+            return Doing(what=f"leave {key}, which is over", attempt=attempt, limit_s=GIVE_BACK_S)
         # Without facts it may be waiting for its server.
         knows = state.by_stored_facts or (state.told is not None and state.told.facts is not None)
         if state.loads and (knows or state.taken_back):
-            limit_s, by = self.load_timeout_s, "load_timeout_s"
-            return _Spell(doing=f"load {key}", attempt=attempt, limit_s=limit_s, key=by, since_s=now)
+            return Doing(what=f"load {key}", attempt=attempt, limit_s=self.load_timeout_s, key="load_timeout_s")
         if state.answered and not state.loads:
-            limit_s, by = self.scoring_timeout_s, "scoring_timeout_s"
-            return _Spell(doing=f"score {key}", attempt=attempt, limit_s=limit_s, key=by, since_s=now)
+            return Doing(what=f"score {key}", attempt=attempt, limit_s=self.scoring_timeout_s, key="scoring_timeout_s")
         return None
 
-    def _end_hanging(self, name: str, spell: _Spell) -> None:
+    def _end_hanging(self, name: str, doing: Doing) -> None:
         """What it was at fails at once: another attempt would take as long."""
-        within = f"within {lasting(spell.limit_s)}"
+        within = f"within {lasting(doing.limit_s)}"
         why = f"its evaluator was ended (see {self.store.directory.server_log(name)})"
-        error = f"{spell.doing}: not done {within} (`{spell.key}`), {why}; {CURES.get(spell.key)}"
+        error = f"{doing.what}: not done {within} (`{doing.key}`), {why}; {CURES.get(doing.key)}"
         if (check := self._checking.pop(name, None)) is not None:
             self._check_failed(check, error)
         elif (state := self._cells[str(self._evaluators[name])]).evaluator == name:
             self._fail(state, error)
-        self.cluster.end_evaluator(name, f"it did not {spell.doing} {within} and was ended")
+        self.cluster.end_evaluator(name, f"it did not {doing.what} {within} and was ended")
 
     def _hear(self) -> None:
         events = self.cluster.events(TICK_S)
@@ -551,13 +273,13 @@ class Runner:
 
     def _begin(self) -> None:
         owed = self.plan.owed
-        self._cells = {cell.key: _CellState(cell=cell) for cell in owed}
+        self._cells = {cell.key: CellState(cell=cell) for cell in owed}
         self._costs = Costs(self.records.values())
         self._done = sum(record.status is Status.DONE for record in self.records.values())
         gpus = total_gpus(self.cluster.inventory)
         for name, plan in self.plan.owed_servers.items():
             plan = decided(plan, cluster_gpus=gpus)
-            self._servers[name] = _ServerState(
+            self._servers[name] = ServerState(
                 plan=plan,
                 replicas=plan.replicas if isinstance(plan.replicas, int) else None,
                 start_s=start_s(plan, on_cpu=on_cpu(plan, cluster_gpus=gpus)),
@@ -812,7 +534,7 @@ class Runner:
             if state.unfinished:
                 self._fail(state, error)
 
-    def _fail(self, state: _CellState, error: str, *, counts: bool = True) -> None:
+    def _fail(self, state: CellState, error: str, *, counts: bool = True) -> None:
         cell = state.cell
         if state.evaluator is not None:
             self.cluster.send(state.evaluator, ev.CancelCell(reason="its model failed"))
@@ -826,7 +548,7 @@ class Runner:
     def _evaluator_lost(self, event: EvaluatorLost) -> None:
         name, reason = event.evaluator, event.reason
         work = self._evaluators.pop(name, None)
-        self._spells.pop(name, None)
+        self._spells.forget(name)
         log.warning("%s was lost: %s", name, reason)
         self._leave(work)
         reason = f"{reason} (see {self.store.directory.server_log(name)})"
@@ -896,7 +618,7 @@ class Runner:
                 if said.attempt == state.attempt:
                     self._heard_of_cell(name, state, said)
 
-    def _heard_of_cell(self, name: str, state: _CellState, said: ev.Event) -> None:
+    def _heard_of_cell(self, name: str, state: CellState, said: ev.Event) -> None:
         cell = state.cell
         match said:
             case ev.WantAnswers(keys=keys):
@@ -932,7 +654,7 @@ class Runner:
                     self._attempt_failed(state, error, passing=passing)
                 self._share(cell.model.server)
 
-    def _unreached(self, evaluator: str, state: _CellState, said: ev.Unreached) -> None:
+    def _unreached(self, evaluator: str, state: CellState, said: ev.Unreached) -> None:
         """A server that is alive cannot be reached from where a cell runs, which goes on with those that it reaches."""
         server = state.cell.model.server
         if state.evaluator != evaluator or said.server not in self._ready(server):
@@ -960,7 +682,7 @@ class Runner:
             state.cut_off, state.unreached = {self._seats.node_of(state.evaluator)}, {}
             self.cluster.send(state.evaluator, ev.CancelCell(reason="its server cannot be reached from here"))
 
-    def _in_words(self, said: ev.Unreached, life: _Life, evaluator: str, host: str) -> str:
+    def _in_words(self, said: ev.Unreached, life: Life, evaluator: str, host: str) -> str:
         assert life.endpoint is not None
         there = ", ".join(map(self._host, life.nodes))
         server = f"{said.server}{f' on {there}' if there else ''} at {life.endpoint.url}, which is alive"
@@ -977,7 +699,7 @@ class Runner:
         """What people call it."""
         return next((known.host for known in self._nodes if known.name == node and known.host), node)
 
-    def _attempt_failed(self, state: _CellState, error: str, *, passing: bool) -> None:
+    def _attempt_failed(self, state: CellState, error: str, *, passing: bool) -> None:
         said = masked(error, self.secrets)
         if state.by_stored_facts and state.needs_server and not passing:
             log.info("%s waits for what its server says of itself: %s", state.cell.key, said)
@@ -997,7 +719,7 @@ class Runner:
         for life in self._lives.values():
             life.leases.leave(cell or "")
 
-    def _take_back(self, state: _CellState) -> None:
+    def _take_back(self, state: CellState) -> None:
         self._touched.add(state.cell.model.server)
         state.state, state.evaluator = "waiting", None
         self.timeline.add("cell", state.cell.key, "waiting")
@@ -1015,7 +737,7 @@ class Runner:
     def _release(self) -> None:
         """Let cells begin when all checks are over, so that what is wrong is known before a server starts; those that
         take long are waited for by their own cells alone."""
-        slow = [name for name in self._checking if name in self._spells and self._spells[name].slow]
+        slow = [name for name in self._checking if self._spells.slow(name)]
         if self._checks or len(slow) < len(self._checking):
             return
         tasks = {check.task_name for check in self._checking.values() if isinstance(check, ev.CheckTask)}
@@ -1027,7 +749,7 @@ class Runner:
             if state.state == "checking" and cell.task_name not in tasks and cell.model.server not in servers:
                 state.state = "waiting"
 
-    def _progressed(self, state: _CellState, said: ev.CellProgress) -> None:
+    def _progressed(self, state: CellState, said: ev.CellProgress) -> None:
         now, asked = self.clock(), said.done - said.reused
         then, before = state.first_answers
         # Since the first answers: the time before is the server's start, and a burst of a moment is no rate.
@@ -1046,7 +768,7 @@ class Runner:
             live=in_words(said.live),
         )
 
-    def _finish(self, state: _CellState, record: Record, files: Mapping[str, bytes]) -> None:
+    def _finish(self, state: CellState, record: Record, files: Mapping[str, bytes]) -> None:
         folder = self.store.directory.cell_results(record.model, record.task).relative_to(self.store.directory.root)
         record = replace(record, files=tuple(str(folder / name) for name in sorted(files)))
         if record.status is Status.FAILED:
@@ -1091,7 +813,7 @@ class Runner:
         """Whether a cell may keep its evaluator while it waits: what the server needs is its own already."""
         return bool(self._live(server)) or self._resting(server)
 
-    def _cells_of(self, server: str) -> list[_CellState]:
+    def _cells_of(self, server: str) -> list[CellState]:
         return self._servers[server].cells
 
     def _touch(self, event: ClusterEvent) -> None:
@@ -1173,13 +895,13 @@ class Runner:
     def _on_cpu(self, server: str) -> bool:
         return on_cpu(self._servers[server].plan, cluster_gpus=total_gpus(self.cluster.inventory))
 
-    def _wants_server(self, state: _CellState) -> bool:
+    def _wants_server(self, state: CellState) -> bool:
         """Before facts of its server are known, nothing can be stored for it; afterwards an evaluator looks first."""
         if state.state == "checking":
             return False
         return state.cell.model.server not in self._facts if state.needs_server is None else state.needs_server
 
-    def _can_start(self, state: _CellState) -> bool:
+    def _can_start(self, state: CellState) -> bool:
         if state.errors.rest_s(self.clock()):
             return False
         if state.cut_off and not self._seats.elsewhere(self._idle(), state.cut_off):
@@ -1197,7 +919,7 @@ class Runner:
                 server = self._servers[name]
                 life = f"{name}-{server.started}"
                 server.started += 1
-                self._lives[life] = _Life(server=name, nodes=nodes, started_at_s=self.clock())
+                self._lives[life] = Life(server=name, nodes=nodes, started_at_s=self.clock())
                 where = ", ".join(nodes)
                 log.info("start server %s%s: %s", life, f" on {where}" if where else "", reason)
                 takes = need(server.plan, self._nodes)
@@ -1366,50 +1088,3 @@ def _in_one_line(facts: Facts) -> str:
     passed = sum(check.outcome is Checked.PASSED for check in facts.checks)
     noted = len(facts.checks) - passed
     return f"scores by {', '.join(facts.methods)}; {passed} checks passed{f', {noted} noted' if noted else ''}"
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, what batch systems send, and a terminal that was closed."""
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that gets the number of the first of SIGNALS; a second one ends the process at once, but for SIGHUP.
-
-    Supervisors clean up behind a process that ends so. SIGHUP often comes twice, from the shell and from the kernel, or
-    right after SIGTERM, and nobody is waiting.
-    """
-    got: list[int] = []
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    listen(got)
-    try:
-        yield got
-    except SystemExit as exited:  # how Ray's own handler of SIGTERM ends us while Ray starts
-        raise SystemExit(128 + signal.SIGTERM) from exited
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _leave_dead_terminal()
-
-
-def listen(got: list[int]) -> None:
-    def note(number: int, _frame: FrameType | None) -> None:
-        if got and number != signal.SIGHUP:
-            os._exit(128 + number)
-        got.append(number)
-        _leave_dead_terminal()
-
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # `nohup` wants to outlive the terminal
-            signal.signal(number, note)
-
-
-def _leave_dead_terminal() -> None:
-    """Let what is still to be written vanish where the terminal has gone, so that tidying up cannot fail of it."""
-    for descriptor in (1, 2):
-        try:
-            os.write(descriptor, b"")
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
