@@ -26,13 +26,13 @@ CELLS_PER_MODEL = 2
 """Two keep a server full: one sends while the other loads its data or scores."""
 
 
-FILLED = 0.5
+FILLED = 0.25
 """Of the time that GPUs will be free before the end; expectations are not exact enough for all of it."""
 
 WORTH_STARTS = 2.0
 """A model that leaves so many of the longest start before the end leaves its GPUs to replicas and need not wait."""
 
-DOUBT = 2.5
+DOUBT = 1.5
 """Of the time that a model will work after its starts, counted on top when it is asked which ends last. Work is what
 expectations are wrong about, and a model that ends early leaves its GPUs to those that do not: with this, sweeps end
 earlier on many GPUs (docs/decisions.md)."""
