@@ -227,10 +227,12 @@ class Wire:
 class Alone:
     """The channel of a cell without a sweep: nothing is stored before, and nothing is kept."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: Facts | None = None) -> None:
         self._facts = facts
+        """None where there is no server."""
 
     def facts(self) -> Facts:
+        assert self._facts is not None
         return self._facts
 
     def known(self, _: Sequence[bytes]) -> Mapping[bytes, bytes]:
@@ -408,35 +410,45 @@ def _in_process(job: Job) -> Ran:
     return replace(_evaluated(model, job.work), request_s=sum(seconds))
 
 
-def _offline(job: Job) -> Ran:
-    from transformers import AutoTokenizer
-    from vllm import LLM, SamplingParams
-
+def sampling(model: str, requests: Sequence[Any]) -> list[dict[str, Any]]:
+    """The parameters that ours sends with each of these generations."""
     from sweep.evaluating.client import Client, Pool
-    from sweep.evaluating.encoding import Encoder
     from sweep.evaluating.lm import SweepLM
     from sweep.planning.config import Overflow
 
-    requests = _requests(job.work)
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    client = Client(model="", pool=Pool())
-    assert job.facts is not None
     ours = SweepLM(
-        cell="", fingerprint="", tokenizer=tokenizer, overflow=Overflow.ERROR, client=client, channel=Alone(job.facts)
+        cell="",
+        fingerprint="",
+        tokenizer=_tokenizer(model),
+        overflow=Overflow.ERROR,
+        client=Client(model="", pool=Pool()),
+        channel=Alone(),
     )
-    parameters = [
-        SamplingParams(**ours.generation(request.args[0], request.args[1], repeat=0).parameters) for request in requests
-    ]
-    prompts = [
-        {"prompt_token_ids": list(ids)} for ids in Encoder(tokenizer).texts([request.args[0] for request in requests])
-    ]
+    return [ours.generation(request.args[0], request.args[1], repeat=0).parameters for request in requests]
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def _offline(job: Job) -> Ran:
+    from vllm import LLM, SamplingParams
+
+    from sweep.evaluating.encoding import Encoder
+
+    requests = _requests(job.work)
+    parameters = [SamplingParams(**found) for found in sampling(job.model, requests)]
+    texts = Encoder(_tokenizer(job.model)).texts([request.args[0] for request in requests])
+    prompts = [{"prompt_token_ids": list(ids)} for ids in texts]
     engine = LLM(model=job.model, **ENGINE)
     engine.generate([{"prompt_token_ids": [1] * 32}], SamplingParams(max_tokens=2), use_tqdm=False)
     start = time.perf_counter()
     found = engine.generate(prompts, parameters, use_tqdm=False)
     seconds = time.perf_counter() - start
-    texts = {str(request.doc_id): answer.outputs[0].text for request, answer in zip(requests, found, strict=True)}
-    return Ran(request_s=seconds, answers=texts)
+    answers = {str(request.doc_id): answer.outputs[0].text for request, answer in zip(requests, found, strict=True)}
+    return Ran(request_s=seconds, answers=answers)
 
 
 SIDES: Mapping[Side, Callable[[Job], Ran]] = {

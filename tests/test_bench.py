@@ -13,11 +13,12 @@ import aiohttp
 import pytest
 import requests
 from conftest import StandIn
+from fixture_model import make_fixture_tokenizer
 
 from bench import data, gpu, scoring
 from bench.rows import Figure, Row, alternately
 from bench.served import by_turns
-from bench.sides import Ran, Wire, every, size_of
+from bench.sides import Ran, Wire, every, sampling, size_of
 from sweep.planning.loading import load
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +125,13 @@ def test_a_part_of_the_work_has_whole_questions() -> None:
     work = [SimpleNamespace(task_name=task, doc_id=doc) for task in "ab" for doc in range(10) for _ in range(4)]
     assert [(one.task_name, one.doc_id) for one in every(10, work)] == [("a", 0)] * 4 + [("b", 0)] * 4
     assert every(1, work) == work
+
+
+def test_an_engine_without_a_server_samples_as_our_requests_ask(tmp_path: Path) -> None:
+    asked = {"until": ["\n\n"], "max_gen_toks": 16, "do_sample": False}
+    (found,) = sampling(str(make_fixture_tokenizer(tmp_path)), [SimpleNamespace(args=("2 + 2 =", asked))])
+    assert (found["max_tokens"], found["temperature"]) == (16, 0)
+    assert "\n\n" in found["stop"]
 
 
 def ran(logprob: float, *, documents: int = 1) -> Ran:
