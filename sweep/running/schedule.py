@@ -356,8 +356,10 @@ def _replicas(
         left_s = known.view.work_s / live if enough else _late_s(known.view, live, end_s)
         return -left_s, known.order, live, end_s, known
 
-    now_s, least, enough = view.now_s, hope, False
+    now_s, least, enough, room = view.now_s, hope, False, filling.room
     heap = [entry(known, live, end_s) for known, live, end_s in served]
+    if not any(_gpus(known) <= room for *_, known in heap):
+        return
     heapify(heap)
     while heap:
         _, _, live, end_s, known = heap[0]
@@ -372,14 +374,21 @@ def _replicas(
             heapify(heap)
             continue
         then_s = left_s - max(0.0, sooner_s)
-        nodes = filling.place(known, until_s=now_s + then_s, keep=False)
+        # What is larger than all room is not looked for, of a thousand models that would take most of the time.
+        fits = _gpus(known) <= room
+        nodes = filling.place(known, until_s=now_s + then_s, keep=False) if fits else ()
         if not nodes:
             heappop(heap)
             least = BESIDE  # for those that end earlier
             continue
         reason = f"replica {live + 1}, {left_s:.0f} s left become {then_s:.0f} s with a start of {server.start_s:.0f} s"
         yield StartServer(server=server.name, nodes=nodes, reason=reason)
+        room = filling.room
         heapreplace(heap, entry(known, live + 1, now_s + then_s))
+
+
+def _gpus(known: _Known) -> float:
+    return known.view.need.gpus if known.view.need is not None else 0.0
 
 
 @dataclass(kw_only=True)
