@@ -178,3 +178,14 @@ def test_each_draw_of_a_sweep_expects_the_same_and_comes_to_something_else() -> 
 def test_a_rival_that_waits_for_ever_never_ends() -> None:
     stuck = bench.Sweep(nodes=bench.cluster(1), servers=(model("a", 100, gpus=2),))
     assert bench.rival(stuck, bench.longest_first) == (math.inf, math.inf)
+
+
+def test_means_are_over_all_draws_of_each_sweep() -> None:
+    ratios = {}
+    for seed in (3, 5):
+        sweeps = [bench.drawn_again(seed, draw) for draw in range(2)]
+        theirs_s = sum(bench.rival(sweep, bench.longest_first)[0] for sweep in sweeps)
+        ratios[seed] = theirs_s / sum(simulate(sweep.nodes, sweep.servers).makespan_s for sweep in sweeps)
+    figure = bench.in_the_mean([3, 5], 2)
+    assert figure.value == pytest.approx(min(ratios.values()))
+    assert figure.seen["seed"] == min(ratios, key=lambda seed: round(ratios[seed], 9))

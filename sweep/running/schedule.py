@@ -374,7 +374,7 @@ def _replicas(
             heapify(heap)
             continue
         then_s = left_s - max(0.0, sooner_s)
-        # What is larger than all room is not looked for, of a thousand models that would take most of the time.
+        # Where it is larger than all room no node is looked at: with a thousand models that took most of the time.
         fits = _gpus(known) <= room
         nodes = filling.place(known, until_s=now_s + then_s, keep=False) if fits else ()
         if not nodes:
