@@ -1976,6 +1976,8 @@ class Launch:
         )
         if self.screen:
             os.close(self.screen.theirs)
+        else:
+            self._output.close()  # the launch has its own
 
     def close_terminal(self) -> None:
         assert self.screen is not None
