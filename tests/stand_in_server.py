@@ -19,7 +19,7 @@ them dies, as a GPU that waits for another's does not. The rest is accepted and 
 
 Options of its own, each as `--stand-in-NAME VALUE` or as the environment variable `STAND_IN_NAME` in capitals (`env:`
 of a model gives it to one server); see `Options` for what they mean:
-    start_delay_s latency_s token_s hurry_mark die_after die_mark hang_after mute_after toil_after refuse refuse_forced
+    start_delay_s latency_s pace_s hurry_mark die_after die_mark hang_after mute_after toil_after refuse refuse_forced
     refuse_headless lose_port null_logprobs null_chat_logprobs no_chat no_tokenize no_echo echo_shift echo_offset
     echo_clip busy_above other_tokenizer end_every vocabulary tree leftovers ignore_term requests_log
 """
@@ -55,7 +55,7 @@ class Options:
     """Between taking the port and listening on it, as vLLM loads weights."""
     latency_s: float = 0.0
     """Added to each prompt of a request while it holds one of `--max-num-seqs` places."""
-    token_s: float = 0.0
+    pace_s: float = 0.0
     """Added besides for each new token that a prompt asks for, so that what is scored, and preflight, waits less."""
     hurry_mark: str = ""
     """A file; while it is there neither is added."""
@@ -112,7 +112,7 @@ class Options:
 
     def wait_s(self, new_tokens: int) -> float:
         hurry = self.hurry_mark and Path(self.hurry_mark).exists()
-        return 0.0 if hurry else self.latency_s + self.token_s * new_tokens
+        return 0.0 if hurry else self.latency_s + self.pace_s * new_tokens
 
     @classmethod
     def parse(cls, arguments: list[str]) -> tuple["Options", list[str]]:

@@ -182,13 +182,13 @@ def fields(tmp_path: Path) -> Iterator[OpenField]:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
 
         def open_field(
-            nodes: int, *, models: int, cells: int, requests: int, token_s: float, evaluators: int = 2
+            nodes: int, *, models: int, cells: int, requests: int, pace_s: float, evaluators: int = 2
         ) -> Field:
             settings = a_sweep(tmp_path, models=models, cells=cells, requests=requests)
             bench = Bench(tmp_path / "chaos", settings, {"PYTHONPATH": python_path()})
             mark = uuid.uuid4().hex
             variables = {
-                **stand_ins(token_s, bench),
+                **stand_ins(pace_s, bench),
                 "RAY_TMPDIR": str(temporary),
                 "CHAOS_TEST": mark,
                 # Half of Ray's own patience. With less, nodes of a busy machine are taken for dead.
@@ -226,10 +226,10 @@ def a_sweep(folder: Path, *, models: int, cells: int, requests: int) -> dict[str
     }
 
 
-def stand_ins(token_s: float, bench: Bench) -> dict[str, str]:
+def stand_ins(pace_s: float, bench: Bench) -> dict[str, str]:
     return {
         "LMSWEEP_ENGINE": shlex.join(STAND_IN),
-        "STAND_IN_TOKEN_S": str(token_s),
+        "STAND_IN_PACE_S": str(pace_s),  # by a name that does not look like a secret's, which servers do not get
         "STAND_IN_HURRY_MARK": str(hurry_mark(bench)),
         "STAND_IN_REQUESTS_LOG": str(bench.requests),
         "PYTHONPATH": python_path(),
@@ -276,7 +276,7 @@ def test_a_killed_server_and_a_killed_node_are_replaced_within_their_bounds_and_
     fields: OpenField,
 ) -> None:
     # Too slow to be done before both deaths are seen to, whatever the machine.
-    field = fields(3, models=6, cells=60, requests=30, token_s=0.1)
+    field = fields(3, models=6, cells=20, requests=30, pace_s=0.1)
     launch = field.bench.start()
 
     def asked_by(model: str, but: set[int]) -> bool:
@@ -302,7 +302,7 @@ def test_a_killed_server_and_a_killed_node_are_replaced_within_their_bounds_and_
     )
     all_s = slowest_start_s(field, moved)
     hurry_mark(field.bench).touch()
-    ends_well(field, launch, cells=360)
+    ends_well(field, launch, cells=120)
     print(
         f"asked again {server_s:.1f} s after a server's death, {one_s:.1f} s of it the next one's start, and "
         f"{node_s:.1f} s after the death of a node with {len(moved)} servers, {all_s:.1f} s of it their starts"
@@ -416,7 +416,7 @@ def model_of(server: psutil.Process) -> str:
 @pytest.mark.timeout(1200)
 def test_sixty_random_kills_change_no_record_and_lose_no_answer(fields: OpenField, tmp_path: Path) -> None:
     begun = time.monotonic()
-    field = fields(3, models=3, cells=8, requests=300, token_s=0.1, evaluators=1)
+    field = fields(3, models=3, cells=8, requests=300, pace_s=0.1, evaluators=1)
     chaos = Chaos(field=field, launch=field.bench.start(), random=random.Random(SEED))
     kinds = [kind for kind, count in KILLS.items() for _ in range(count)]
     chaos.random.shuffle(kinds)

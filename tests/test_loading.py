@@ -3,10 +3,12 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from stand_in_server import Options
 
 from sweep import ROOT
 from sweep.errors import ConfigError
@@ -905,6 +907,13 @@ def test_a_key_that_fits_into_no_header_is_refused_and_not_repeated(place, key, 
 )
 def test_the_end_of_a_name_tells_a_secret(name, secret):
     assert is_secret(name) is secret
+
+
+@pytest.mark.parametrize("option", [option.name for option in fields(Options)])
+def test_no_option_of_the_stand_in_looks_like_a_secret(option):
+    """Such a variable reaches no server: the stand-in would go on without it, and what it was to slow down would not be
+    slow."""
+    assert not is_secret(f"STAND_IN_{option.upper()}")
 
 
 def test_a_password_in_a_url_is_a_secret_whatever_it_is_called(monkeypatch):
