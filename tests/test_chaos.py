@@ -174,8 +174,8 @@ OpenField = Callable[..., Field]
 
 @pytest.fixture
 def fields(tmp_path: Path) -> Iterator[OpenField]:
-    """Opens a field with so many nodes: models and cells by number, requests of each cell, how long each of their eight
-    tokens takes."""
+    """Opens a field with so many nodes: models and cells by number, requests of each cell, how long each new
+    token takes."""
     # Directly under /tmp: pytest's folders are too long for the sockets of Ray.
     temporary = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
     with contextlib.ExitStack() as stack:
@@ -276,7 +276,7 @@ def test_a_killed_server_and_a_killed_node_are_replaced_within_their_bounds_and_
     fields: OpenField,
 ) -> None:
     # Too slow to be done before both deaths are seen to, whatever the machine.
-    field = fields(3, models=6, cells=20, requests=30, pace_s=0.1)
+    field = fields(3, models=6, cells=20, requests=30, pace_s=0.01)
     launch = field.bench.start()
 
     def asked_by(model: str, but: set[int]) -> bool:
@@ -416,7 +416,7 @@ def model_of(server: psutil.Process) -> str:
 @pytest.mark.timeout(1200)
 def test_sixty_random_kills_change_no_record_and_lose_no_answer(fields: OpenField, tmp_path: Path) -> None:
     begun = time.monotonic()
-    field = fields(3, models=3, cells=8, requests=300, pace_s=0.1, evaluators=1)
+    field = fields(3, models=3, cells=8, requests=300, pace_s=0.01, evaluators=1)
     chaos = Chaos(field=field, launch=field.bench.start(), random=random.Random(SEED))
     kinds = [kind for kind, count in KILLS.items() for _ in range(count)]
     chaos.random.shuffle(kinds)

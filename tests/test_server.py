@@ -24,6 +24,7 @@ from conftest import apart
 from hub_stub import hub_stub, reach
 
 from sweep.errors import ServerError, ServerFault
+from sweep.masking import secret_variables
 from sweep.planning.config import Model
 from sweep.planning.hub import snapshot
 from sweep.planning.plan import ServerPlan
@@ -372,6 +373,8 @@ def test_a_server_without_figures_is_watched_for_silence_only(bench: Bench, monk
             looked.set()
         raise ValueError("/metrics has no vllm:num_requests_running")
 
+    for name in secret_variables(os.environ):
+        monkeypatch.delenv(name)
     monkeypatch.setattr(server, "snapshot", no_figures)
     one = bench(hang_timeout_s=2)
     one.start()
@@ -517,6 +520,18 @@ def test_an_unknown_cause_shows_the_end_of_the_log_without_the_key(
     for shown in (text, bench.servers[0].log_path.read_text()):
         assert KEY not in shown
         assert "hf_a-token" not in shown
+
+
+def test_the_log_names_the_secrets_that_a_server_is_not_given(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of-the-user's-bucket")
+    monkeypatch.setenv("HF_TOKEN", "hf_a-token-of-the-user")
+    one = bench(refuse="no weights at s3://bucket")
+    with pytest.raises(ServerFault):
+        one.start()
+    (said,) = [line for line in one.log_path.read_text().splitlines() if "secrets that it is not given" in line]
+    assert "AWS_SECRET_ACCESS_KEY" in said
+    assert "HF_TOKEN" not in said
+    assert "bucket" not in said
 
 
 def test_a_server_that_does_not_get_ready_in_time_is_stopped(bench: Bench) -> None:

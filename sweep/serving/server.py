@@ -253,9 +253,12 @@ class Server:
         serves = self._part is None or not self._part.rank
         program = self._executable or engine.program(self.plan.model.server_python or sys.executable, serves=serves)
         told = engine.arguments(self.plan, host=self._host, port=port, extras=self._extras, part=self._part)
+        environment = self._environment()
+        if withheld := self._withheld(environment):
+            self._note(f"secrets that it is not given: {', '.join(withheld)}; `env` of its model gives what it needs")
         with self._lock:
             self._go_on()
-            self._process = _Process([*program, *told], self._environment(), self.log_path)
+            self._process = _Process([*program, *told], environment, self.log_path)
             return self._process
 
     def _environment(self) -> dict[str, str]:
@@ -266,6 +269,11 @@ class Server:
         return engine.environment(
             self.plan, api_key=self._api_key, gpu_ids=self._gpu_ids, base=base, extras=self._extras
         )
+
+    def _withheld(self, environment: Mapping[str, str]) -> list[str]:
+        """Secrets of the launching shell that are not in this environment; Ray's own concern no server."""
+        secret = secret_variables(os.environ).keys() | {k for k, v in os.environ.items() if v in self._secrets}
+        return sorted(name for name in secret - environment.keys() if not name.startswith("RAY_"))
 
     def _ready(self, process: "_Process", port: int, deadline: float) -> Endpoint | None:
         """Waits for /health and for our models under our key: another program could answer on a port that we lost.

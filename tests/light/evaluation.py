@@ -16,20 +16,24 @@ from sweep.results.store import Response, response_key
 MARK = 7
 """The first token of every prompt, which preflight's do not begin with."""
 
+NEW_TOKENS = 80
+"""Of every request: many, so that what slows a stand-in down by the token hardly slows preflight down, which asks for
+one at a time."""
+
 
 @dataclass(frozen=True)
 class Generation:
     """One call of a cell."""
 
     prompt: tuple[int, ...]
-    tokens: int = 12
+    tokens: int = 3 + NEW_TOKENS
     group: str | None = None
     prefix: tuple[int, ...] | None = None
     path: str = "/v1/completions"
 
     def body(self, *more: Any) -> dict[str, Any]:
         assert not more  # of no group
-        return {"prompt": list(self.prompt), "max_tokens": 8, "temperature": 0}
+        return {"prompt": list(self.prompt), "max_tokens": NEW_TOKENS, "temperature": 0}
 
 
 def key_of(fingerprint: str, prompt: tuple[int, ...]) -> bytes:
