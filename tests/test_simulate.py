@@ -181,11 +181,31 @@ def test_a_rival_that_waits_for_ever_never_ends() -> None:
 
 
 def test_means_are_over_all_draws_of_each_sweep() -> None:
-    ratios = {}
+    ratios, single = {}, []
     for seed in (3, 5):
         sweeps = [bench.drawn_again(seed, draw) for draw in range(2)]
-        theirs_s = sum(bench.rival(sweep, bench.longest_first)[0] for sweep in sweeps)
-        ratios[seed] = theirs_s / sum(simulate(sweep.nodes, sweep.servers).makespan_s for sweep in sweeps)
+        theirs = [bench.rival(sweep, bench.longest_first)[0] for sweep in sweeps]
+        ours = [simulate(sweep.nodes, sweep.servers).makespan_s for sweep in sweeps]
+        ratios[seed] = sum(theirs) / sum(ours)
+        single += [their_s / our_s for their_s, our_s in zip(theirs, ours, strict=True)]
     figure = bench.in_the_mean([3, 5], 2)
     assert figure.value == pytest.approx(min(ratios.values()))
     assert figure.seen["seed"] == min(ratios, key=lambda seed: round(ratios[seed], 9))
+    assert figure.seen["draw_least"] == pytest.approx(min(single))
+    assert figure.seen["draws_stuck"] == 0
+
+
+def test_shares_of_draws_and_a_rival_that_is_stuck_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By turns it takes 0.9, 0.97 and 1.2 times as long as we, and for ever: the mean is of the draws that end."""
+    times = iter((0.9, 0.97, 1.2, math.inf))
+
+    def rival(sweep: bench.Sweep, _: object) -> tuple[float, float]:
+        return next(times) * simulate(sweep.nodes, sweep.servers).makespan_s, 0.0
+
+    monkeypatch.setattr(bench, "rival", rival)
+    ours = [simulate(sweep.nodes, sweep.servers).makespan_s for sweep in (bench.drawn_again(3, d) for d in range(3))]
+    figure = bench.in_the_mean([3], 4)
+    assert figure.value == pytest.approx((0.9 * ours[0] + 0.97 * ours[1] + 1.2 * ours[2]) / sum(ours))
+    assert figure.seen["draws_stuck"] == 1
+    assert figure.seen["draws_shorter_by_over_1_percent"] == 0.5
+    assert figure.seen["draws_shorter_by_over_5_percent"] == 0.25

@@ -8,7 +8,7 @@ What it aims at: the sweep ends as early as possible, then first results come ea
   starts, shows a first result of each model early, and leaves the largest models running at the end, whose work can
   then be spread over whatever is free.
 - GPUs that no model waits for go to the model that would end last, as long as a further server there has time to do
-  more than it costs.
+  more than it costs; once that has servers enough, by work.
 - A server that fits nowhere closes the nodes where it will fit soonest; whatever comes after it is put elsewhere.
 
 The view is kept up to date by its owner, server by server (`View.put`), and never rebuilt: what is decided by is in
@@ -379,7 +379,7 @@ def _replicas(
         nodes = filling.place(known, until_s=now_s + then_s, keep=False) if fits else ()
         if not nodes:
             heappop(heap)
-            least = BESIDE  # for those that end earlier
+            least = BESIDE  # for those that come after it
             continue
         reason = f"replica {live + 1}, {left_s:.0f} s left become {then_s:.0f} s with a start of {server.start_s:.0f} s"
         yield StartServer(server=server.name, nodes=nodes, reason=reason)

@@ -255,7 +255,8 @@ class Server:
         told = engine.arguments(self.plan, host=self._host, port=port, extras=self._extras, part=self._part)
         environment = self._environment()
         if withheld := self._withheld(environment):
-            self._note(f"secrets that it is not given: {', '.join(withheld)}; `env` of its model gives what it needs")
+            names = ", ".join(withheld)
+            self._note(f"secrets that it is not given: {names}; what it needs of them goes into `env` of its model")
         with self._lock:
             self._go_on()
             self._process = _Process([*program, *told], environment, self.log_path)
@@ -271,9 +272,10 @@ class Server:
         )
 
     def _withheld(self, environment: Mapping[str, str]) -> list[str]:
-        """Secrets of the launching shell that are not in this environment; Ray's own concern no server."""
-        secret = secret_variables(os.environ).keys() | {k for k, v in os.environ.items() if v in self._secrets}
-        return sorted(name for name in secret - environment.keys() if not name.startswith("RAY_"))
+        """Secrets of this node's environment that are not in the server's; Ray's own concern no server."""
+        secret = secret_variables(os.environ) | {k: v for k, v in os.environ.items() if v in self._secrets}
+        given = set(environment.values())
+        return sorted(name for name, value in secret.items() if value not in given and not name.startswith("RAY_"))
 
     def _ready(self, process: "_Process", port: int, deadline: float) -> Endpoint | None:
         """Waits for /health and for our models under our key: another program could answer on a port that we lost.
@@ -444,6 +446,18 @@ def part_name(server: str, rank: int) -> str:
     return f"{server}.{rank}" if rank else server
 
 
+def _waited_s(pid: int) -> float:
+    """How long the threads of a process wanted a core and had none; 0 where the kernel does not tell.
+
+    Source: proc(5), schedstat, whose second number are nanoseconds on a run queue.
+    """
+    waited_ns = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError):  # a thread that has ended
+            waited_ns += int(path.read_text().split()[1])
+    return waited_ns / 1e9
+
+
 class _Process:
     """A server under its supervisor."""
 
@@ -525,14 +539,16 @@ class _Process:
             return True
 
     def computed_s(self, port: int) -> float:
-        """Processor time that those of our processes have used which listen there; 0 where that cannot be seen."""
+        """Processor time that those of our processes have used which listen there, and what they waited for a core to
+        use more; 0 where that cannot be seen."""
         try:
             if self._api_servers is None:
                 self._api_servers = self._listeners(port)
             times = [process.cpu_times() for process in self._api_servers]
+            waited_s = sum(_waited_s(process.pid) for process in self._api_servers)
         except psutil.Error:
             return 0.0
-        return float(sum(used.user + used.system for used in times))
+        return float(sum(used.user + used.system for used in times)) + waited_s
 
     def _listeners(self, port: int) -> list[psutil.Process]:
         return [

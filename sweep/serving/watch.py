@@ -11,7 +11,7 @@ SILENT_SHARE = 0.1
 that computes is only late, and has all of it: turning 512 echoed prompts into JSON kept one from answering for 66 s."""
 
 BUSY_SHARE = 0.5
-"""Of a core: an API server that uses more computes."""
+"""Of a core: an API server that uses more, or would if it had one, computes."""
 
 PERIOD_S = 2.0
 LOOKS_LEAST = 4
@@ -45,7 +45,7 @@ class Watch:
 
         `fault` is what was wrong with the answer of /health or /metrics, `seen` what the latter told (None: nothing
         that we understand, then only silence counts), `asked` whether a request of ours is unanswered, `elapsed_s` the
-        time since the look before, `computed_s` the processor time that its API server used in it.
+        time since the look before, `computed_s` the processor time that its API server used or waited for in it.
         """
         if fault:
             silent_s = min(elapsed_s, self.period_s + self.answer_timeout_s)
