@@ -320,7 +320,11 @@ def against_rivals(seeds: Sequence[int]) -> Iterator[Figure]:
         ratios = [round(their_s / our.makespan_s, 9) for (their_s, _), our in zip(theirs, ours, strict=True)]
         median, stuck = statistics.median(ratios), ratios.count(math.inf)
         if decide is first_come:
-            more = {"stuck": stuck, "least": min(ratios), "most": max(ratio for ratio in ratios if ratio < math.inf)}
+            more = {
+                "stuck": stuck,
+                "least": min(ratios),
+                "most": max((r for r in ratios if r < math.inf), default=math.inf),
+            }
             yield Figure(row=f"{name}: its makespan over ours, median", value=median, bar=1.5, at_most=False, seen=more)
             continue
         more = {
