@@ -14,7 +14,8 @@ demo: setup ## set up, make four tiny models, and run the demo sweep over them
 	$(python) launch.py conf=demo
 
 test: lint ## set up, lint, check types, and run all tests, two files at a time
-	$(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long and not alone"
+	$(python) -m pytest -m alone
 
 test-quick: setup ## the inner loop: tests without vLLM, Ray and the slow ones
 	$(python) -m pytest -m "not vllm and not ray and not slow"

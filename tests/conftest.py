@@ -32,7 +32,7 @@ KEY = "key-of-the-stand-in-0123456789"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-LONGEST = ("deaths", "runner", "demo_sweep", "fidelity", "chaos", "partition", "fetch", "deploy", "several_nodes")
+LONGEST = ("deaths", "runner", "demo_sweep", "fidelity", "partition", "fetch", "deploy", "several_nodes")
 """Files that take minutes, in this order before all others: what a worker takes up last should be short."""
 
 ALONE = {"tests/test_fidelity.py": "tests/test_demo_sweep.py"}
