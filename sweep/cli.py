@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -271,9 +271,14 @@ def _carry_out(arguments: Sequence[str]) -> int:
     except ConfigError as error:
         if parsed.conf is None:
             raise
-        from sweep.planning.loading import with_source
+        raise ConfigError(_located(parsed)(str(error))) from error
 
-        raise ConfigError(with_source(str(error), parsed.conf, parsed.overrides)) from error
+
+def _located(arguments: Arguments) -> Callable[[str], str]:
+    """What puts the source of the sweep that is meant before messages that begin with a key."""
+    from sweep.planning.loading import with_source
+
+    return partial(with_source, conf=str(arguments.conf), overrides=arguments.overrides)
 
 
 def _sweeps() -> list[str]:
@@ -305,10 +310,11 @@ def _plan(arguments: Arguments) -> int:
     nodes = described(load_cluster(arguments.cluster)) if arguments.cluster else (local_node(config.ray),)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     records, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
-    plan = make_plan(config, records, only=arguments.only, ask_hub=False, commits=commits)
-    print(describe(config, plan, directory, only=arguments.only))
-    print(f"\n{expected(plan, nodes, records.values(), where=arguments.cluster or 'this machine')}")
+    plan = make_plan(config, records, only=arguments.only, ask_hub=False, commits=commits, located=_located(arguments))
+    print(describe(config, plan, directory, only=arguments.only), flush=True)
+    # Before what it would take: a time for options that vLLM refuses is none.
     _examine(plan, required=False, told=True)
+    print(f"\n{expected(plan, nodes, records.values(), where=arguments.cluster or 'this machine')}")
     failed = 0
     for cell in plan.cells if arguments.samples else ():
         try:
@@ -329,7 +335,9 @@ def _check(arguments: Arguments) -> int:
 
     config = _loaded(arguments)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
-    plan = make_plan(config, {}, only=arguments.only, ask_hub=True, commits=read_commits(directory))
+    plan = make_plan(
+        config, {}, only=arguments.only, ask_hub=True, commits=read_commits(directory), located=_located(arguments)
+    )
     if plan.owed:
         prepare_ray(config.ray, plan.owed_servers)
     _examine(plan, required=starts_local(config.ray))
@@ -352,7 +360,7 @@ def _fetch(arguments: Arguments) -> int:
     config = _loaded(arguments)
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     records, commits = read_records(directory), read_commits(directory)
-    plan = make_plan(config, records, only=arguments.only, ask_hub=True, commits=commits)
+    plan = make_plan(config, records, only=arguments.only, ask_hub=True, commits=commits, located=_located(arguments))
     return fetch(plan, secrets_of(config))
 
 
@@ -493,8 +501,10 @@ def _run(arguments: Arguments) -> int:
     directory = RunDirectory(Path(config.runs_dir) / config.name)
     require_kept(directory.root)
     before, commits = ({}, {}) if arguments.fresh else (read_records(directory), read_commits(directory))
-    plan = make_plan(config, before, only=arguments.only, ask_hub=True, commits=commits)
-    whole = plan if arguments.only is None else make_plan(config, before, ask_hub=False, commits=plan.commits)
+    plan = make_plan(config, before, only=arguments.only, ask_hub=True, commits=commits, located=_located(arguments))
+    whole = plan
+    if arguments.only is not None:
+        whole = make_plan(config, before, ask_hub=False, commits=plan.commits, located=_located(arguments))
     if not arguments.fresh:
         _require_same_sweep(whole, directory, read_cells(directory).keys())
     if not plan.owed and not plan.refused:

@@ -20,6 +20,7 @@ Only the runner decides what happens next. Messages say what failed with its val
 """
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,5 +95,11 @@ def nearest(name: str, known: Iterable[str], *, most: int = 3) -> str:
 
 
 def nearest_file(path: Path) -> str:
-    """The same for a path that does not exist, among what lies in its folder."""
-    return nearest(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
+    """The same for a path that does not exist, among what lies beside the first part of it that is missing:
+    `"; there is no folder 'modles' in '/home/me'; did you mean 'models'?"`."""
+    path = path.absolute()
+    missing = next((part for part in reversed((path, *path.parents)) if not os.path.exists(part)), path)
+    above = missing.parent
+    known = os.listdir(above) if above.is_dir() and os.access(above, os.R_OK) else []
+    without = f"; there is no folder {missing.name!r} in {str(above)!r}" if missing != path else ""
+    return without + nearest(missing.name, known)

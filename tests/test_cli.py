@@ -751,7 +751,7 @@ def test_a_model_that_is_not_there_fails_alone(runner: Runner, output: Output, t
     assert main(["conf=small", f"models.second.path={gone}"]) == 1
     assert all(key.startswith("first/") for key in runner.ran[0])
     shown = output()
-    assert f"models.second.path: no file or folder '{gone}'" in shown
+    assert f"command line: models.second.path: no file or folder '{gone}'" in shown
     assert main(["conf=small", f"models.second.path={gone}"]) == 1  # nothing is left to run, which needs no cluster
     assert len(runner.ran) == 1
 

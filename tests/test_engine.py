@@ -740,6 +740,20 @@ def test_the_same_question_is_asked_once_and_another_again(python: Python, tmp_p
     assert [what for what, *_ in asked(tmp_path)][3:] == ["installed", "check", "installed", "check"]
 
 
+def test_of_several_servers_only_those_are_asked_about_that_were_not_before(python: Python, tmp_path: Path) -> None:
+    first, *others = (
+        plan(name=name, server_python=python(), server={"max_num_seqs": n}) for n, name in enumerate("abc")
+    )
+    assert examine([first], required=True, say=print) == ()
+    python(KNOWN | {"mistakes": [[["server.max_num_seqs", "too few"]], []]})
+    for _ in range(2):
+        (line,) = refused(first, *others)
+        assert line.startswith("models.b.server.max_num_seqs: ")
+        assert examine([others[1], first], required=True, say=print) == ()
+    checks = [json.loads(question) for what, question, _ in asked(tmp_path) if what == "check"]
+    assert [len(servers) for servers in checks] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("name", "cure"),
     [("awqq", "; did you mean 'awq'?"), ("GTPQ", "; did you mean 'gptq'?"), ("int7", "; unset, it is read from the ")],

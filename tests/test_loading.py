@@ -487,6 +487,7 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         (ONE_TASK, [], "conf/s.yaml: models: missing value; a sweep needs at least one model"),
         (ONE_MODEL, [], "conf/s.yaml: tasks: missing value; a sweep needs at least one task, or a suite"),
         (SMALL, ["limit"], "command line: limit: missing value; write key=value"),
+        (SMALL, ["models="], "command line: models: missing value; set keys of it one by one, as in models.NAME=..."),
         # files and folders
         (SMALL + "extends: bse.yaml", [], "conf/s.yaml: extends: no file "),
         (SMALL + "extends: qwen_sweep", [], "/conf/qwen_sweep'; did you mean '"),

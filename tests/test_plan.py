@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from sweep.errors import ConfigError
+from sweep.errors import ConfigError, nearest_file
 from sweep.planning.config import CellOverride, Device, Model, Overflow, Seeds, SweepConfig, Task
 from sweep.planning.plan import Plan, ServerPlan, make_plan, on_cpu, served_name
 from sweep.record import Record, Status
@@ -668,6 +668,12 @@ def test_a_model_that_is_not_there_costs_its_own_cells(tmp_path: Path) -> None:
     assert plan.stands == plan.refused
     before = replace(record, status=Status.DONE, error=None)
     assert planned(config, before, only="gone/*").stands == {"gone/gsm8k": before}
+
+
+def test_of_a_folder_that_is_missing_on_the_way_its_like_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    said = nearest_file(tmp_path / "chekpoints" / "a" / "b")
+    assert said == f"; there is no folder 'chekpoints' in {str(tmp_path)!r}; did you mean 'checkpoints'?"
 
 
 def test_an_adapter_that_is_not_there_leaves_its_base_and_the_other_adapters_alone(tmp_path: Path) -> None:

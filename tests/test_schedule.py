@@ -289,6 +289,16 @@ def test_idle_evaluators_take_cells_of_the_least_loaded_server(
     assert decided(view(a, b, gpus=2, idle_evaluators=idle)) == expected
 
 
+@pytest.mark.parametrize(("work_s", "lives", "expected"), [(100.0, 1, "a"), (200.0, 1, "b"), (200.0, 2, "a")])
+def test_of_equally_loaded_servers_the_one_with_most_work_for_each_life_comes_first(
+    work_s: float, lives: int, expected: str
+) -> None:
+    """In plan order an evaluator that comes free would go back to the model that it has just left without a cell."""
+    a = server("a", lives=1, waiting=("a/1",), work_s=100.0)
+    b = server("b", lives=lives, replicas=lives, waiting=("b/1",), work_s=work_s)
+    assert decided(view(a, b, gpus=3, idle_evaluators=1)) == [f"run {expected}/1"]
+
+
 def test_a_model_with_two_servers_runs_twice_as_many_cells() -> None:
     seen = view(server("a", lives=2, replicas=2, waiting=waiting(*"123456789")), gpus=2, idle_evaluators=9)
     assert len(decided(seen)) == 2 * CELLS_PER_MODEL

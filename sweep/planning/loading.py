@@ -321,7 +321,12 @@ def _command_line(overrides: Sequence[str], known: Sequence[str], words: Collect
     for name in data:
         if isinstance(name, str) and name not in schema:
             raise ConfigError(f"{label}: {name}: unknown key{_near(name, [*words, *schema])}")
-    return _checked(label, data, schema)
+    source = _checked(label, data, schema)
+    for override in overrides:
+        name = override.removesuffix("=")
+        if name != override and source.data.get(name) == {}:  # which a merge would pass over
+            raise ConfigError(f"{label}: {name}: missing value; set keys of it one by one, as in {name}.NAME=...")
+    return source
 
 
 def _checked(label: str, data: Any, schema: Mapping[str, Any]) -> _Source:

@@ -3,7 +3,7 @@
 import fnmatch
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -222,12 +222,14 @@ def make_plan(
     only: str | None = None,
     ask_hub: bool,
     commits: Mapping[str, str] | None = None,
+    located: Callable[[str], str] = str,
 ) -> Plan:
     """The plan of a sweep. `only` (`model/task`, wildcards allowed) narrows it to cells that run again, done or not.
 
     Checks task names, shot numbers and what is expected of scores against the installed lm-eval. `commits` is
     `Plan.commits` of the last launch: it stands in where the hub is not asked or does not answer, so that such a launch
-    goes on with the weights that the run directory is about. Raises ConfigError.
+    goes on with the weights that the run directory is about. `located` puts the source before a message that begins
+    with a key, for the models that cannot run. Raises ConfigError.
     """
     catalogs = {path: catalog((path,) if path else ()) for path in {t.include_path for t in config.tasks.values()}}
     for name, task in config.tasks.items():
@@ -239,7 +241,7 @@ def make_plan(
         with boundary(ConfigError, f"include_path: read {folder}"):
             task_files[folder] = _folder_digest(Path(folder))
     commit_by_source = _resolve_all(config.models.values(), commits or {}, ask_hub=ask_hub)
-    models = _plan_models(config.models, commit_by_source)
+    models = _plan_models(config.models, commit_by_source, located)
     servers = _plan_servers(models)
     cells = []
     for model in models.values():
@@ -358,7 +360,9 @@ def _resolve_all(models: Iterable[Model], earlier: Mapping[str, str], *, ask_hub
         return dict(zip((at(*source) for source in sources), pool.map(resolve, sources), strict=True))
 
 
-def _plan_models(models: Mapping[str, Model], commits: Mapping[str, str | None]) -> dict[str, ModelPlan]:
+def _plan_models(
+    models: Mapping[str, Model], commits: Mapping[str, str | None], located: Callable[[str], str]
+) -> dict[str, ModelPlan]:
     return {
         name: ModelPlan(
             name=name,
@@ -368,7 +372,7 @@ def _plan_models(models: Mapping[str, Model], commits: Mapping[str, str | None])
             server=model.entry or name,
             tokenizer_revision=commits.get(at(model.tokenizer, None)) if model.tokenizer else None,
             adapter_revision=commits.get(at(model.adapter, None)) if model.adapter else None,
-            problem=_problem(name, model),
+            problem=None if (problem := _problem(name, model)) is None else located(problem),
         )
         for name, model in models.items()
     }

@@ -458,17 +458,25 @@ def _owed(server: ServerView) -> str:
 
 
 def cells(view: View) -> Iterator[RunCell]:
-    """Cells for the idle evaluators, each for the server with the fewest running so far, then in plan order; those of
-    servers that still start get what the ready ones leave."""
+    """Cells for the idle evaluators, each for the server with the fewest running so far, then with the most work for
+    each of its lives, then in plan order; those of servers that still start get what the ready ones leave.
+
+    By work, since an evaluator that comes free has left its own model without a cell: in plan order it would go back to
+    it each time, and with fewer evaluators than models the last of them would wait, their GPUs idle.
+    """
     idle = view.idle_evaluators
     if not idle:
         return
-    heap = [(not known.view.ready, known.view.load, known.order, 0, known.view) for known in view.open.values()]
+    heap = [
+        (not server.ready, server.load, -server.work_s / max(1, known.live), known.order, 0, server)
+        for known in view.open.values()
+        for server in (known.view,)
+    ]
     heapify(heap)
     while heap and idle:
-        starts, load, order, taken, server = heappop(heap)
+        starts, load, work_s, order, taken, server = heappop(heap)
         yield RunCell(cell=server.waiting[taken], reason=f"{server.name} runs {load:g} cells a server")
         idle -= 1
         load += 1 / max(1, server.live)
         if taken + 1 < len(server.waiting) and load < CELLS_PER_MODEL:
-            heappush(heap, (starts, load, order, taken + 1, server))
+            heappush(heap, (starts, load, work_s, order, taken + 1, server))

@@ -651,17 +651,26 @@ class _Installed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What `vllm_parser.py check` says."""
+    """What `vllm_parser.py check` says; remembered on disk for each server alone, so without secrets."""
 
     options: list[str] | None
     variables: list[str] | None
     quantizations: list[str] | None
     """None also where names cannot be checked."""
     mistakes: list[list[tuple[str, str | None]]] | None
+    """Of each server: an option's key and vLLM's words against it, None where it has no such option."""
+
+    def of(self, number: int, secrets: Sequence[str]) -> "_Answer":
+        """To one of the servers."""
+        if self.mistakes is None:
+            return self
+        mistakes = [(key, None if words is None else masked(words, secrets)) for key, words in self.mistakes[number]]
+        return msgspec.structs.replace(self, mistakes=[mistakes])
 
 
-class _Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """A line each; remembered on disk, so without secrets."""
+@dataclass(frozen=True, kw_only=True)
+class _Verdict:
+    """A line each."""
 
     refusals: list[str]
     notices: list[str]
@@ -676,18 +685,21 @@ def _verdict(python: str, servers: Sequence[ServerPlan], say: Callable[[str], ob
     if (refusal := supported(installed.version)) is not None:
         raise _Unasked(f"{origin}{python}: {refusal}")
     options = [_options(server, host="127.0.0.1", port=1024, part=first_part(server, port=1025)) for server in servers]
-    question = msgspec.json.encode([[(o.key, o.flag, o.arguments) for o in some] for some in options])
-    names = [[server.name, *server.model.env] for server in servers]
-    depends_on = msgspec.json.encode([python, installed, PARSER.read_text(), Path(__file__).read_text(), names])
-    path = remembered.place("options", depends_on, question)
-    if (known := remembered.recall(path, _Verdict)) is not None:
-        return known
-    say(f"asking vLLM {installed.version} whether it knows all options; some 15 s, the next time none")
-    answer = _parser_says(_Answer, python, origin, "check", question=question)
-    verdict = _judged(installed.version, python, servers, options, answer)
-    if not any(_is_unknown(server, answer) for server in servers):  # a plugin that comes later may bring the name
-        remembered.keep(path, verdict)
-    return verdict
+    questions = [[(option.key, option.flag, option.arguments) for option in some] for some in options]
+    depends_on = msgspec.json.encode([python, installed, PARSER.read_text(), Path(__file__).read_text()])
+    paths = [remembered.place("options", depends_on, msgspec.json.encode(question)) for question in questions]
+    answers = {path: known for path in paths if (known := remembered.recall(path, _Answer)) is not None}
+    # Each server for itself, so that another choice of models asks nothing anew.
+    if new := [number for number, path in enumerate(paths) if path not in answers]:
+        say(f"asking vLLM {installed.version} whether it knows all options; some 15 s, for the same options only once")
+        asked = msgspec.json.encode([questions[number] for number in new])
+        answer = _parser_says(_Answer, python, origin, "check", question=asked)
+        secrets = secrets_of(SweepConfig(name="", models={server.name: server.model for server in servers}, tasks={}))
+        for place, number in enumerate(new):
+            one = answers[paths[number]] = answer.of(place, secrets)
+            if not _is_unknown(servers[number], one):  # a plugin that comes later may bring the name
+                remembered.keep(paths[number], one)
+    return _judged(installed.version, python, servers, options, [answers[path] for path in paths])
 
 
 _Said = TypeVar("_Said", bound=msgspec.Struct)
@@ -712,23 +724,27 @@ def _parser_says(kind: type[_Said], python: str, origin: str, what: str, *, ques
 
 
 def _judged(
-    version: str, python: str, servers: Sequence[ServerPlan], options: Sequence[Sequence[_Option]], answer: _Answer
+    version: str,
+    python: str,
+    servers: Sequence[ServerPlan],
+    options: Sequence[Sequence[_Option]],
+    answers: Sequence[_Answer],
 ) -> _Verdict:
-    """The parser's answer in our words; what several servers share is said once."""
-    if answer.options is None or answer.variables is None or answer.mistakes is None:
-        told = f"the parser of vLLM {version} ({python}) is not where it used to be; options are checked at a start"
-        return _Verdict(refusals=[], notices=[told])
-    known = {flag.removeprefix("--").replace("-", "_") for flag in answer.options} - OWN_OPTIONS.keys()
-    secrets = secrets_of(SweepConfig(name="", models={server.name: server.model for server in servers}, tasks={}))
+    """The parser's answers in our words; what several servers share is said once."""
     refusals: dict[tuple[str, str], list[str]] = {}
     notices: dict[tuple[str, str], list[str]] = {}
-    for server, given, mistakes in zip(servers, options, answer.mistakes, strict=True):
+    for server, given, answer in zip(servers, options, answers, strict=True):
+        if answer.options is None or answer.variables is None or answer.mistakes is None:
+            told = f"the parser of vLLM {version} ({python}) is not where it used to be; options are checked at a start"
+            return _Verdict(refusals=[], notices=[told])
+        known = {flag.removeprefix("--").replace("-", "_") for flag in answer.options} - OWN_OPTIONS.keys()
+        (mistakes,) = answer.mistakes
         for key, words in mistakes:
             name = next((option.name for option in given if option.key == key), "")
             if words is None:
                 why = f"vLLM {version} has no option {name!r}{_instead(name, MOVED_OPTIONS, known)}"
             else:
-                why = f"vLLM {version} refuses it: {masked(_plain(words), secrets)}"
+                why = f"vLLM {version} refuses it: {_plain(words)}"
             refusals.setdefault((f".{key or 'server'}", why), []).append(server.name)
         if _is_unknown(server, answer):
             asked = str(server.model.quantization)
