@@ -556,22 +556,26 @@ def _run(arguments: Arguments) -> int:
     code = _conclude(config, whole, ended, directory, records, examined, stopped=stopped)
     if carried is None:
         return code
-    publish = shlex.join(
-        ["python", "launch.py", "report", f"conf={arguments.conf}", *arguments.overrides, "publish=true"]
-    )
-    print(_said_of_wandb(carried.wandb, f"publish it later with: {publish}"))
-    again = "the same command without fresh=true" if arguments.fresh else "the same command"
+    sweep = (f"conf={arguments.conf}", *arguments.overrides)
+    print(_said_of_wandb(carried.wandb, f"publish it later with: {_command('report', *sweep, 'publish=true')}"))
+    same = "the same command without fresh=true" if arguments.fresh else "the same command"
+    only = () if arguments.only is None else (f"only={arguments.only}",)
+    again = f"{same} goes on where it stopped: {_command(*sweep, *only)}"
     warned = carried.signal == signal.SIGTERM and time.time() > ends_at_s - WARNED_S
     if (carried.out_of_time or warned) and not carried.got_on:
         print("the walltime is too short: it was over before anything was answered; give it a longer one")
         return FAILED
     if carried.signal:
-        print(f"stopped by {signal.Signals(carried.signal).name}; {again} goes on where it stopped")
+        print(f"stopped by {signal.Signals(carried.signal).name}; {again}")
         return 128 + carried.signal
     if carried.out_of_time:
-        print(f"the walltime is over; {again} goes on where it stopped")
+        print(f"the walltime is over; {again}")
         return AGAIN
     return code
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["python", "launch.py", *words])
 
 
 def _require_same_sweep(plan: "Plan", directory: "RunDirectory", cells: Set[str]) -> None:
@@ -622,11 +626,11 @@ def _conclude(
     if not shown_already:
         _write_tables(sweep)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(f"\n{markdown(shown, list(config.models), subtasks=False, width=width)}")
+    print(f"\n{markdown(shown, list(config.models), subtasks=False, width=width)}" if shown else "")
     print(f"{done} of {len(whole.cells)} cells are done")
     print(f"tables   {directory.report}, {directory.csv}\nsamples  {directory.results}")
-    if stopped:
-        print("page     `report` makes it of what is there")  # whoever has stopped a sweep does not wait for it
+    if stopped:  # whoever has stopped a sweep does not wait for it
+        print(f"page     {_command('report', str(directory.root))} makes it of what is there")
     elif shown_already:
         print(f"page     {directory.page}")
     else:

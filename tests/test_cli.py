@@ -448,7 +448,7 @@ def test_a_page_that_cannot_be_made_costs_a_line(
 def test_whoever_stops_a_sweep_waits_for_no_page(runner: Runner, directory: RunDirectory, output: Output) -> None:
     runner.signal = 2
     main(["conf=small"])
-    assert "page     `report` makes it" in output()
+    assert f"page     python launch.py report {directory.root} makes it" in output()
     assert not directory.page.exists()
     assert directory.report.exists()
 
@@ -832,7 +832,7 @@ def test_results_of_other_settings_are_never_shown_as_these(
     [
         ({}, 0, "4 of 4 cells are done"),
         ({"fails": {"first/gsm8k"}}, 1, "1 of 4 cells|out of memory"),
-        ({"out_of_time": True}, 75, "the walltime is over; the same command goes on where it stopped"),
+        ({"out_of_time": True}, 75, "the same command goes on where it stopped: python launch.py conf=small\n"),
         # It goes on with the others, and what has failed is tried again anyway.
         ({"out_of_time": True, "fails": {"first/gsm8k"}}, 75, "the walltime is over"),
         # Else a job that is sent back to the queue for code 75 would come back for ever.
@@ -850,6 +850,17 @@ def test_the_exit_code_says_how_a_launch_ended_and_whether_it_is_worth_another(
     vars(runner).update(ends)
     assert main(["conf=small"]) == code
     assert re.search(words, output())
+
+
+def test_a_launch_that_is_stopped_before_anything_is_done_shows_no_table_and_says_how_to_go_on(
+    runner: Runner, directory: RunDirectory, output: Output
+) -> None:
+    runner.leaves, runner.signal = {f"{m}/{t}" for m in ("first", "second") for t in ("gsm8k", "arc_easy")}, 2
+    assert main(["conf=small", "limit=3", "only=first/*", "fresh=true"]) == 130
+    shown = output()
+    assert "|" not in shown
+    assert f"page     python launch.py report {directory.root} makes it of what is there" in shown
+    assert "without fresh=true goes on where it stopped: python launch.py conf=small limit=3 'only=first/*'" in shown
 
 
 def test_a_number_that_is_not_as_expected_is_exit_code_3_and_a_line(runner: Runner, output: Output) -> None:
