@@ -77,7 +77,7 @@ def missing_block(plan: Plan) -> list[str]:
     absent = missing(plan)
     if not absent:
         return []
-    cure = "`python launch.py fetch` with the same arguments brings it"
+    cure = "`python launch.py fetch` with the same arguments brings what the hub has of it"
     if hub.offline():
         cure = f"HF_HUB_OFFLINE is set, so their cells would fail; without it, {cure}"
     return [f"missing here, in {_home()}", *(f"  {line}" for line in absent), f"  {cure}"]

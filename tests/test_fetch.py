@@ -189,7 +189,7 @@ def test_a_plan_says_what_is_missing_and_what_brings_it(hub: HubStub, monkeypatc
         "  model org/m@main: not here",
         "  data set cais/mmlu, 57 configurations: not here",
         "  data set openai/gsm8k (main): not here",
-        "  `python launch.py fetch` with the same arguments brings it",
+        "  `python launch.py fetch` with the same arguments brings what the hub has of it",
     ]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert missing_block(plan)[-1].startswith("  HF_HUB_OFFLINE is set, so their cells would fail")

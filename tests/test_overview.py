@@ -84,7 +84,7 @@ def test_a_plan_is_cells_tasks_and_servers_with_their_commands() -> None:
         "  model org/tiny@main: not here",
         "  data set openai/gsm8k (main): not here",
         "  data set Idavidrein/gpqa (gpqa_main): not here",
-        "  `python launch.py fetch` with the same arguments brings it",
+        "  `python launch.py fetch` with the same arguments brings what the hub has of it",
     ]
 
 
