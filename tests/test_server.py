@@ -934,11 +934,8 @@ def test_real_vllm_answers_in_two_parts_as_in_one(tiny_model: Path, tmp_path: Pa
     metadata = tmp_path / "named" / f"vllm-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
     metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version.partition('+')[0]}+cpu\n")
-    common: dict[str, Any] = {
-        "path": str(tiny_model),
-        "env": {"PYTHONPATH": str(metadata.parents[1])},
-        "server": {"enforce_eager": True},
-    }
+    # Compiled: on a CPU vLLM's second stage has no place for what it gets but from the warm-up of a compiled model.
+    common: dict[str, Any] = {"path": str(tiny_model), "env": {"PYTHONPATH": str(metadata.parents[1])}}
     body = {"model": "m", "prompt": [5, 6, 7, 8], "max_tokens": 8, "temperature": 0, "logprobs": 1, "echo": True}
 
     alone = real(tmp_path / "alone", **common)
