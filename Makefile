@@ -14,8 +14,10 @@ demo: setup ## set up, make four tiny models, and run the demo sweep over them
 	$(python) launch.py conf=demo
 
 test: lint ## set up, lint, check types, and run all tests, two files at a time
-	$(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long and not alone"
-	$(python) -m pytest -m alone
+	@failed=; \
+	$(python) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long and not alone" || failed=1; \
+	$(python) -m pytest -m alone || failed=1; \
+	[ -z "$$failed" ]
 
 test-quick: setup ## the inner loop: tests without vLLM, Ray and the slow ones
 	$(python) -m pytest -m "not vllm and not ray and not slow"

@@ -479,6 +479,7 @@ def _note(text: str) -> None:
 
 
 def _run(arguments: Arguments) -> int:
+    from sweep.masking import masked
     from sweep.overview import document
     from sweep.planning.loading import dump, secrets_of
     from sweep.planning.plan import as_of, make_plan
@@ -557,10 +558,11 @@ def _run(arguments: Arguments) -> int:
     if carried is None:
         return code
     sweep = (f"conf={arguments.conf}", *arguments.overrides)
-    print(_said_of_wandb(carried.wandb, f"publish it later with: {_command('report', *sweep, 'publish=true')}"))
+    later = f"publish it later with: {_command('report', *sweep, 'publish=true')}"
+    print(_said_of_wandb(carried.wandb, masked(later, hidden)))
     same = "the same command without fresh=true" if arguments.fresh else "the same command"
     only = () if arguments.only is None else (f"only={arguments.only}",)
-    again = f"{same} goes on where it stopped: {_command(*sweep, *only)}"
+    again = masked(f"{same} goes on where it stopped: {_command(*sweep, *only)}", hidden)
     warned = carried.signal == signal.SIGTERM and time.time() > ends_at_s - WARNED_S
     if (carried.out_of_time or warned) and not carried.got_on:
         print("the walltime is too short: it was over before anything was answered; give it a longer one")
@@ -626,11 +628,12 @@ def _conclude(
     if not shown_already:
         _write_tables(sweep)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(f"\n{markdown(shown, list(config.models), subtasks=False, width=width)}" if shown else "")
+    if shown:
+        print(f"\n{markdown(shown, list(config.models), subtasks=False, width=width)}")
     print(f"{done} of {len(whole.cells)} cells are done")
     print(f"tables   {directory.report}, {directory.csv}\nsamples  {directory.results}")
     if stopped:  # whoever has stopped a sweep does not wait for it
-        print(f"page     {_command('report', str(directory.root))} makes it of what is there")
+        print(f"page     none; of what is there makes one: {_command('report', str(directory.root))}")
     elif shown_already:
         print(f"page     {directory.page}")
     else:

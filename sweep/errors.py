@@ -98,8 +98,9 @@ def nearest_file(path: Path) -> str:
     """The same for a path that does not exist, among what lies beside the first part of it that is missing:
     `"; there is no folder 'modles' in '/home/me'; did you mean 'models'?"`."""
     path = path.absolute()
-    missing = next((part for part in reversed((path, *path.parents)) if not os.path.exists(part)), path)
+    missing = next((part for part in reversed((path, *path.parents)) if not os.path.lexists(part)), path)
     above = missing.parent
-    known = os.listdir(above) if above.is_dir() and os.access(above, os.R_OK) else []
+    if not (above.is_dir() and os.access(above, os.R_OK | os.X_OK)):
+        return ""
     without = f"; there is no folder {missing.name!r} in {str(above)!r}" if missing != path else ""
-    return without + nearest(missing.name, known)
+    return without + nearest(missing.name, os.listdir(above))

@@ -35,7 +35,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 LONGEST = ("deaths", "runner", "demo_sweep", "fidelity", "partition", "fetch", "deploy", "several_nodes")
 """Files that take minutes, in this order before all others: what a worker takes up last should be short."""
 
-ALONE = {"tests/test_fidelity.py": "tests/test_demo_sweep.py"}
+ONE_WORKER = {"tests/test_fidelity.py": "tests/test_demo_sweep.py"}
 """Files that one worker takes one after the other, under the name of the first: they make the same models, and see that
 no server is left on this machine."""
 
@@ -43,7 +43,7 @@ no server is left on this machine."""
 class _ByFile(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return ALONE.get(file, file)
+        return ONE_WORKER.get(file, file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:

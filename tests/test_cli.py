@@ -448,7 +448,7 @@ def test_a_page_that_cannot_be_made_costs_a_line(
 def test_whoever_stops_a_sweep_waits_for_no_page(runner: Runner, directory: RunDirectory, output: Output) -> None:
     runner.signal = 2
     main(["conf=small"])
-    assert f"page     python launch.py report {directory.root} makes it" in output()
+    assert f"page     none; of what is there makes one: python launch.py report {directory.root}\n" in output()
     assert not directory.page.exists()
     assert directory.report.exists()
 
@@ -852,6 +852,14 @@ def test_the_exit_code_says_how_a_launch_ended_and_whether_it_is_worth_another(
     assert re.search(words, output())
 
 
+def test_a_password_on_the_command_line_is_not_said_again(runner: Runner, output: Output) -> None:
+    runner.signal = 2
+    assert main(["conf=small", "env.HTTPS_PROXY=http://me:pa55word-of-mine@host:1"]) == 130
+    shown = output()
+    assert "goes on where it stopped: python launch.py conf=small env.HTTPS_PROXY=" in shown.replace("'", "")
+    assert "pa55word" not in shown
+
+
 def test_a_launch_that_is_stopped_before_anything_is_done_shows_no_table_and_says_how_to_go_on(
     runner: Runner, directory: RunDirectory, output: Output
 ) -> None:
@@ -859,7 +867,7 @@ def test_a_launch_that_is_stopped_before_anything_is_done_shows_no_table_and_say
     assert main(["conf=small", "limit=3", "only=first/*", "fresh=true"]) == 130
     shown = output()
     assert "|" not in shown
-    assert f"page     python launch.py report {directory.root} makes it of what is there" in shown
+    assert f"page     none; of what is there makes one: python launch.py report {directory.root}\n" in shown
     assert "without fresh=true goes on where it stopped: python launch.py conf=small limit=3 'only=first/*'" in shown
 
 

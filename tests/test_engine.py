@@ -789,6 +789,14 @@ def test_a_name_that_a_plugin_may_bring_is_asked_about_again(python: Python) -> 
     assert examine([given], required=True, say=print) == ()
 
 
+def test_a_name_that_is_not_known_is_not_remembered_for_a_server_that_may_bring_it_either(python: Python) -> None:
+    given = plan(server_python=python(), quantization="mine")
+    bringing = replace(given, model=replace(given.model, env={"PYTHONPATH": "/mine"}))
+    assert examine([bringing], required=True, say=print) == ()
+    python(KNOWN | {"quantizations": ["mine"]})  # it is installed now
+    assert examine([given], required=True, say=print) == ()
+
+
 @pytest.mark.parametrize("how", ["broken", "unwritable"])
 def test_a_cache_that_cannot_be_used_is_done_without(python: Python, tmp_path: Path, how: str) -> None:
     given = plan(server_python=python())

@@ -488,6 +488,10 @@ ONE_TASK = "tasks: {gsm8k: }\n"
         (ONE_MODEL, [], "conf/s.yaml: tasks: missing value; a sweep needs at least one task, or a suite"),
         (SMALL, ["limit"], "command line: limit: missing value; write key=value"),
         (SMALL, ["models="], "command line: models: missing value; set keys of it one by one, as in models.NAME=..."),
+        (SMALL, ["models={}", "models.x.path=/a"], "command line: models: missing value; set keys of it"),
+        (SMALL, ["tasks=null"], "command line: tasks: missing value; set keys of it one by one, as in tasks.NAME=..."),
+        (SMALL, ["wandb="], "command line: wandb: missing value; set keys of it one by one, as in wandb.mode=..."),
+        (SMALL, ["defaults.model="], "command line: defaults.model: missing value; set keys of it one by one"),
         # files and folders
         (SMALL + "extends: bse.yaml", [], "conf/s.yaml: extends: no file "),
         (SMALL + "extends: qwen_sweep", [], "/conf/qwen_sweep'; did you mean '"),
@@ -731,6 +735,20 @@ def test_a_word_that_is_near_to_none_of_a_choice_is_answered_with_the_choice_alo
 def test_what_is_found_after_loading_is_said_with_its_source(text, overrides, source):
     write("base.yaml", SMALL)
     write("s.yaml", "extends: base.yaml\ntasks: {own: }")
+    assert with_source(text, "s", overrides) == f"{source}{text}"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "source"),
+    [
+        ("models.b-big.path: gone", ["models.b.variants.big.path=/gone"], "command line: "),
+        ("models.b-big.path: gone", ["models.b.chat=true"], "conf/s.yaml: "),
+        ("models.b-sql.adapter: gone", ["models.b.chat=true"], "conf/s.yaml: "),
+        ("models.b-sql.adapter: gone", ["models.b.adapters.sql=/gone"], "command line: "),
+    ],
+)
+def test_what_a_variant_or_an_adapter_lacks_is_said_with_the_source_that_has_it(text, overrides, source):
+    write("s.yaml", "models: {b: {path: /b, variants: {big: {path: /x}}, adapters: {sql: /y}}}\ntasks: {own: }")
     assert with_source(text, "s", overrides) == f"{source}{text}"
 
 

@@ -289,14 +289,21 @@ def test_idle_evaluators_take_cells_of_the_least_loaded_server(
     assert decided(view(a, b, gpus=2, idle_evaluators=idle)) == expected
 
 
-@pytest.mark.parametrize(("work_s", "lives", "expected"), [(100.0, 1, "a"), (200.0, 1, "b"), (200.0, 2, "a")])
-def test_of_equally_loaded_servers_the_one_with_most_work_for_each_life_comes_first(
-    work_s: float, lives: int, expected: str
+@pytest.mark.parametrize(
+    ("idle", "changes", "expected"),
+    [
+        (1, {}, ["run b/1"]),
+        (3, {}, ["run b/1", "run a/1", "run a/2"]),
+        (1, {"running": 1}, ["run a/1"]),
+    ],
+    ids=["before new ones of others", "its own others are new", "not where more runs"],
+)
+def test_a_cell_that_was_begun_goes_on_before_new_ones_of_other_models(
+    idle: int, changes: dict[str, object], expected: list[str]
 ) -> None:
-    """In plan order an evaluator that comes free would go back to the model that it has just left without a cell."""
-    a = server("a", lives=1, waiting=("a/1",), work_s=100.0)
-    b = server("b", lives=lives, replicas=lives, waiting=("b/1",), work_s=work_s)
-    assert decided(view(a, b, gpus=3, idle_evaluators=1)) == [f"run {expected}/1"]
+    a = server("a", lives=1, waiting=("a/1", "a/2"))
+    b = server("b", lives=1, waiting=("b/1", "b/2"), begun=True, **changes)  # type: ignore[arg-type]
+    assert decided(view(a, b, gpus=2, idle_evaluators=idle)) == expected
 
 
 def test_a_model_with_two_servers_runs_twice_as_many_cells() -> None:

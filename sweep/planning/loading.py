@@ -98,8 +98,9 @@ def with_source(text: str, conf: str, overrides: Sequence[str]) -> str:
         # A variant or a grid's task has the name of its entry and more; what both may have set is said of the entry.
         entry = max(entries, key=len, default=name)
         rest = tuple(below.split(".")[1:])
-        place = "task" if kind == "tasks" else "model"
-        places = ((kind, entry, *rest), *([("defaults", place, *rest)] if rest else []), (kind, entry))
+        place, own = "task" if kind == "tasks" else "model", name.removeprefix(f"{entry}-")
+        written = [(kind, entry, "adapters", own)] if rest == ("adapter",) else [(kind, entry, "variants", own, *rest)]
+        places = (*written, (kind, entry, *rest), *([("defaults", place, *rest)] if rest else []), (kind, entry))
         return _holder(places, sources, files[-1])[0].label
 
     return "\n".join(
@@ -301,32 +302,48 @@ _CURES = {
 def _command_line(overrides: Sequence[str], known: Sequence[str], words: Collection[str]) -> _Source:
     """The overrides as a source. They may change every model that is `known`, and add one only with its path."""
     label = "command line"
+    schema = {key: kind for key, kind in FILE.items() if key != "extends"}
     data: dict[str, Any] = {}
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{label}: {override}: missing value; write key=value, as in limit=10")
         try:
-            data = _merge(data, OmegaConf.to_container(OmegaConf.from_dotlist([override])))
+            said = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
         except yaml.YAMLError:  # the value is not repeated: it may be a secret
             raise ConfigError(f"{label}: {key}: bad YAML after the =") from None
         except OmegaConfBaseException as error:
             raise ConfigError(f"{label}: {key}: {_said(error)}") from None
+        if (inner := _emptied(said, schema)) is not None:
+            raise ConfigError(f"{label}: {key}: missing value; set keys of it one by one, as in {key}.{inner}=...")
+        data = _merge(data, said)
     models = data.get("models")
     for name, model in models.items() if isinstance(models, dict) else ():
         if name not in known and not (isinstance(model, dict) and {"path", "url"} & model.keys()):
             near = nearest(name, known) or f"; the sweep has {_listed(known)}"
             raise ConfigError(f"{label}: models.{name}: no such model (a new one needs a path or url){near}")
-    schema = {key: kind for key, kind in FILE.items() if key != "extends"}
     for name in data:
         if isinstance(name, str) and name not in schema:
             raise ConfigError(f"{label}: {name}: unknown key{_near(name, [*words, *schema])}")
-    source = _checked(label, data, schema)
-    for override in overrides:
-        name = override.removesuffix("=")
-        if name != override and source.data.get(name) == {}:  # which a merge would pass over
-            raise ConfigError(f"{label}: {name}: missing value; set keys of it one by one, as in {name}.NAME=...")
-    return source
+    return _checked(label, data, schema)
+
+
+def _emptied(value: Any, kind: Any) -> str | None:
+    """Of an override, as a document, that gives a mapping nothing and that merging would pass over: a key which that
+    mapping may have.
+
+    A task with nothing is a task with its defaults.
+    """
+    key: _Key = ()
+    while isinstance(value, dict) and len(value) == 1:
+        ((name, value),) = value.items()
+        kind = kind.get(name) if isinstance(kind, dict) else kind.of if isinstance(kind, Named) else None
+        key = (*key, str(name))
+    if value not in (None, {}) or (key[0] == "tasks" and len(key) == 2):
+        return None
+    if isinstance(kind, dict):
+        return str(next(iter(kind)))
+    return "NAME" if isinstance(kind, Named) or kind is Options or get_origin(kind) is dict else None
 
 
 def _checked(label: str, data: Any, schema: Mapping[str, Any]) -> _Source:

@@ -19,9 +19,9 @@ from sweep.running.machine import CPU_SERVER, EVALUATOR
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
-"""Between a node's answer and the next look: 0.2 tasks a second cost nothing. The worker that does them stays warm
-where the node has more CPUs than workers; elsewhere Ray ends it after a second or two, and a look costs the start of
-another, a second of a core."""
+"""Between a node's answer and the next look. Its worker stays warm where the node has more CPUs than workers, and then
+a look costs milliseconds; elsewhere Ray ends it after a second or two, and each look starts another, a second of a
+core."""
 
 SUSPECT_S = 15.0
 """A look takes some milliseconds, and up to ten seconds where its worker has to start on a busy machine."""

@@ -854,6 +854,7 @@ class Runner:
         server, now = self._servers[name], self.clock()
         # One that may be checked for hours yet keeps no server.
         unfinished = [state for state in server.cells if state.unfinished and state.state != "checking"]
+        waiting = [state for state in unfinished if state.state == "waiting" and self._can_start(state)]
         ready = self._ready(name)
         if ready and any(state.asks for state in unfinished):
             server.spent_s += len(ready) * (now - server.looked_s)
@@ -877,7 +878,8 @@ class Runner:
             unfinished_cells=len(unfinished),
             wanted=name not in self._late and any(map(self._wants_server, unfinished)),
             running=sum(state.state == "running" and not state.answered for state in unfinished),
-            waiting=tuple(s.cell.key for s in unfinished if s.state == "waiting" and self._can_start(s)),
+            waiting=tuple(state.cell.key for state in waiting),
+            begun=bool(waiting and waiting[0].attempt),
             work_s=corrected_s(
                 sum(state.expected_s * (1 - state.share(reused=True)) for state in unfinished),
                 done_s=sum(state.expected_s * state.share(reused=False) for state in server.cells),

@@ -87,6 +87,9 @@ class ServerView:
     waiting: tuple[str, ...] = ()
     """Cells that an evaluator may take now, in their order: they have a server, one is starting, or stored answers may
     suffice."""
+    begun: bool = False
+    """The first of `waiting` was begun before: what was lost goes on first, where evaluators are few it would wait for
+    all new cells of the models before it."""
     work_s: float = 0.0
     """What its cells still take, on one server alone."""
     start_s: float = 60.0
@@ -458,25 +461,20 @@ def _owed(server: ServerView) -> str:
 
 
 def cells(view: View) -> Iterator[RunCell]:
-    """Cells for the idle evaluators, each for the server with the fewest running so far, then with the most work for
-    each of its lives, then in plan order; those of servers that still start get what the ready ones leave.
-
-    By work, since an evaluator that comes free has left its own model without a cell: in plan order it would go back to
-    it each time, and with fewer evaluators than models the last of them would wait, their GPUs idle.
-    """
+    """Cells for the idle evaluators, each for the server with the fewest running so far, then for one whose next cell
+    was begun before, then in plan order; those of servers that still start get what the ready ones leave."""
     idle = view.idle_evaluators
     if not idle:
         return
     heap = [
-        (not server.ready, server.load, -server.work_s / max(1, known.live), known.order, 0, server)
+        (not known.view.ready, known.view.load, not known.view.begun, known.order, 0, known.view)
         for known in view.open.values()
-        for server in (known.view,)
     ]
     heapify(heap)
     while heap and idle:
-        starts, load, work_s, order, taken, server = heappop(heap)
+        starts, load, _, order, taken, server = heappop(heap)
         yield RunCell(cell=server.waiting[taken], reason=f"{server.name} runs {load:g} cells a server")
         idle -= 1
         load += 1 / max(1, server.live)
         if taken + 1 < len(server.waiting) and load < CELLS_PER_MODEL:
-            heappush(heap, (starts, load, work_s, order, taken + 1, server))
+            heappush(heap, (starts, load, True, order, taken + 1, server))

@@ -664,7 +664,8 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
         """To one of the servers."""
         if self.mistakes is None:
             return self
-        mistakes = [(key, None if words is None else masked(words, secrets)) for key, words in self.mistakes[number]]
+        found = self.mistakes[number]
+        mistakes = [(key, None if words is None else masked(_plain(words), secrets)) for key, words in found]
         return msgspec.structs.replace(self, mistakes=[mistakes])
 
 
@@ -691,13 +692,13 @@ def _verdict(python: str, servers: Sequence[ServerPlan], say: Callable[[str], ob
     answers = {path: known for path in paths if (known := remembered.recall(path, _Answer)) is not None}
     # Each server for itself, so that another choice of models asks nothing anew.
     if new := [number for number, path in enumerate(paths) if path not in answers]:
-        say(f"asking vLLM {installed.version} whether it knows all options; some 15 s, for the same options only once")
+        say(f"asking vLLM {installed.version} whether it knows all options; some 15 s, then it is remembered")
         asked = msgspec.json.encode([questions[number] for number in new])
         answer = _parser_says(_Answer, python, origin, "check", question=asked)
         secrets = secrets_of(SweepConfig(name="", models={server.name: server.model for server in servers}, tasks={}))
         for place, number in enumerate(new):
             one = answers[paths[number]] = answer.of(place, secrets)
-            if not _is_unknown(servers[number], one):  # a plugin that comes later may bring the name
+            if _lists(one, servers[number].model.quantization):  # a plugin that comes later may bring the name
                 remembered.keep(paths[number], one)
     return _judged(installed.version, python, servers, options, [answers[path] for path in paths])
 
@@ -744,7 +745,7 @@ def _judged(
             if words is None:
                 why = f"vLLM {version} has no option {name!r}{_instead(name, MOVED_OPTIONS, known)}"
             else:
-                why = f"vLLM {version} refuses it: {_plain(words)}"
+                why = f"vLLM {version} refuses it: {words}"
             refusals.setdefault((f".{key or 'server'}", why), []).append(server.name)
         if _is_unknown(server, answer):
             asked = str(server.model.quantization)
@@ -763,9 +764,12 @@ def _is_unknown(server: ServerPlan, answer: _Answer) -> bool:
     """Whether vLLM has no quantization of the name that is asked for, as far as can be told: code that comes with the
     checkpoint, or on a path of the server's own, may add it."""
     model = server.model
-    if model.quantization is None or answer.quantizations is None or model.trust_remote_code:
-        return False
-    return "PYTHONPATH" not in model.env and model.quantization.lower() not in answer.quantizations
+    return not (_lists(answer, model.quantization) or model.trust_remote_code or "PYTHONPATH" in model.env)
+
+
+def _lists(answer: _Answer, quantization: str | None) -> bool:
+    """Whether it has a quantization; nothing speaks against none, nor where names cannot be checked."""
+    return quantization is None or answer.quantizations is None or quantization.lower() in answer.quantizations
 
 
 def _lines(found: Mapping[tuple[str, str], Sequence[str]]) -> Iterator[str]:
