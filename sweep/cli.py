@@ -480,7 +480,7 @@ def _note(text: str) -> None:
 
 def _run(arguments: Arguments) -> int:
     from sweep.masking import masked
-    from sweep.overview import document
+    from sweep.overview import document, replaced
     from sweep.planning.loading import dump, secrets_of
     from sweep.planning.plan import as_of, make_plan
     from sweep.results.report import counted
@@ -527,6 +527,8 @@ def _run(arguments: Arguments) -> int:
         plan = whole if arguments.only is None else as_of(plan, records, chosen_from=whole.cells)
         if more := whole.done.keys() - planned_done:
             print(f"another driver has finished {counted(len(more), 'cell')} meanwhile")
+        for line in replaced(plan):
+            print(line)
         planned = document(whole)
         with boundary(StoreError, f"write to {directory.root}"):
             write_file(directory.config, dump(config))

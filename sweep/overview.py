@@ -63,6 +63,16 @@ def document(plan: Plan) -> dict[str, Any]:
     }
 
 
+def replaced(plan: Plan) -> Iterator[str]:
+    """A line about finished cells that are to be finished again under other settings."""
+    if plan.superseded:
+        have = "cell has" if len(plan.superseded) == 1 else "cells have"
+        yield (
+            f"{len(plan.superseded)} {have} numbers of other settings, which these will replace; answers stay, and "
+            "`name=...` gives these a run directory of their own"
+        )
+
+
 def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory, only: str | None) -> Iterator[str]:
     models = len({cell.model.name for cell in plan.cells})
     tasks = list(dict.fromkeys(cell.task_name for cell in plan.cells))
@@ -72,6 +82,7 @@ def _lines(config: SweepConfig, plan: Plan, directory: RunDirectory, only: str |
         yield f"run directory {directory.root}: {counted(len(plan.done), 'cell')} done, {len(plan.owed)} owed"
     else:
         yield f"only={only}: of the sweep's cells these, which run again from the answers in {directory.root}"
+    yield from replaced(plan)
     yield ""
     yield "tasks"
     for name in tasks:

@@ -818,8 +818,11 @@ def test_results_of_other_settings_are_never_shown_as_these(
     main(["conf=small"])
     output()
     runner.leaves, runner.signal = {"first/gsm8k", "second/gsm8k"}, 2
+    main(["plan", "conf=small", "tasks.gsm8k.limit=200"])
+    assert "\n2 cells have numbers of other settings, which these will replace; answers stay" in output()
     assert main(["conf=small", "tasks.gsm8k.limit=200"]) == 130
     shown = output()
+    assert "2 cells have numbers of other settings, which these will replace; answers stay" in shown
     assert "2 cells are left out of the tables" in shown
     assert "|gsm8k" not in shown
     assert "gsm8k" not in directory.csv.read_text()

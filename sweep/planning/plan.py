@@ -181,6 +181,8 @@ class Plan:
     stands: dict[str, Record] = field(default_factory=dict)
     """What there is of the whole sweep, whatever `only` chose, by cell key: records that fit their cell and refusals,
     but no failure that is tried again."""
+    superseded: tuple[str, ...] = ()
+    """Cells that have numbers of other settings, which theirs will replace."""
     commits: dict[str, str] = field(default_factory=dict)
     """What this launch and earlier ones into the same run directory took hub names for: `name@branch` -> commit."""
 
@@ -280,10 +282,18 @@ def as_of(plan: Plan, records: Mapping[tuple[str, str], Record], *, chosen_from:
         for cell in plan.cells
         if cell.model.problem is not None and cell.key not in done
     }
+    superseded = tuple(
+        cell.key
+        for cell in plan.cells
+        if (record := records.get((cell.model.name, cell.task_name))) is not None
+        and record.status is Status.DONE
+        and record.fingerprint != cell.fingerprint
+    )
     tried = {cell.key for cell in plan.cells}
     untried = {key: record for key, record in fitting.items() if key not in tried}
     # Numbers outlast a failure of the same settings, as in the store.
-    return replace(plan, done=done, refused=refused, stands={**untried, **refused, **numbers})
+    stands = {**untried, **refused, **numbers}
+    return replace(plan, done=done, refused=refused, stands=stands, superseded=superseded)
 
 
 def _nearest_cells(only: str, cells: Iterable[Cell]) -> str:
