@@ -120,13 +120,16 @@ class Place:
                     found.append(process)
         return found
 
-    def left(self) -> list[object]:
-        """What is there of us by now."""
-        new = entries() - self._memory
+    def _left_in_memory(self) -> set[Entry]:
+        new = set(entries() - self._memory)
         if new:  # of others that are at work on this machine
             new -= {entry for process in psutil.process_iter() for entry in mapped(process.pid, new)}
+        return new
+
+    def left(self) -> list[object]:
+        """What is there of us by now."""
         ours = [path.name for path in self.temporary.iterdir() if not path.name.startswith(("ray", "torchinductor_"))]
-        return [*filter(None, map(command_line, self.processes())), *new, *ours]
+        return [*filter(None, map(command_line, self.processes())), *self._left_in_memory(), *ours]
 
     def nothing_is_left(self, seen: Seen, *, after: float) -> None:
         """Nothing of it in GONE_S from `after`, a time of the monotonic clock."""
@@ -141,8 +144,8 @@ class Place:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         until(lambda: not self.processes(), GONE_S, self.processes)
-        for name, inode in entries() - self._memory:
-            if name.startswith("stand-in-") and (name, inode) in entries():
+        for name, _ in self._left_in_memory():
+            if name.startswith("stand-in-"):
                 Path("/dev/shm", name).unlink(missing_ok=True)
         shutil.rmtree(self.temporary)
 
@@ -169,6 +172,12 @@ def tree_of(server: psutil.Process) -> list[psutil.Process]:
     below = server.children(recursive=True)
     assert len(below) == 2
     return [first, second, server, *below]
+
+
+def is_complete(server: psutil.Process) -> bool:
+    """Whether what it has started holds its memory and its sockets, which come last."""
+    held = [c for process in server.children(recursive=True) for c in process.net_connections("unix")]
+    return len([c for c in held if Path(c.laddr).name.startswith("stand-in-")]) == 2
 
 
 # Whatever ends the sweep, in the middle of its work
@@ -235,7 +244,9 @@ class Sweep:
         return self._output.read_text() + (log.read_text() if log.exists() else "")
 
     def seen(self) -> Seen:
-        """Everything, and that it is all there."""
+        """Everything, once it is all there: an answer may be of the server before, and what a server starts comes after
+        it."""
+        until(lambda: any(map(is_complete, servers(self._place.processes()))), LAUNCH_S, self.output)
         processes = self._place.processes()
         (server,) = servers(processes)
         lines = [" ".join(process.cmdline()) for process in processes]
@@ -391,6 +402,7 @@ def test_nothing_is_left_of_a_server_whose_actor_is_ended_by_ray_kill(place: Pla
         assert killer.stdout is not None
         assert killer.stdout.readline() == "ServerReady\n"
         (server,) = servers(place.processes())
+        until(lambda: is_complete(server), GONE_S, server.children)
         tree = Seen.of(tree_of(server))
         assert len(tree.memory) == 2
         everything = Seen.of(place.processes())
