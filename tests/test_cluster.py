@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import apart, command_line, free_port
 
+from sweep.errors import ServerError
 from sweep.evaluating.concurrency import Controller
 from sweep.evaluating.preflight import Expected, Outcome
 from sweep.planning.config import Device, Model, RayConfig
@@ -458,6 +459,16 @@ def test_what_ray_finds_no_place_for_is_told_and_can_be_stopped(elsewhere: Elsew
     assert found.stopped == ["ServerStopped"]
     assert found.evaluators == ["evaluator.0"]
     assert found.close_s < STOP_S / 2
+
+
+def test_a_server_that_is_stopped_while_it_starts_has_no_error_that_ray_would_show() -> None:
+    model = Model(url=f"http://127.0.0.1:{free_port()}", tokenizer="/m", max_model_len=2048, startup_timeout_s=1.0)
+    plan = ServerPlan(name="m", model=model, revision=None, adapters={"m": None}, gpus=0, replicas=1)
+    host = module._ServerHost(plan, "m-0", KEY, "m-0.log", True, (), {})
+    with pytest.raises(ServerError, match="m-0"):
+        host.start(EXPECTED)
+    host.stop()
+    assert host.start(EXPECTED) is None
 
 
 def an_empty_cluster() -> Path:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sweep import __version__
 from sweep.errors import TaskError
 from sweep.evaluating.client import Pool
 from sweep.evaluating.evaluation import Evaluated, _seeded, check_task, evaluate, load_tokenizer, preview
@@ -412,6 +414,20 @@ def test_a_record_says_what_was_asked_and_what_took_effect(cell: Any, run: Any, 
     assert record.versions["lm_eval"] == "0.4.13"
     assert record.versions["vllm"] == "0.32.0"
     assert msgspec.json.decode(msgspec.json.encode(record), type=Record) == record
+
+
+def test_a_checkout_that_is_installed_nowhere_knows_its_version(
+    cell: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installed(name: str) -> str:
+        if name == "lmsweep":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("sweep.evaluating.evaluation.version", installed)
+    record = run(cell("writing", limit=1)).record
+    assert record.versions["lmsweep"] == __version__
+    assert record.versions["lm_eval"] == version("lm_eval")
 
 
 def test_a_model_at_a_url_is_asked_by_its_name_there_and_recorded_as_far_as_it_is_known(

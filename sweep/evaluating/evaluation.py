@@ -20,6 +20,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from sweep import __version__
 from sweep.errors import TaskError, boundary
 from sweep.evaluating.client import Client, Pool
 from sweep.evaluating.estimate import Estimate, Scorer
@@ -32,7 +33,7 @@ from sweep.record import WITHOUT_BOS, Record, Score, Status
 
 log = logging.getLogger(__name__)
 
-LIBRARIES = ("lm_eval", "transformers", "tokenizers", "datasets", "lmsweep")
+LIBRARIES = ("lm_eval", "transformers", "tokenizers", "datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,11 @@ def evaluate(cell: Cell, *, tokenizer: Any, pool: Pool, channel: Channel) -> Eva
         wall_s=round(time.monotonic() - start - lm.waited_s, 3),
         request_s=round(client.traffic.request_s, 3),
         settings=settings,
-        versions={"vllm": ", ".join(sorted(lm.engines)), **{name: version(name) for name in LIBRARIES}},
+        versions={
+            "vllm": ", ".join(sorted(lm.engines)),
+            **{name: version(name) for name in LIBRARIES},
+            "lmsweep": __version__,  # its own word: a checkout that a job ships is installed nowhere
+        },
     )
     return Evaluated(record=record, files=files)
 

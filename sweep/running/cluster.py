@@ -168,6 +168,7 @@ class _ServerHost:
         self._life = life
         self._log_path = log_path
         self._pressure = (0, 0)
+        self._stopped = False
         self._server: Server | ExternalServer
         if plan.external:
             self._server = ExternalServer(plan, name=life)
@@ -192,13 +193,19 @@ class _ServerHost:
         assert isinstance(self._server, Server)
         self._server.follow(replace(first, rank=rank))
 
-    def start(self, expected: Mapping[str, Expected]) -> tuple[Endpoint, Inspection]:
-        """Nothing is left of a server that is refused, as of one whose start raises."""
-        endpoint = self._server.start()
+    def start(self, expected: Mapping[str, Expected]) -> tuple[Endpoint, Inspection] | None:
+        """Nothing is left of a server that is refused, as of one whose start raises. None once it was stopped: nobody
+        waits for it any more, and Ray would show its user an error that nobody asked for."""
         try:
-            inspection = self._inspect(endpoint, expected)
-        except BaseException:
-            self._server.stop()
+            endpoint = self._server.start()
+            try:
+                inspection = self._inspect(endpoint, expected)
+            except BaseException:
+                self._server.stop()
+                raise
+        except ServerError:
+            if self._stopped:
+                return None
             raise
         if inspection.refusal is not None:
             self._server.stop()
@@ -257,6 +264,7 @@ class _ServerHost:
 
     @ray.method(concurrency_group="stop")
     def stop(self) -> None:
+        self._stopped = True
         self._server.stop()
 
 
