@@ -100,7 +100,7 @@ def together(*some: Extras) -> Extras:
             together(PROMPT_LOGPROBS, FORCED_DECODING),
         ),
         (False, {}, together(PROMPT_LOGPROBS, TAIL_PREFILL)),
-        (False, {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}, together(PROMPT_LOGPROBS, FORCED_DECODING)),
+        (False, {"env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}, PROMPT_LOGPROBS),
         (True, {"scoring": Scoring.ECHO}, Extras(options=ON_CPU)),
         (False, {"scoring": Scoring.ECHO}, NO_EXTRAS),
         (True, {"server": {"logits-processors": ["mine:Mine"]}}, together(Extras(options=ON_CPU), PROMPT_LOGPROBS)),

@@ -229,17 +229,19 @@ def extras(plan: ServerPlan, *, on_cpu: bool) -> Extras:
     """What helps on this device, but for options that the config sets itself; `scoring: echo` wants no methods.
 
     vLLM has the V2 runner on GPUs and the V1 runner on CPUs. VLLM_USE_V2_MODEL_RUNNER=0 in a model's `env` chooses the
-    latter on GPUs too; forced decoding has not been run there.
+    latter on GPUs too, where a written continuation rounds otherwise than one that is read, as echo reads it
+    (docs/fidelity.md): forced decoding is not offered there.
     """
     if plan.external:
         return NO_EXTRAS
     given = {_snake(key) for key in plan.model.server}
-    old_runner = on_cpu or plan.model.env.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
+    old_runner = plan.model.env.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
+    by_device = (FORCED_DECODING,) if on_cpu else () if old_runner else (TAIL_PREFILL,)
     options = {name: value for name, value in ON_CPU.items() if on_cpu and name not in given}
     if "enable_chunked_prefill" in given:  # without it a step must hold the longest prompt, which vLLM sees to itself
         options.pop("max_num_batched_tokens", None)
     methods: tuple[str, ...] = ()
-    for found in (PROMPT_LOGPROBS, FORCED_DECODING if old_runner else TAIL_PREFILL):
+    for found in (PROMPT_LOGPROBS, *by_device):
         if plan.model.scoring is not Scoring.ECHO and not found.options.keys() & given:
             options |= found.options
             methods += found.methods
