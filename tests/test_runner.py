@@ -1308,6 +1308,42 @@ def test_a_server_is_compared_with_what_its_models_tokenizers_said(loop: Loop) -
     loop(a_plan(["a"], ["t"], max_model_len=512), script)
 
 
+def test_a_cell_does_not_pass_for_running_while_its_server_starts(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        name, run = cluster.running()["a/t"]
+        planned = ev.CellProgress(cell="a/t", attempt=run.attempt, done=1, total=9, reused=1)
+        yield [said(name, planned)]
+        yield [cluster.ready("a-0")]
+        yield [said(name, replace(planned, done=2))]
+        yield [done(name, run)]
+
+    loop(a_plan(["a"], ["t"]), script)
+    lines = [line[len("12:34:56 ") :].strip() for line in loop.screen.getvalue().splitlines()]
+    assert [line for line in lines if line.startswith(("server a", "a/t"))] == [
+        "server a: starting, some 54 s",
+        "a/t: loading",
+        "a/t: waiting for its server  1/9  1 reused",
+        "server a: ready, scores by echo; 0 checks passed",
+        "a/t: running  2/9  1 reused",
+    ]
+
+
+def test_a_replica_that_starts_does_not_hide_that_its_model_is_served(loop: Loop) -> None:
+    def script(cluster: ScriptedCluster) -> Iterator[list[ClusterEvent]]:
+        yield from cluster.checks_pass()
+        work = cluster.running()["a/t"]
+        yield [asks(*work), cluster.ready("a-0")]
+        (node,) = cluster.inventory
+        cluster.inventory = (replace(node, cpu_servers=2),)
+        yield []
+        assert cluster.started == ["a-0", "a-1"]
+        yield [done(*work)]
+
+    loop(a_plan(["a"], ["t"], replicas=2), script)
+    assert loop.screen.getvalue().count("server a: starting") == 1
+
+
 def test_what_preflight_saw_is_shown_in_a_line_and_kept_with_the_facts(loop: Loop) -> None:
     checks = (
         Check(model="a", name="key", outcome=Checked.PASSED, detail="401 without it"),

@@ -39,7 +39,8 @@ _METRICS_SHOWN = 3
 
 _QUIET = ("queued", "stopped", "failed")
 """Servers in these states fold into one line when the screen is too low for all models."""
-_AT_WORK = ("loading", "running", "scoring")
+WAITING = "waiting for its server"
+_AT_WORK = ("loading", WAITING, "running", "scoring")
 _ENDED = tuple(Status)
 _STATE_STYLES = {"ready": "green", "starting": "yellow", "lost": "red", "failed": "red"}
 _LEVEL_STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "bold red"}
@@ -139,7 +140,7 @@ class Terminal:
         rate: float = 0.0,
         live: str = "",
     ) -> None:
-        """The cell `model/task` is waiting, loading, running or scoring.
+        """The cell `model/task` is waiting, loading, waiting for its server (WAITING), running or scoring.
 
         `done` of `total` requests have an answer, `reused` of these came from the store; `rate` is how many servers
         answer in a second now, 0 while that is not known; `live` is a number of the documents that are done, in words.
@@ -346,8 +347,9 @@ def _figures(cell: _Cell) -> list[str]:
 
 def _together(cells: Collection[_Cell]) -> _Cell:
     """The cells of one model as if they were one; running when all of them are, so that its time left holds for all."""
+    states = {cell.state for cell in cells}
     return _Cell(
-        state="running" if all(cell.state == "running" for cell in cells) else "loading",
+        state=states.pop() if len(states) == 1 else "loading",
         done=sum(cell.done for cell in cells),
         total=sum(cell.total for cell in cells),
         reused=sum(cell.reused for cell in cells),

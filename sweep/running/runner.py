@@ -40,7 +40,7 @@ from sweep.running.costs import Costs, corrected_s, in_order, start_s, sweep_s
 from sweep.running.failures import Failures
 from sweep.running.hanging import CURES, GIVE_BACK_S, SLOW_S, Doing, Spells, Verdict
 from sweep.running.inventory import Node, need, total_gpus
-from sweep.running.progress import Terminal
+from sweep.running.progress import WAITING, Terminal
 from sweep.running.restarts import LOSSES_MOST, NEVER_LOST, Restarts, healthy
 from sweep.running.schedule import LifeView, RetireServer, RunCell, ServerView, StartServer, View, schedule
 from sweep.running.seats import Seats
@@ -758,9 +758,10 @@ class Runner:
         if not before:
             state.first_answers = (now, asked)
         state.progress = said
+        asks = said.done < said.total
         self.terminal.cell(
             state.cell.key,
-            state="running",
+            state=WAITING if asks and not self._ready(state.cell.model.server) else "running",
             done=said.done,
             total=said.total,
             reused=said.reused,
@@ -932,7 +933,9 @@ class Runner:
                 self.timeline.add(
                     "server", life, "starting", server=name, on=where, host=host, gpus=gpus, reason=reason
                 )
-                self._show_server(name, "starting")
+                if not self._ready(name):
+                    expected_s = "" if server.plan.external else f"some {lasting(server.start_s)}"
+                    self._show_server(name, "starting", expected_s)
                 expected = expectation(server.plan, self.plan.models, self._token_ids)
                 log_path = self.store.directory.server_log(life)
                 self.cluster.start_server(server.plan, life, log_path, expected, nodes=nodes)
