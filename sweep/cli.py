@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -383,10 +383,18 @@ def _kept(arguments: Arguments) -> list[Path]:
     """The run directories that are meant."""
     from sweep.planning.loading import load
 
+    def found(overrides: Sequence[str]) -> Path:
+        config = load(str(arguments.conf), overrides, words=COMMANDS[arguments.command])
+        return Path(config.runs_dir) / config.name
+
     if arguments.words:
         return [Path(word) for word in arguments.words]
-    config = load(str(arguments.conf), arguments.overrides, words=COMMANDS[arguments.command])
-    return [Path(config.runs_dir) / config.name]
+    root = found(arguments.overrides)
+    with suppress(ConfigError):  # without them there is no sweep at all
+        if arguments.overrides and found(()) == root:
+            names = ", ".join(override.partition("=")[0] for override in arguments.overrides)
+            _note(f"{names}: changes nothing here, which is about what was launched into {root}")
+    return [root]
 
 
 def _report(arguments: Arguments) -> int:
