@@ -153,25 +153,6 @@ def test_spare_gpus_go_to_replicas_once_every_wanted_server_has_one(seen: View, 
 
 
 @pytest.mark.parametrize(
-    ("ready", "starting", "gpus", "expected"),
-    [
-        (0, 0, 1, ["start a"]),
-        (0, 1, 1, []),
-        (1, 0, 1, ["start a"]),
-        (1, 1, 1, []),
-        (0, 0, 3, ["start a"] * 3),
-        (0, 1, (1, 1), ["start a"]),
-    ],
-)
-def test_on_a_shared_gpu_a_replica_is_started_when_no_other_server_starts_there(
-    ready: int, starting: int, gpus: float | tuple[float, ...], expected: list[str]
-) -> None:
-    """They would start one after another anyhow, and by then the work may be done."""
-    lives = tuple(LifeView(name=f"a-{n}", nodes=("n0",), ready=n < ready) for n in range(ready + starting))
-    assert decided(view(replace(server("a", gpus=0.25, replicas=None), lives=lives), gpus=gpus)) == expected
-
-
-@pytest.mark.parametrize(
     ("replicas", "start_s", "small", "expected"),
     [
         (None, 2000.0, {"work_s": 100.0}, ["start big"]),

@@ -177,9 +177,6 @@ class Places:
         """No server of more GPUs on a node fits anywhere; a fraction may not either."""
         return max((free for free, names in self._by_free.items() if names), default=0) or min(1.0, self.free_gpus)
 
-    def gpus_of(self, node: str) -> int:
-        return len(self._gpus.get(node, ()))
-
     def free_on(self, node: str) -> float:
         return sum(self._gpus[node])
 

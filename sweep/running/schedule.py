@@ -15,8 +15,7 @@ The view is kept up to date by its owner, server by server (`View.put`), and nev
 sums and sets that change with each `put`.
 """
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace, nlargest
 from operator import attrgetter
@@ -66,10 +65,6 @@ class LifeView:
     ready: bool = False
     live: bool = True
     """It starts or is ready; else it retires or was lost and still holds what it had."""
-
-    @property
-    def starting(self) -> bool:
-        return self.live and not self.ready
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,15 +234,6 @@ class View:
                 for node in life.nodes:
                     self._on.setdefault(node, {})[life.name] = server.name
 
-    def starts_sharing(self) -> Counter[str]:
-        """How many lives that share a GPU with others start on each node."""
-        return Counter(
-            node
-            for node, lives in self._on.items()
-            for name, server in lives.items()
-            if shares(self[server]) and any(life.name == name and life.starting for life in self[server].lives)
-        )
-
     def ends(self, node: str) -> list[tuple[float, float]]:
         """When the lives on a node are expected to be over, the first first, and the GPUs that each then leaves."""
         known = [self._known[server] for server in self._on.get(node, {}).values()]
@@ -393,8 +379,7 @@ def _replicas(
         then_s = left_s - max(0.0, sooner_s)
         # Where it is larger than all room no node is looked at: with a thousand models that took most of the time.
         fits = _gpus(known) <= room
-        closed = filling.crowded() if shares(server) else ()
-        nodes = filling.place(known, until_s=now_s + then_s, keep=False, closed=closed) if fits else ()
+        nodes = filling.place(known, until_s=now_s + then_s, keep=False) if fits else ()
         if not nodes:
             heappop(heap)
             least = BESIDE  # for those that come after it
@@ -403,11 +388,6 @@ def _replicas(
         yield StartServer(server=server.name, nodes=nodes, reason=reason)
         room = filling.room
         heapreplace(heap, entry(known, live + 1, now_s + then_s))
-
-
-def shares(server: ServerView) -> bool:
-    """Whether it takes a part of a GPU."""
-    return server.need is not None and 0 < server.need.gpus < 1
 
 
 def _gpus(known: _Known) -> float:
@@ -431,35 +411,25 @@ class _Filling:
         self._places = view.places
         self._kept: dict[str, _Kept] = {}
         self._count = 0
-        self._sharing: Counter[str] = Counter()
-        """By node, of what is started now."""
 
     @property
     def room(self) -> float:
         return self._places.room
 
-    def crowded(self) -> set[str]:
-        """Nodes where servers that share GPUs start, one for each GPU: on one GPU they start one after another, so that
-        what is started there now would be ready when it is known better whether it is needed."""
-        starting = self._view.starts_sharing() + self._sharing
-        return {node for node, count in starting.items() if count >= self._places.gpus_of(node)}
-
-    def place(
-        self, known: _Known, *, until_s: float, keep: bool = True, closed: Collection[str] = ()
-    ) -> tuple[str, ...]:
-        """Where a server that is over at `until_s` goes, which is none of the `closed` nodes.
+    def place(self, known: _Known, *, until_s: float, keep: bool = True) -> tuple[str, ...]:
+        """Where a server that is over at `until_s` goes.
 
         Where it does not fit yet, the nodes that lack least are kept for it (`keep`): what comes after it is put there
         only if it is over before, or fits beside.
         """
         need = known.view.need
         assert need is not None
-        kept_for_others = {
+        closed = {
             name
             for name, kept in self._kept.items()
             if until_s > kept.from_s and not (need.gpus <= kept.spare_gpus and need.gpus)
         }
-        nodes = self._places.find(need, closed=kept_for_others.union(closed))
+        nodes = self._places.find(need, closed=closed)
         if not nodes:
             for name in self._places.nearest(need, closed=self._kept) if keep else ():
                 self._kept[name] = self._keep(name, need)
@@ -468,8 +438,6 @@ class _Filling:
             self._places = self._places.copy()
         self._count += 1
         self._places.take(f"start {self._count}", need, nodes)
-        if shares(known.view):
-            self._sharing.update(nodes)
         for kept in [kept for name in nodes if (kept := self._kept.get(name)) and until_s > kept.from_s]:
             kept.spare_gpus -= need.gpus
         return nodes
