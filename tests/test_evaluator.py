@@ -611,9 +611,11 @@ def test_a_failed_cell_says_why_and_the_next_one_runs(evaluator: Driver, cell: A
 def test_a_task_that_leaves_the_process_costs_its_cell_only(evaluator: Driver, cell: Any, endpoint: Endpoint) -> None:
     end = evaluator.end(evaluator.begin(cell("exits", limit=2), facts(), [(endpoint, 8)]))
     assert isinstance(end, CellFailed)
-    assert str(end.error).startswith("evaluate m/exits: SystemExit: a task that wants to leave (the traceback")
+    assert str(end.error).startswith("evaluate: SystemExit: a task that wants to leave (the traceback")
     assert end.passing  # nobody knows
-    until(lambda: "in exits" in evaluator.log.read_text())  # it comes by another way than the event
+    # Comes by another way than the event, the name first.
+    until(lambda: "in exits" in evaluator.log.read_text())
+    assert "evaluate m/exits failed" in evaluator.log.read_text()
     still_works(evaluator, cell, endpoint)
 
 

@@ -582,7 +582,7 @@ def _work_forever(link: _Link) -> None:
         except Cancelled:
             return CellFailed(cell=cell.key, attempt=number, error=None)
         except FAILURES as error:
-            words = _words(f"evaluate {cell.key}", error)
+            words = _words("evaluate", error, of=cell.key)
             return CellFailed(cell=cell.key, attempt=number, error=words, passing=may_pass(error))
         return CellDone(cell=cell.key, attempt=number, record=done.record, files=done.files)
 
@@ -614,9 +614,10 @@ def _work_forever(link: _Link) -> None:
                 link.send(end)
 
 
-def _words(doing: str, error: BaseException) -> str:
-    """`error` for the driver; its traceback goes to this process's log."""
-    log.error("%s failed", doing, exc_info=error)
+def _words(doing: str, error: BaseException, *, of: str = "") -> str:
+    """`error` for the driver; its traceback goes to this process's log, with the name of what it is `of`: the driver
+    knows it, and says once what many failed by."""
+    log.error("%s failed", f"{doing} {of}".rstrip(), exc_info=error)
     if isinstance(error, SweepError):
         return str(error)
     return f"{doing}: {type(error).__name__}: {error} (the traceback is in the evaluator's log)"
