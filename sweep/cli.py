@@ -391,9 +391,10 @@ def _kept(arguments: Arguments) -> list[Path]:
         return [Path(word) for word in arguments.words]
     root = found(arguments.overrides)
     with suppress(ConfigError):  # without them there is no sweep at all
-        if arguments.overrides and found(()) == root:
+        # What is published goes where the sweep file with its overrides says.
+        if arguments.overrides and not arguments.publish and found(()) == root:
             names = ", ".join(override.partition("=")[0] for override in arguments.overrides)
-            _note(f"{names}: changes nothing here, which is about what was launched into {root}")
+            _note(f"{names}: without effect here, where it is about what was launched into {root}")
     return [root]
 
 

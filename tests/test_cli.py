@@ -661,10 +661,10 @@ def test_overrides_that_change_nothing_of_what_is_kept_are_said(command: str, ru
     output()
     assert main([command, "conf=small", "retries=5", "limit=2"]) == 0
     shown = output()
-    assert re.search(r"note: retries, limit: changes nothing here, .* launched into \S*runs/small", shown)
+    assert re.search(r"note: retries, limit: without effect here, .* launched into \S*runs/small", shown)
     for of_use in (["conf=small"], ["conf=small", "name=other"], ["conf=small", "name=other", "limit=2"]):
         assert main([command, *of_use]) == 0
-        assert "changes nothing" not in output()
+        assert "without effect" not in output()
 
 
 def test_status_of_a_run_directory_needs_no_sweep_file(runner: Runner, directory: RunDirectory, output: Output) -> None:

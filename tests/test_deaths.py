@@ -176,8 +176,10 @@ def tree_of(server: psutil.Process) -> list[psutil.Process]:
 
 def is_complete(server: psutil.Process) -> bool:
     """Whether what it has started holds its memory and its sockets, which come last."""
-    held = [c for process in server.children(recursive=True) for c in process.net_connections("unix")]
-    return len([c for c in held if Path(c.laddr).name.startswith("stand-in-")]) == 2
+    with contextlib.suppress(psutil.Error):  # it may have died
+        held = [c for process in server.children(recursive=True) for c in process.net_connections("unix")]
+        return len([c for c in held if Path(c.laddr).name.startswith("stand-in-")]) == 2
+    return False
 
 
 # Whatever ends the sweep, in the middle of its work

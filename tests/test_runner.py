@@ -1315,17 +1315,19 @@ def test_a_cell_does_not_pass_for_running_while_its_server_starts(loop: Loop) ->
         planned = ev.CellProgress(cell="a/t", attempt=run.attempt, done=1, total=9, reused=1)
         yield [said(name, planned)]
         yield [cluster.ready("a-0")]
-        yield [said(name, replace(planned, done=2))]
+        yield [lost("a-0"), ServerStopped(life="a-0")]
         yield [done(name, run)]
 
     loop(a_plan(["a"], ["t"]), script)
     lines = [line[len("12:34:56 ") :].strip() for line in loop.screen.getvalue().splitlines()]
-    assert [line for line in lines if line.startswith(("server a", "a/t"))] == [
+    assert [line.partition(", a-0 ")[0] for line in lines if line.startswith(("server a", "a/t"))] == [
         "server a: starting, some 54 s",
         "a/t: loading",
         "a/t: waiting for its server  1/9  1 reused",
         "server a: ready, scores by echo; 0 checks passed",
-        "a/t: running  2/9  1 reused",
+        "a/t: running  1/9  1 reused",
+        "server a: lost",
+        "a/t: waiting for its server  1/9  1 reused",
     ]
 
 
@@ -1338,10 +1340,12 @@ def test_a_replica_that_starts_does_not_hide_that_its_model_is_served(loop: Loop
         cluster.inventory = (replace(node, cpu_servers=2),)
         yield []
         assert cluster.started == ["a-0", "a-1"]
+        assert loop.screen.getvalue().count("server a: starting") == 1
+        yield [lost("a-0"), ServerStopped(life="a-0")]  # now it is not
+        assert loop.screen.getvalue().count("server a: starting") == 2
         yield [done(*work)]
 
     loop(a_plan(["a"], ["t"], replicas=2), script)
-    assert loop.screen.getvalue().count("server a: starting") == 1
 
 
 def test_what_preflight_saw_is_shown_in_a_line_and_kept_with_the_facts(loop: Loop) -> None:

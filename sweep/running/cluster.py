@@ -189,9 +189,13 @@ class _ServerHost:
         return self._server.meet(nodes)
 
     def follow(self, first: ServerPart, rank: int) -> None:
-        """Lasts as long as this other part of a server."""
+        """Lasts as long as this other part of a server, and raises nothing once that was stopped, as `start`."""
         assert isinstance(self._server, Server)
-        self._server.follow(replace(first, rank=rank))
+        try:
+            self._server.follow(replace(first, rank=rank))
+        except ServerError:
+            if not self._stopped:
+                raise
 
     def start(self, expected: Mapping[str, Expected]) -> tuple[Endpoint, Inspection] | None:
         """Nothing is left of a server that is refused, as of one whose start raises. None once it was stopped: nobody

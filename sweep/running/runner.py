@@ -412,6 +412,7 @@ class Runner:
         log.info("server %s is ready at %s: %s", event.life, event.endpoint.url, event.facts)
         self.timeline.add("server", event.life, "ready")
         self._show_server(life.server, "ready", _in_one_line(event.facts))
+        self._show_cells(life.server)
         self._note_checks(event.life, event.facts.checks)
         life.load = self._tune(event.life)
         self._share(life.server)
@@ -493,6 +494,7 @@ class Runner:
         self._again(life.server, restarts, f"{name_of_life} {reason} (see {log_path})")
         self._move_cut_off(life.server)
         self._share(life.server)
+        self._show_cells(life.server)
 
     def _again(self, name: str, restarts: Restarts, reason: str) -> None:
         """A server was lost or did not start, which may pass: another start after a rest, or no more."""
@@ -506,6 +508,8 @@ class Runner:
                 brief += f", loss {restarts.losses} of {LOSSES_MOST}"
             if others:
                 self.terminal.note(f"a server of {name} was lost: {brief}")
+                if not self._ready(name):
+                    self._show_server(name, "starting")
             else:
                 self._show_server(name, "lost", brief)
             return
@@ -758,16 +762,7 @@ class Runner:
         if not before:
             state.first_answers = (now, asked)
         state.progress = said
-        asks = said.done < said.total
-        self.terminal.cell(
-            state.cell.key,
-            state=WAITING if asks and not self._ready(state.cell.model.server) else "running",
-            done=said.done,
-            total=said.total,
-            reused=said.reused,
-            rate=state.rate,
-            live=in_words(said.live),
-        )
+        self._show_cell(state, said)
 
     def _finish(self, state: CellState, record: Record, files: Mapping[str, bytes]) -> None:
         folder = self.store.directory.cell_results(record.model, record.task).relative_to(self.store.directory.root)
@@ -1000,6 +995,24 @@ class Runner:
             self.cluster.press(name_of_life, wanted=pressure[0], refused=pressure[1])
 
     # Showing.
+
+    def _show_cells(self, server: str) -> None:
+        """Those that ask, now that the server has come or gone."""
+        for state in self._cells_of(server):
+            if state.asks and state.progress is not None:
+                self._show_cell(state, state.progress)
+
+    def _show_cell(self, state: CellState, progress: ev.CellProgress) -> None:
+        waits = state.asks and not self._ready(state.cell.model.server)
+        self.terminal.cell(
+            state.cell.key,
+            state=WAITING if waits else "running",
+            done=progress.done,
+            total=progress.total,
+            reused=progress.reused,
+            rate=0.0 if waits else state.rate,
+            live=in_words(progress.live),
+        )
 
     def _show_server(self, server: str, state: str, detail: str = "") -> None:
         for model in self.plan.servers[server].adapters:
