@@ -2353,7 +2353,8 @@ def interrupted(made: Made, benches: OpenBench) -> Interrupted:
     bench = benches({"alpha": {"path": made.model("alpha")}}, ["exports", "pairs"], STAND_IN_LATENCY_S=str(LATENCY_S))
     stops = {"SIGKILL": stop_in_the_middle(bench, lambda launch: launch.process.kill())}
     bench.settings["wandb"] = {"mode": "offline"}
-    stops["SIGTERM"] = stop_in_the_middle(bench, lambda launch: launch.process.terminate())
+    # To all of its process group, as `timeout` does and Ctrl-C.
+    stops["SIGTERM"] = stop_in_the_middle(bench, lambda launch: os.killpg(launch.process.pid, signal.SIGTERM))
     stops["SIGINT"] = stop_in_the_middle(bench, lambda launch: os.killpg(launch.process.pid, signal.SIGINT))
     stops["SIGHUP"] = stop_in_the_middle(bench, Launch.close_terminal, in_terminal=True)
     bench.settings["wandb"] = {"mode": "disabled"}

@@ -10,12 +10,15 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+from ray._private import services
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -327,6 +330,22 @@ def _look(sources: Mapping[str, Sequence[Source]], variables: Mapping[str, str],
     )
 
 
+@contextmanager
+def _in_groups_of_their_own() -> Iterator[None]:
+    """Ray's processes that are started meanwhile do not get the signals of the launch's process group.
+
+    `timeout`, process managers and some schedulers signal all of it. Ray's processes would end at once, and Ray's
+    client would end the launch after 5 s, in the middle of its stop. Ray has no setting for it (2.60 blocks SIGINT
+    alone, services.py 1049).
+    """
+    theirs = services.ConsolePopen
+    services.ConsolePopen = partial(theirs, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = theirs
+
+
 def _be_ordinary(variables: Mapping[str, str]) -> None:
     """Take over `variables`, and Ray's mark off this process.
 
@@ -399,14 +418,15 @@ class Cluster:
 
     def _start_local(self, config: RayConfig) -> tuple[Node, ...]:
         node = local_node(config)
-        context = ray.init(
-            address="local",
-            num_gpus=int(node.gpus),
-            resources={CPU_SERVER: node.cpu_servers, EVALUATOR: node.evaluators},
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-        )
+        with _in_groups_of_their_own():
+            context = ray.init(
+                address="local",
+                num_gpus=int(node.gpus),
+                resources={CPU_SERVER: node.cpu_servers, EVALUATOR: node.evaluators},
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+            )
         self._session = Path(context.address_info["session_dir"])
         self._raylet = next((child for child in psutil.Process().children() if child.name() == "raylet"), None)
         there = ray.nodes()[0]
